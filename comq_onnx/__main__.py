@@ -1,0 +1,5 @@
+"""python -m comq_onnx: the command line."""
+
+from comq_onnx.cli import main
+
+main()

@@ -1,0 +1,211 @@
+"""Which activations get a QuantizeLinear/DequantizeLinear pair, and with what scale and zero point.
+
+A target runs an operator in integers only if what it reads, and often what it writes, is quantized. So:
+
+- what an integer layer reads is quantized for it (other float readers keep the float value), and
+- where the producer itself runs in integers (a Conv, or a residual Add between Convs), every reader takes the one
+  dequantized value, or the runtime would keep the producer in float.
+
+Operators between integer layers run in integers only if all they read is quantized anyway and something integer wants
+what they write: no attention mask or layer norm ever gets a scale of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from comq_onnx import graph as graphs
+from comq_onnx.grid import Array
+from comq_onnx.ops import Gemm, MatMul, MatMulLeft
+from comq_onnx.prepare import Layer, nodes_by_name
+from comq_onnx.targets import Target
+
+
+@dataclass(frozen=True)
+class QuantizedValue:
+    """A value with a Q/DQ pair. everywhere: all its readers take the dequantized one; like: the value it shares its
+    scale with; bounds: what the fused Clip or Relu before it lets through."""
+
+    name: str
+    everywhere: bool
+    like: str | None = None
+    bounds: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class ActivationPlan:
+    """The values to quantize by name, in topological order, and the names of the layers that run in integers."""
+
+    dtype: str
+    values: dict[str, QuantizedValue] = field(default_factory=dict)
+    integer_layers: frozenset[str] = frozenset()
+
+    def root(self, name: str) -> str:
+        """The value whose range gives `name` its scale."""
+        like = self.values[name].like
+        return self.root(like) if like is not None else name
+
+
+@dataclass(frozen=True)
+class ActivationGrid:
+    """Scale and zero point of one activation, per tensor: q = clip(round(x / scale) + zero_point, 0, qmax)."""
+
+    scale: np.float32
+    zero_point: int
+    dtype: str
+
+    @property
+    def qmax(self) -> int:
+        """The highest code of the unsigned type."""
+        return int(np.iinfo(self.dtype).max)
+
+    def fake_quantize(self, x: Array) -> Array:
+        """DequantizeLinear(QuantizeLinear(x)), as the runtime computes it: rounding half to even, in float32."""
+        q = np.clip(np.rint(x / self.scale) + np.float32(self.zero_point), 0, self.qmax)
+        return np.asarray((q - np.float32(self.zero_point)) * self.scale, np.float32)
+
+
+def fit_range(low: float, high: float, dtype: str, bounds: tuple[float, float] | None = None) -> ActivationGrid:
+    """The grid that spans [low, high] and 0. Within `bounds` all codes stay inside them, so that a runtime can drop the
+    Clip or Relu that made them (it compares the range of all codes with the bounds)."""
+    qmax = int(np.iinfo(dtype).max)
+    low, high = min(low, 0.0), max(high, 0.0)
+    if bounds is not None:
+        low, high = max(low, bounds[0]), min(high, bounds[1])
+    span = high - low
+    if not span > 1e-30:
+        return ActivationGrid(np.float32(1), 0, dtype)
+    scale = np.float32(span / qmax)
+    zero_point = int(np.clip(np.rint(-low / scale), 0, qmax))
+    if bounds is not None:
+        if zero_point and np.isfinite(bounds[0]):
+            scale = min(scale, np.float32(-bounds[0] / zero_point))
+        while scale * np.float32(qmax - zero_point) > np.float32(bounds[1]) or scale * np.float32(
+            -zero_point
+        ) < np.float32(bounds[0]):
+            scale = np.nextafter(scale, np.float32(0))
+    return ActivationGrid(np.float32(scale), zero_point, dtype)
+
+
+class Range:
+    """The span of an activation over all samples, gathered batch by batch."""
+
+    def __init__(self) -> None:
+        self.low, self.high = np.inf, -np.inf
+
+    def observe(self, x: npt.NDArray[np.float32]) -> None:
+        """Widen the span by one batch."""
+        if x.size:
+            self.low, self.high = min(self.low, float(x.min())), max(self.high, float(x.max()))
+
+    def grid(self, dtype: str, bounds: tuple[float, float] | None) -> ActivationGrid:
+        """The min-max grid; a span of [0, 0] where nothing was ever seen."""
+        low, high = (self.low, self.high) if np.isfinite(self.low) else (0.0, 0.0)
+        return fit_range(low, high, dtype, bounds)
+
+
+def plan_activations(model: ir.Model, layers: Sequence[Layer], target: Target, dtype: str | None) -> ActivationPlan:
+    """Decide which values are quantized. dtype None: none (weight-only)."""
+    if dtype is None:
+        return ActivationPlan(target.activation)
+    nodes = nodes_by_name(model)
+    integer = [layer for layer in layers if runs_in_integers(layer, target)]
+    by_name = {layer.name: layer for layer in integer}
+    ends: dict[str, QuantizedValue] = {}  # values that come out of integers, by name
+    operators: list[tuple[ir.Node, QuantizedValue]] = []
+    for node in _in_order(model):
+        if node.name in by_name and node.op_type in target.needs_output:
+            value, bounds = _behind_activation(node, target)
+            ends[str(value.name)] = QuantizedValue(str(value.name), True, None, bounds)
+        elif node.name not in by_name and node.domain in ("", "ai.onnx"):
+            made = _integer_operator(node, ends, target)
+            if made is not None:
+                ends[made.name] = made
+                operators.append((node, made))
+
+    wanted = {layer.input for layer in integer}
+    kept: list[QuantizedValue] = []
+    for node, made in reversed(operators):
+        if made.name in wanted:
+            kept.append(made)
+            wanted |= {str(v.name) for v in _data_inputs(node)}
+        else:
+            del ends[made.name]
+
+    values = {name: QuantizedValue(name, False) for name in dict.fromkeys(layer.input for layer in integer)}
+    values.update(ends)
+    order = _topological(model, nodes)
+    ordered = dict(sorted(values.items(), key=lambda item: order.get(item[0], -1)))
+    return ActivationPlan(dtype, ordered, frozenset(by_name))
+
+
+def runs_in_integers(layer: Layer, target: Target) -> bool:
+    """Whether the target has an integer kernel for the layer."""
+    if layer.op not in target.integer_layers or layer.kind.axis is None or isinstance(layer.kind, MatMulLeft):
+        return False
+    if isinstance(layer.kind, Gemm):
+        return not layer.kind.trans_a
+    return not isinstance(layer.kind, MatMul) or len(layer.weight_shape) == 2
+
+
+def _in_order(model: ir.Model) -> Iterable[ir.Node]:
+    for inner in (model.graph, *model.graph.subgraphs()):
+        yield from inner
+
+
+def _topological(model: ir.Model, nodes: dict[str, ir.Node]) -> dict[str, int]:
+    """The place of each value's producer; graph inputs come before all (they are absent)."""
+    return {str(out.name): i for i, node in enumerate(nodes.values()) for out in node.outputs}
+
+
+def _behind_activation(node: ir.Node, target: Target) -> tuple[ir.Value, tuple[float, float] | None]:
+    """What comes out of a node, or out of the one activation that the runtime fuses into it, and the latter's bounds."""
+    value = node.outputs[0]
+    users = value.uses()
+    if len(users) != 1 or value.is_graph_output():
+        return value, None
+    user = users[0][0]
+    if user.op_type not in target.fused_after or user.graph is not node.graph:
+        return value, None
+    bounds = clip_bounds(user)
+    return (user.outputs[0], bounds) if bounds is not None else (value, None)
+
+
+def clip_bounds(node: ir.Node) -> tuple[float, float] | None:
+    """What a Relu or a Clip lets through; None where a Clip's bounds are not constant or exclude 0."""
+    if node.op_type == "Relu":
+        return 0.0, np.inf
+    bounds = [-np.inf, np.inf]
+    for i, name in enumerate(("min", "max")):
+        if name in node.attributes:
+            bounds[i] = float(node.attributes[name].value)
+        elif len(node.inputs) > i + 1 and node.inputs[i + 1] is not None:
+            number = graphs.constant(node.inputs[i + 1])
+            if number is None or number.size != 1:
+                return None
+            bounds[i] = float(number.reshape(-1)[0])
+    return (bounds[0], bounds[1]) if bounds[0] <= 0 < bounds[1] else None
+
+
+def _data_inputs(node: ir.Node) -> list[ir.Value]:
+    """The inputs an operator computes with: all of Add, Mul and Concat, the first of the rest."""
+    several = node.op_type in ("Add", "Mul", "Concat")
+    return [v for v in (node.inputs if several else node.inputs[:1]) if v is not None]
+
+
+def _integer_operator(node: ir.Node, ends: dict[str, QuantizedValue], target: Target) -> QuantizedValue | None:
+    """The quantized value a float operator would write if it ran in integers; None where it cannot."""
+    inputs = _data_inputs(node)
+    if not inputs or any(str(v.name) not in ends for v in inputs):
+        return None
+    if node.op_type in target.any_scale:
+        value, bounds = _behind_activation(node, target)
+        return QuantizedValue(str(value.name), True, None, bounds)
+    if node.op_type in target.same_scale and len(node.outputs) == 1:
+        return QuantizedValue(str(node.outputs[0].name), True, like=str(inputs[0].name))
+    return None

@@ -1,0 +1,463 @@
+"""The stage walk: run the model segment by segment on all samples, solve each stage's layers, go on with what they became.
+
+At the cut before a stage the live tensors are kept twice for every sample: as the float model gives them (x) and as the model
+quantized so far gives them (x^). From those come the moments of each layer's input; the layers are solved; then the stage's
+segment runs once more each way, float and as it will be shipped, up to the next cut. So the whole model runs once, memory
+is bounded by one segment and the cut tensors, and later layers make up for what earlier ones lost.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
+
+from comq_onnx import graph as graphs
+from comq_onnx import stages
+from comq_onnx.activations import ActivationGrid, ActivationPlan, Range
+from comq_onnx.errors import ModelError, SamplesError
+from comq_onnx.grid import Array, Grid
+from comq_onnx.ops import Gather
+from comq_onnx.prepare import Layer, Prepared, calibrated
+from comq_onnx.qdq import Quantization, emit
+from comq_onnx.runtime import Session
+from comq_onnx.samples import Samples
+from comq_onnx.solve import Solution, Statistics, error_db, round_rows, solve
+from comq_onnx.targets import Target
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]
+Tensors = dict[str, list[Any]]  # one array per batch
+
+# More input positions than these do not change a solution (measured on EfficientNet-Lite0 at 4 bits: 27k positions give
+# -26.4 dB, 6.6k -26.0): beyond them positions are drawn at random, the same share of each batch. Depthwise layers, whose
+# rows are many numbers for few moments, get the fewest.
+LEAST_POSITIONS, MOST_POSITIONS = 16_384, 65_536
+POSITIONS_PER_INPUT = 24
+MOST_NUMBERS = 1 << 27
+CHUNK_BYTES = 1 << 28
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to calibrate and solve."""
+
+    solver: str = "comq"
+    independent: bool = False
+    batch_size: int = 16
+    device: str = "cpu"
+    seed: int = 0
+    memory: int = 8 << 30
+
+
+@dataclass
+class Calibration:
+    """What the walk found: a solution per layer, a grid per quantized activation, and where the time went."""
+
+    solutions: dict[str, Solution] = field(default_factory=dict)
+    grids: dict[str, ActivationGrid] = field(default_factory=dict)
+    layer_seconds: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=lambda: {"calibrate": 0.0, "solve": 0.0})
+
+
+def walk(
+    prepared: Prepared,
+    plan: ActivationPlan,
+    grids: Mapping[str, Grid],
+    samples: Samples,
+    target: Target,
+    settings: Settings,
+    progress: Progress,
+) -> Calibration:
+    """Calibrate and solve every layer of `prepared` on `samples`; `grids` holds each layer's weight grid by name.
+
+    Raises SamplesError or ModelError where a tensor turns out not finite.
+    """
+    result = Calibration()
+    for layer in prepared.layers:
+        if isinstance(layer.kind, Gather):
+            with _timed(result, "solve", layer.name):
+                result.solutions[layer.name] = round_rows(_finite_weight(prepared, layer), grids[layer.name])
+    with tempfile.TemporaryDirectory(prefix="comq-") as work:
+        _Walk(prepared, plan, grids, samples, target, settings, progress, result, Path(work)).run()
+    return result
+
+
+class _timed:
+    def __init__(self, result: Calibration, phase: str, layer: str | None = None) -> None:
+        self.result, self.phase, self.layer = result, phase, layer
+
+    def __enter__(self) -> None:
+        self.start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        spent = time.perf_counter() - self.start
+        self.result.seconds[self.phase] += spent
+        if self.layer is not None:
+            self.result.layer_seconds[self.layer] = spent
+
+
+@dataclass
+class _Walk:
+    prepared: Prepared
+    plan: ActivationPlan
+    grids: Mapping[str, Grid]
+    samples: Samples
+    target: Target
+    settings: Settings
+    progress: Progress
+    result: Calibration
+    work: Path
+
+    def run(self) -> None:
+        graph = self.prepared.model.graph
+        cuts = stages.cut(self.prepared.model, list(calibrated(self.prepared.layers)))
+        self.keeper = _Keeper(self.settings.memory, self.work)
+        self.solved: list[Layer] = [x for x in self.prepared.layers if x.name in self.result.solutions]
+        self.ranges: dict[str, Range] = {name: Range() for name in self.plan.values}
+        inputs = {str(v.name) for v in graph.inputs}
+        batches = list(self.samples.batches(self.settings.batch_size))
+        self.counts = self.samples.batch_counts(self.settings.batch_size)
+        float_cut: Tensors = {name: [b[name] for b in batches] for name in inputs}
+        quantized_cut: Tensors = {name: list(arrays) for name, arrays in float_cut.items()}
+        self._observe(float_cut)
+        layers = len(list(calibrated(self.prepared.layers)))
+        done = 0
+        for stage in cuts:
+            for layer, statistics in self._moments(stage.layers, float_cut, quantized_cut):
+                with _timed(self.result, "solve", layer.name):
+                    self._solve(layer, statistics)
+                done += 1
+                self.progress("layers", done, layers)
+            self.solved += stage.layers
+            with _timed(self.result, "calibrate"):
+                self._advance(stage, float_cut, quantized_cut)
+            self.progress("stages", stage.index + 1, len(cuts))
+
+    # moments and solutions
+
+    def _moments(
+        self, layers: Sequence[Layer], x: Tensors, x_hat: Tensors
+    ) -> Iterator[tuple[Layer, Statistics]]:
+        """Each layer with the moments of its input, gathered once for the layers that read the same rows."""
+        sharing: dict[tuple[object, ...], list[Layer]] = {}
+        for layer in layers:
+            quantized = layer.name in self.plan.integer_layers
+            sharing.setdefault((layer.input, quantized, layer.kind.rows_key()), []).append(layer)
+        for group in sharing.values():
+            with _timed(self.result, "calibrate"):
+                statistics = self._statistics(group[0], x[group[0].input], x_hat[group[0].input])
+            for layer in group:
+                yield layer, statistics
+
+    def _statistics(self, layer: Layer, x: list[Any], x_hat: list[Any]) -> Statistics:
+        moments = Moments()
+        settings = self.settings
+        quantize = layer.name in self.plan.integer_layers and not settings.independent
+        grid = self.result.grids[self.plan.root(layer.input)] if quantize else None
+        positions = [layer.kind.positions(batch) for batch in x]
+        inputs = layer.kind.inputs
+        affordable = MOST_NUMBERS // (inputs * layer.kind.groups)
+        limit = max(min(affordable, MOST_POSITIONS), LEAST_POSITIONS, POSITIONS_PER_INPUT * inputs)
+        share = min(1.0, limit / max(sum(positions), 1))
+        rng = np.random.default_rng(settings.seed)
+        for i, (batch, batch_hat) in enumerate(zip(x, x_hat, strict=True)):
+            if positions[i] == 0:
+                continue
+            pick = None
+            if share < 1:
+                count = max(1, round(share * positions[i]))
+                pick = np.sort(rng.choice(positions[i], count, replace=False))
+            if not np.isfinite(batch).all():
+                raise ModelError(self._not_finite(layer.input, batch, i))
+            same = settings.independent or (batch_hat is batch and grid is None)
+            hat = batch if same else (grid.fake_quantize(batch_hat) if grid is not None else batch_hat)
+            for part in _parts(positions[i] if pick is None else len(pick), inputs, layer.kind.groups):
+                chosen = part if pick is None else pick[part]
+                whole = pick is None and len(part) == positions[i]
+                rows = layer.kind.rows(batch, None if whole else chosen)
+                moments.add(rows, None if same else layer.kind.rows(hat, None if whole else chosen))
+        if moments.count == 0:
+            raise SamplesError(f"no sample reaches layer {layer.name!r}: its input is empty for all of them")
+        return moments.statistics()
+
+    def _not_finite(self, name: str, batch: Any, i: int) -> str:
+        first = sum(self.counts[:i])
+        return (
+            f"the float model gives NaN or Inf at {name!r} for calibration samples {first} to {first + self.counts[i] - 1}; "
+            "check the samples and their preprocessing, or --exclude the layers that read it"
+        )
+
+    def _solve(self, layer: Layer, statistics: Statistics) -> None:
+        shared = next((x for x in self.solved if x.weight == layer.weight and type(x.kind) is type(layer.kind)), None)
+        weight = _finite_weight(self.prepared, layer)
+        if shared is not None and shared.kind == layer.kind:
+            # one weight in several places is stored once: later places take the first one's codes
+            first = self.result.solutions[shared.name]
+            self.result.solutions[layer.name] = Solution(first.weight, None, first.error, first.rtn_error)
+            return
+        solution = solve(weight, statistics, self.grids[layer.name], self.settings.solver, layer.has_bias)
+        self.result.solutions[layer.name] = solution
+        logger.info(
+            "%s: error %.2f dB (rounding %.2f dB)", layer.name, error_db(solution.error), error_db(solution.rtn_error)
+        )
+
+    # the walk itself
+
+    def _advance(self, stage: stages.Stage, float_cut: Tensors, quantized_cut: Tensors) -> None:
+        """Run the stage's segment both ways, leave the tensors of the next cut in the two dictionaries."""
+        planned = [name for name in stage.makes if name in self.plan.values]
+        live = [name for name in stage.makes if name in stage.live_after]
+        wanted = list(dict.fromkeys([*live, *planned]))
+        if wanted:
+            segment = self._segment(stage, float_cut, wanted)
+            made = self._run(segment, stage, float_cut, wanted, live, observe=True)
+            self._settle(planned)
+            if not self.settings.independent and live:
+                quantized = self._segment(stage, quantized_cut, live)
+                emit(quantized, self.quantization())
+                hat = self._run(quantized, stage, quantized_cut, live, live, observe=False)
+                for name in live:
+                    # a tensor that no quantization reaches is kept once
+                    hat[name] = [
+                        a if _same(a, b) else b for a, b in zip(made[name], hat[name], strict=True)
+                    ]
+            else:
+                hat = made
+            float_cut.update(made)
+            quantized_cut.update(hat)
+        for name in [n for n in float_cut if n not in stage.live_after]:
+            del float_cut[name], quantized_cut[name]
+
+    def quantization(self) -> Quantization:
+        """Everything solved so far, as emission takes it."""
+        return Quantization(
+            self.solved, self.result.solutions, self.plan, self.result.grids, self.target, self.prepared.opset
+        )
+
+    def _segment(self, stage: stages.Stage, given: Tensors, wanted: Iterable[str]) -> ir.Model:
+        """The stage's nodes as a model of their own, from the cut tensors it reads to the tensors wanted."""
+        extracted = ir.convenience.extract(self.prepared.model.graph, list(stage.reads), list(wanted))
+        for value in extracted.inputs:
+            example = given[str(value.name)][0]
+            if isinstance(example, np.ndarray):
+                # only the type: ranks and sizes may differ from batch to batch
+                value.type, value.shape = ir.TensorType(ir.DataType.from_numpy(example.dtype)), None
+        for value in extracted.outputs:
+            value.shape = None
+        model = ir.Model(extracted, ir_version=self.prepared.model.ir_version)
+        model.graph.opset_imports.update(self.prepared.model.graph.opset_imports)
+        return model
+
+    def _run(
+        self, segment: ir.Model, stage: stages.Stage, given: Tensors, wanted: list[str], live: list[str], observe: bool
+    ) -> Tensors:
+        source = graphs.to_bytes_or_file(segment, self.work, f"stage{stage.index}")
+        session = Session(source, self.settings.device, what=f"stage {stage.index} of the model")
+        made: Tensors = {name: [] for name in live}
+        for i in range(len(self.counts)):
+            outputs = session.run({name: given[name][i] for name in stage.reads}, wanted)
+            if observe:
+                self._observe({name: [outputs[name]] for name in wanted})
+            for name in live:
+                made[name].append(self.keeper.keep(outputs[name]))
+        return made
+
+    def _observe(self, tensors: Tensors) -> None:
+        for name, arrays in tensors.items():
+            if name in self.ranges:
+                for i, array in enumerate(arrays):
+                    self.ranges[name].observe(array)
+                    if not np.isfinite(self.ranges[name].high - self.ranges[name].low):
+                        raise ModelError(
+                            f"the float model gives NaN or Inf at {name!r} (batch {i}); check the samples and their "
+                            "preprocessing"
+                        )
+        self._settle([name for name in tensors if name in self.ranges and name in self.samples.arrays])
+
+    def _settle(self, names: Iterable[str]) -> None:
+        """Turn ranges that are complete into grids."""
+        for name in names:
+            if self.plan.values[name].like is None:
+                self.result.grids[name] = self.ranges[name].grid(self.plan.dtype, self.plan.values[name].bounds)
+            else:
+                self.result.grids[name] = self.result.grids[self.plan.root(name)]
+
+
+def _finite_weight(prepared: Prepared, layer: Layer) -> Array:
+    weight = prepared.weight(layer)
+    if not np.isfinite(weight).all():
+        count = int(weight.size - np.isfinite(weight).sum())
+        raise ModelError(
+            f"layer {layer.name!r}: {count} of {weight.size} weights are NaN or Inf; repair the model or --exclude it"
+        )
+    return weight
+
+
+def _same(a: Any, b: Any) -> bool:
+    return isinstance(a, np.ndarray) and a.shape == b.shape and np.array_equal(a, b)
+
+
+def _parts(positions: int, inputs: int, groups: int) -> Iterator[npt.NDArray[np.intp]]:
+    """Consecutive positions in parts whose rows take at most CHUNK_BYTES."""
+    step = max(1, CHUNK_BYTES // (4 * inputs * groups))
+    for start in range(0, positions, step):
+        yield np.arange(start, min(start + step, positions))
+
+
+class Moments:
+    """Running sums of a layer's input rows: products in float32, sums in float64."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._sums: list[npt.NDArray[np.float64]] | None = None
+        self._exact = True
+
+    def add(self, rows: Array, rows_hat: Array | None) -> None:
+        """Add rows [groups, positions, in] of the float model and of the quantized one (None: the same)."""
+        hat = rows if rows_hat is None else rows_hat
+        new = [_gram(hat, hat), hat.sum(axis=1, dtype=np.float64)]
+        if rows_hat is None:
+            groups, _, n = rows.shape
+            new += [np.zeros((groups, n, n)), np.zeros((groups, n, n)), np.zeros((groups, n))] if self._sums is None else []
+        else:
+            error = rows - rows_hat
+            self._exact = False
+            new += [_gram(hat, error), _gram(error, error), error.sum(axis=1, dtype=np.float64)]
+        self.count += rows.shape[1]
+        if self._sums is None:
+            self._sums = [np.asarray(a, np.float64) for a in new]
+        else:
+            for total, part in zip(self._sums, new, strict=False):
+                total += part
+
+    def statistics(self) -> Statistics:
+        """The means of the sums."""
+        assert self._sums is not None
+        gram, mean, cross, residue, mean_error = (s / self.count for s in self._sums)
+        if self._exact:
+            return Statistics(gram, mean, self.count)
+        return Statistics(gram, mean, self.count, cross, residue, mean_error)
+
+
+def _gram(a: Array, b: Array) -> npt.NDArray[np.float32]:
+    return np.matmul(a.swapaxes(1, 2), b)
+
+
+class _Keeper:
+    """Holds cut tensors in memory up to a budget, beyond it in files that vanish with them."""
+
+    def __init__(self, budget: int, directory: Path) -> None:
+        self._budget, self._directory, self._held, self._files = budget, directory, 0, 0
+
+    def keep(self, array: Any) -> Any:
+        """The same array, in memory or mapped from a file."""
+        if not isinstance(array, np.ndarray) or array.dtype == object:
+            return array
+        if self._held + array.nbytes > self._budget and array.nbytes > 1 << 16:
+            self._files += 1
+            path = self._directory / f"cut{self._files}.npy"
+            mapped = np.lib.format.open_memmap(path, "w+", array.dtype, array.shape)
+            mapped[...] = array
+            weakref.finalize(mapped, path.unlink, missing_ok=True)
+            return mapped
+        self._held += array.nbytes
+        weakref.finalize(array, self._release, array.nbytes)
+        return array
+
+    def _release(self, size: int) -> None:
+        self._held -= size
+
+
+# If ----------------------------------------------------------------------------------------------------------------------
+
+
+def specialize(prepared: Prepared, samples: Samples, settings: Settings) -> tuple[Prepared, dict[str, str]]:
+    """The model with each If replaced by the branch that all samples take, so that the walk reaches the layers inside.
+
+    Returns it with the layers it reaches, and for the others the reason they stay float.
+    """
+    model = prepared.model
+    if any(node.op_type == "If" for node in model.graph):
+        model = model.clone()
+        while _inline_one_level(model, samples, settings):
+            pass
+    reached = {str(node.name) for node in model.graph}
+    inside: dict[str, str] = {}
+    for node in model.graph:
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.GRAPH:
+                inside.update({str(n.name): node.op_type for n in attribute.value.all_nodes()})
+    skipped = {
+        layer.name: f"{layer.op}: {_inside(inside.get(layer.name))}"
+        for layer in prepared.layers
+        if layer.name not in reached
+    }
+    layers = [layer for layer in prepared.layers if layer.name in reached]
+    return Prepared(model, layers, prepared.skipped, prepared.notes), skipped
+
+
+def _inside(op: str | None) -> str:
+    if op is None:
+        return "in a branch that no sample takes"
+    if op == "If":
+        return "in an If of which the samples take both branches"
+    return f"in the body of a {op}, where layers are not calibrated"
+
+
+def _inline_one_level(model: ir.Model, samples: Samples, settings: Settings) -> bool:
+    """Inline the branches of main-graph Ifs whose condition is the same for all samples; whether there was one."""
+    ifs = [node for node in model.graph if node.op_type == "If" and node.domain == ""]
+    if not ifs:
+        return False
+    conditions = list(dict.fromkeys(str(node.inputs[0].name) for node in ifs if node.inputs[0] is not None))
+    seen: dict[str, set[bool]] = {name: set() for name in conditions}
+    known = {n: v for n in conditions if (v := graphs.constant(model.graph.initializers.get(n))) is not None}
+    for name, value in known.items():
+        seen[name].add(bool(value.all()))
+    asked = [name for name in conditions if name not in known]
+    if asked:
+        probe = model.clone()
+        by_name = {str(v.name): v for v in graphs.walk_values(probe)}
+        probe.graph.outputs[:] = [by_name[name] for name in asked]
+        passes.RemoveUnusedNodesPass()(probe)
+        session = Session(ir.to_proto(probe).SerializeToString(), settings.device, what="the conditions of the model")
+        names = {i.name for i in session.inputs}
+        for feeds in samples.batches(settings.batch_size):
+            for name, value in session.run({k: v for k, v in feeds.items() if k in names}, asked).items():
+                seen[name].add(bool(np.all(value)))
+    inlined = False
+    for node in ifs:
+        assert node.inputs[0] is not None
+        taken = seen[str(node.inputs[0].name)]
+        if len(taken) == 1:
+            _inline(model.graph, node, node.attributes["then_branch" if taken.pop() else "else_branch"].value)
+            inlined = True
+    return inlined
+
+
+def _inline(graph: ir.Graph, node: ir.Node, branch: ir.Graph) -> None:
+    outputs = list(branch.outputs)
+    branch.outputs.clear()
+    for inner in list(branch):
+        branch.remove(inner)
+        graph.insert_before(node, inner)
+    for old, new in zip(node.outputs, outputs, strict=True):
+        name, old.name = old.name, f"{old.name}.if"
+        copy = ir.node("Identity", [new], name=f"{name}.taken")
+        copy.outputs[0].name, copy.outputs[0].type = name, old.type
+        graph.insert_before(node, copy)
+        old.replace_all_uses_with(copy.outputs[0], replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+

@@ -1,0 +1,154 @@
+"""The command line: options, progress, the table. The only module that prints or exits."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from comq_onnx import pipeline
+from comq_onnx.errors import ComqError, OptionError
+from comq_onnx.grid import MAX_BITS, MIN_BITS
+from comq_onnx.samples import PREPROCESS
+from comq_onnx.solve import SOLVERS
+from comq_onnx.targets import TARGETS
+
+EPILOG = """\b
+Examples:
+  comq-onnx model.onnx --calib photos/ --preprocess imagenet -o model_q.onnx
+  comq-onnx model.onnx --calib samples.npz --bits 8 -o model_q.onnx
+  comq-onnx model.onnx --plan
+
+Exit codes: 0 done, 2 the command line, 3 the model, 4 the samples, 5 the runtime."""
+
+
+class _BitsFor(click.ParamType):
+    name = "RE=N"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, int]:
+        if isinstance(value, tuple):
+            return value
+        pattern, separator, number = str(value).rpartition("=")
+        if not separator or not number.isdigit():
+            self.fail(f"{value!r} is not a pattern and a number of bits, such as 'fc=8'", param, ctx)
+        return pattern, int(number)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True}, epilog=EPILOG)
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Where the quantized model goes.")
+@click.option("--bits", type=click.IntRange(MIN_BITS, MAX_BITS), default=4, help="Bits of a weight.")
+@click.option("--calib", "calib", type=click.Path(path_type=Path), metavar="PATH",
+              help="Calibration samples: .npz or .npy (an array per input, samples first), a folder of them, or of images.")  # fmt: skip
+@click.option("--preprocess", metavar="NAME|FILE", help=f"For images: {', '.join(PREPROCESS)}, or a JSON file.")
+@click.option("--samples", "max_samples", type=click.IntRange(1), default=pipeline.DEFAULT_SAMPLES, help="Samples to calibrate on, at most.")
+@click.option("--batch-size", type=click.IntRange(1), default=16, help="Samples run at once.")
+@click.option("--target", type=click.Choice(list(TARGETS)), default="ort-cpu", help="The runtime that will run the model.")
+@click.option("--activations", type=click.Choice(["auto", "none", "8", "16"]), default="auto",
+              help="Bits of activations; none for weight-only.")  # fmt: skip
+@click.option("--granularity", default="channel", metavar="channel|tensor|BLOCK", help="What shares a weight scale.")
+@click.option("--symmetric/--asymmetric", default=True, help="Whether weights have zero point 0.")
+@click.option("--include", multiple=True, metavar="RE", help="Only layers whose name matches; may be repeated.")
+@click.option("--exclude", multiple=True, metavar="RE", help="Not the layers whose name matches; may be repeated.")
+@click.option("--bits-for", multiple=True, type=_BitsFor(), metavar="RE=N", help="Other bits for the layers that match.")
+@click.option("--solver", type=click.Choice(list(SOLVERS)), default="comq",
+              help="comq; paper: the authors' variant; rtn: plain rounding.")  # fmt: skip
+@click.option("--independent", is_flag=True, help="Calibrate every layer on the float model, as the paper does.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where to calibrate.")
+@click.option("--memory", "memory_gb", type=click.FloatRange(min=0.0), metavar="GB",
+              help="Memory for tensors kept between stages; beyond it they go to disk.  [default: half of what is free]")  # fmt: skip
+@click.option("--plan", is_flag=True, help="List layers, bits and stages; calibrate and write nothing.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), metavar="FILE", help="Write the report as JSON.")
+@click.option("--seed", default=0, help="Which samples are used and held back.")
+@click.option("-q", "--quiet", is_flag=True, help="Print only warnings and errors.")
+@click.option("-v", "--verbose", is_flag=True, help="Log every layer and list them all.")
+@click.version_option(None, "--version", package_name="comq-onnx")
+def command(
+    model: Path, output: Path | None, calib: Path | None, plan: bool, json_path: Path | None, quiet: bool,
+    verbose: bool, **options: Any,
+) -> None:  # fmt: skip
+    """Quantize the ONNX MODEL with COMQ and write a QDQ model that runs in integers.
+
+    Part of the samples is held back, and both models run on it at the end: the table shows what it cost and won.
+    """
+    console, errors = Console(), Console(stderr=True, soft_wrap=True)
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.ERROR, format="%(message)s",
+        handlers=[RichHandler(console=errors, show_path=False, show_time=False)], force=True,
+    )  # fmt: skip
+    if verbose:
+        for noisy in ("onnxscript", "onnx_ir"):
+            logging.getLogger(noisy).setLevel(logging.ERROR)
+    if json_path is not None and not (json_path.parent.is_dir() and os.access(json_path.parent, os.W_OK)):
+        raise OptionError(f"--json {json_path}: its directory does not exist or cannot be written")
+    if plan:
+        report = pipeline.plan(model, calib, **options)
+    else:
+        if output is None:
+            raise OptionError("no output: give the quantized model's path with -o, or --plan to only look")
+        with _progress(errors, quiet) as (bar, update):
+            del bar
+            report = pipeline.quantize(model, output, calib, progress=update, **options)
+    if json_path is not None:
+        report.save_json(json_path)
+    if quiet:
+        for warning in report.warnings:
+            errors.print(f"warning: {warning}")
+    else:
+        console.print(report.rich(verbose))
+        if report.output:
+            console.print(f"wrote    {report.output}", soft_wrap=True, highlight=False)
+
+
+class _progress:
+    """One bar per long step on a terminal, nothing elsewhere."""
+
+    def __init__(self, console: Console, quiet: bool) -> None:
+        self._bar = Progress(
+            TextColumn("{task.description:>8}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+            console=console, disable=quiet or not console.is_terminal, transient=True,
+        )  # fmt: skip
+        self._tasks: dict[str, Any] = {}
+
+    def _update(self, what: str, done: int, total: int) -> None:
+        if what not in self._tasks:
+            self._tasks[what] = self._bar.add_task(what, total=total)
+        self._bar.update(self._tasks[what], completed=done, total=total)
+
+    def __enter__(self) -> tuple[Progress, Any]:
+        self._bar.start()
+        return self._bar, self._update
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+
+def main() -> None:
+    """Run the command; one line for every foreseen error, with its exit code."""
+    try:
+        command.main(standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.Abort:
+        _fail("interrupted; nothing was written", 130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted; nothing was written", 130)
+    except ComqError as error:
+        _fail(str(error), error.exit_code)
+    except MemoryError:
+        _fail("out of memory; try a smaller --batch-size, fewer --samples, or --memory", 5)
+
+
+def _fail(message: str, code: int) -> None:
+    click.echo(f"comq-onnx: {message}", err=True)
+    sys.exit(code)

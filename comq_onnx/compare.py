@@ -1,0 +1,165 @@
+"""Two models on the same samples: how near the outputs are, how fast each runs, and what the runtime made of them."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from comq_onnx.graph import private_directory
+from comq_onnx.runtime import Session
+from comq_onnx.samples import Samples
+
+INTEGER_KERNELS = frozenset(
+    """QLinearConv QGemm QLinearMatMul MatMulIntegerToFloat MatMulInteger MatMulNBits ConvInteger QLinearAdd QLinearMul
+    QLinearConcat QLinearAveragePool QLinearGlobalAveragePool QLinearSigmoid QLinearLeakyRelu QLinearSoftmax""".split()
+)
+
+
+@dataclass(frozen=True)
+class OutputComparison:
+    """One output of two models: SQNR in dB, cosine similarity, top-1 agreement (None where it holds no class scores)."""
+
+    name: str
+    sqnr_db: float
+    cosine: float
+    top1_agreement: float | None
+
+
+class _Sums:
+    """Running sums over an output of both models."""
+
+    def __init__(self) -> None:
+        self.signal = self.noise = self.dot = self.energy = 0.0
+        self.agree = self.rows = 0
+        self.scores: bool | None = None
+
+    def add(self, before: npt.NDArray[Any], after: npt.NDArray[Any]) -> None:
+        a, b = before.astype(np.float64).ravel(), after.astype(np.float64).ravel()
+        finite = np.isfinite(a) & np.isfinite(b)
+        # where both say the same infinity they agree; anything else that is not finite is all noise
+        if not finite.all():
+            same = (a == b) & ~finite
+            self.noise += float(np.count_nonzero(~finite & ~same)) * float((a[finite] ** 2).mean() if finite.any() else 1)
+            a, b = a[finite], b[finite]
+        self.signal += float(a @ a)
+        self.noise += float((a - b) @ (a - b))
+        self.dot += float(a @ b)
+        self.energy += float(b @ b)
+        if self.scores is None:
+            self.scores = looks_like_scores(before)
+        if self.scores:
+            first, second = before.argmax(-1), after.argmax(-1)
+            self.agree += int((first == second).sum())
+            self.rows += first.size
+
+    def result(self, name: str) -> OutputComparison:
+        if self.noise == 0:
+            sqnr = 200.0
+        else:
+            sqnr = 10 * float(np.log10(max(self.signal, 1e-300) / self.noise))
+        length = float(np.sqrt(self.signal * self.energy))
+        cosine = self.dot / length if length > 0 else float(self.noise == 0)
+        return OutputComparison(name, sqnr, cosine, self.agree / self.rows if self.rows else None)
+
+
+def looks_like_scores(output: npt.NDArray[Any]) -> bool:
+    """Whether the last axis holds class scores: probabilities, logits [n, classes], or logits over a vocabulary."""
+    if output.ndim < 2 or output.shape[-1] < 2 or output.dtype.kind != "f" or not output.size:
+        return False
+    rows = output.reshape(-1, output.shape[-1]).astype(np.float64)
+    if (rows >= 0).all() and np.allclose(rows.sum(axis=1), 1, atol=1e-2):
+        return True
+    if output.ndim != 2:
+        return output.ndim == 3 and output.shape[-1] >= 1000
+    # vectors of length 1 are embeddings
+    return not np.allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-2)
+
+
+def compare_outputs(before: Session, after: Session, samples: Samples, batch_size: int) -> list[OutputComparison]:
+    """Run both models on `samples` and compare every floating-point output they share."""
+    sums: dict[str, _Sums] = {}
+    names = [name for name in before.output_names if name in after.output_names]
+    for feeds in samples.batches(batch_size):
+        first, second = before.run(feeds, names), after.run(feeds, names)
+        for name in names:
+            if isinstance(first[name], np.ndarray) and first[name].dtype.kind == "f":
+                if first[name].shape != second[name].shape:
+                    sums.setdefault(name, _Sums()).noise = np.inf
+                    continue
+                sums.setdefault(name, _Sums()).add(first[name], second[name])
+    return [s.result(name) for name, s in sums.items()]
+
+
+def sqnr_of(first: dict[str, Any], second: dict[str, Any]) -> float:
+    """The lowest SQNR in dB over the floating-point outputs of one run of two models; -inf where shapes differ."""
+    worst = 200.0
+    for name, a in first.items():
+        b = second.get(name)
+        if not isinstance(a, np.ndarray) or not isinstance(b, np.ndarray) or a.shape != b.shape:
+            worst = worst if type(a) is type(b) and not isinstance(a, np.ndarray) else -np.inf
+        elif a.dtype.kind == "f":
+            sums = _Sums()
+            sums.scores = False
+            sums.add(a, b)
+            worst = min(worst, sums.result(name).sqnr_db)
+        elif not np.array_equal(a, b):
+            worst = -np.inf
+    return worst
+
+
+def latency(
+    sessions: Sequence[Session], samples: Samples, seconds: float = 2.0, most: int = 200
+) -> list[float]:
+    """Median milliseconds for one sample (or one fixed batch), each model in turn, for about `seconds` in all."""
+    feeds = next(samples.batches(1))
+    for session in sessions:
+        session.run(feeds)
+    times: list[list[float]] = [[] for _ in sessions]
+    end = time.perf_counter() + seconds
+    while len(times[0]) < 3 or (time.perf_counter() < end and len(times[0]) < most):
+        for session, spent in zip(sessions, times, strict=True):
+            start = time.perf_counter()
+            session.run(feeds)
+            spent.append((time.perf_counter() - start) * 1e3)
+    return [float(np.median(t)) for t in times]
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The graph as ONNX Runtime executes it: nodes by op type, and the float products left behind a dequantization."""
+
+    counts: dict[str, int]
+    float_behind_dequantize: int
+
+    @property
+    def integer(self) -> dict[str, int]:
+        """The integer kernels among them."""
+        return {op: n for op, n in sorted(self.counts.items()) if op in INTEGER_KERNELS}
+
+
+def executed_kernels(path: Path, device: str = "cpu") -> Kernels:
+    """Let ONNX Runtime optimize the model at `path` and count what came out, subgraphs included."""
+    with private_directory() as work:
+        optimized = work / "optimized.onnx"
+        Session(path, device, threads=1, optimized=optimized)
+        graph = onnx.load(optimized, load_external_data=False).graph
+    counts: Counter[str] = Counter()
+    left = 0
+    pending = [graph]
+    while pending:
+        current = pending.pop()
+        dequantized = {name for n in current.node if n.op_type == "DequantizeLinear" for name in n.output}
+        for node in current.node:
+            counts[node.op_type] += 1
+            if node.op_type in ("Conv", "FusedConv", "MatMul", "Gemm", "FusedMatMul") and dequantized & set(node.input):
+                left += 1
+            pending += [a.g for a in node.attribute if a.type == onnx.AttributeProto.GRAPH]
+    return Kernels(dict(counts), left)

@@ -1,0 +1,40 @@
+"""The exceptions of comq_onnx.
+
+    ComqError                what went wrong, what was expected, what to do: one line
+    ├── OptionError    (2)   an option or an output path that cannot work
+    ├── ModelError     (3)   the model cannot be read, run or quantized
+    ├── SamplesError   (4)   the calibration samples do not fit the model
+    └── RuntimeFailure (5)   ONNX Runtime is missing or failed
+
+The number is the exit code of the command line.
+"""
+
+
+class ComqError(Exception):
+    """Base of every error comq_onnx raises on purpose; `exit_code` is the command line's."""
+
+    exit_code = 1
+
+
+class OptionError(ComqError):
+    """An option, or an output path, that cannot work."""
+
+    exit_code = 2
+
+
+class ModelError(ComqError):
+    """The model cannot be read, run or quantized."""
+
+    exit_code = 3
+
+
+class SamplesError(ComqError):
+    """The samples do not fit the model."""
+
+    exit_code = 4
+
+
+class RuntimeFailure(ComqError):
+    """ONNX Runtime is missing, or failed where the model and the samples are not to blame."""
+
+    exit_code = 5

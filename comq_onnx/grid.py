@@ -1,0 +1,146 @@
+"""The grid of a quantized weight, and the rounding arithmetic on it.
+
+A weight is a stack of matrices [groups, out, in] (one group for a MatMul, `group` of them for a Conv). Its codes are
+integers of `bits` bits; the value of a code is DequantizeLinear's
+
+    w_q = (code - zero_point) * scale
+
+with one scale and zero point per output channel, per block of `block_size` inputs of a channel, or per tensor.
+https://onnx.ai/onnx/operators/onnx__DequantizeLinear.html
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+Array: TypeAlias = npt.NDArray[np.float32]
+Codes: TypeAlias = npt.NDArray[np.int8]
+
+MIN_BITS, MAX_BITS = 2, 8
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What codes a weight may take: `bits`, symmetric (zero point 0) or not, and what shares a scale."""
+
+    bits: int
+    symmetric: bool = True
+    per_tensor: bool = False
+    block_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if not MIN_BITS <= self.bits <= MAX_BITS:
+            raise ValueError(f"bits is {self.bits}; {MIN_BITS} to {MAX_BITS} are possible")
+        if self.block_size is not None and (self.block_size < 1 or self.per_tensor):
+            raise ValueError("a block size is a positive number, and not for a per-tensor grid")
+
+    @property
+    def qmin(self) -> int:
+        """The lowest code, -2^(bits-1)."""
+        return -(1 << (self.bits - 1))
+
+    @property
+    def qmax(self) -> int:
+        """The highest code, 2^(bits-1) - 1."""
+        return (1 << (self.bits - 1)) - 1
+
+    @property
+    def granularity(self) -> str:
+        """`tensor`, `channel` or the block size, as the command line writes it."""
+        if self.per_tensor:
+            return "tensor"
+        return str(self.block_size) if self.block_size else "channel"
+
+    def blocks(self, inputs: int) -> int:
+        """How many scales a channel of `inputs` inputs has."""
+        return -(-inputs // self.block_size) if self.block_size else 1
+
+    def block_of(self, inputs: int) -> npt.NDArray[np.intp]:
+        """The block of each input: [inputs]."""
+        return np.arange(inputs) // (self.block_size or max(inputs, 1))
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """Codes [groups, out, in] with scale and zero_point [groups, out, blocks]."""
+
+    codes: Codes
+    scale: Array
+    zero_point: Codes
+    grid: Grid
+
+    def dequantize(self) -> Array:
+        """(codes - zero_point) * scale in float32, as DequantizeLinear computes it: [groups, out, in]."""
+        block = self.grid.block_of(self.codes.shape[-1])
+        steps = self.codes.astype(np.float32) - self.zero_point[..., block].astype(np.float32)
+        return steps * self.scale[..., block]
+
+
+def fit_minmax(weight: Array, grid: Grid, shrink: float = 1.0) -> tuple[Array, Codes]:
+    """Scale and zero point [groups, out, blocks] that span the weight [groups, out, in], times `shrink`.
+
+    Symmetric: scale = max|w| / qmax. Asymmetric: scale = (max - min) / (2^bits - 1), 0 always representable.
+    A block of zeros gets scale 1.
+    """
+    starts = np.arange(0, weight.shape[-1], grid.block_size or max(weight.shape[-1], 1))
+    low = np.minimum(np.minimum.reduceat(weight, starts, axis=-1), 0).astype(np.float32)
+    high = np.maximum(np.maximum.reduceat(weight, starts, axis=-1), 0).astype(np.float32)
+    if grid.per_tensor:
+        low, high = np.full_like(low, low.min()), np.full_like(high, high.max())
+    return _scale_and_zero_point(low * np.float32(shrink), high * np.float32(shrink), grid)
+
+
+def _scale_and_zero_point(low: Array, high: Array, grid: Grid) -> tuple[Array, Codes]:
+    if grid.symmetric:
+        scale = np.maximum(-low, high) / np.float32(grid.qmax)
+    else:
+        scale = (high - low) / np.float32(grid.qmax - grid.qmin)
+    # below the smallest normal number a scale loses bits, and 1 / scale overflows
+    scale = np.where(scale > np.finfo(np.float32).tiny * 256, scale, np.float32(1)).astype(np.float32)
+    if grid.symmetric:
+        return scale, np.zeros(scale.shape, np.int8)
+    zero_point = np.clip(np.rint(grid.qmin - low / scale), grid.qmin, grid.qmax)
+    return scale, zero_point.astype(np.int8)
+
+
+def fit_mse(weight: Array, grid: Grid, shrinks: npt.NDArray[np.float32] | None = None) -> tuple[Array, Codes]:
+    """The scale and zero point, among shrunken spans of the weight, whose plain rounding has the least squared error.
+
+    Every block chooses for itself (a per-tensor grid once for all).
+    """
+    if shrinks is None:
+        shrinks = np.linspace(1.05, 0.3, 26, dtype=np.float32)
+    starts = np.arange(0, weight.shape[-1], grid.block_size or max(weight.shape[-1], 1))
+    best, best_scale, best_zero = None, None, None
+    for shrink in shrinks:
+        scale, zero_point = fit_minmax(weight, grid, float(shrink))
+        error = (round_to_grid(weight, scale, zero_point, grid).dequantize() - weight) ** 2
+        loss = np.add.reduceat(error, starts, axis=-1)
+        if grid.per_tensor:
+            loss = np.full_like(loss, loss.sum(dtype=np.float64))
+        if best is None or best_scale is None or best_zero is None:
+            best, best_scale, best_zero = loss, scale, zero_point
+            continue
+        better = loss < best
+        best = np.where(better, loss, best)
+        best_scale = np.where(better, scale, best_scale)
+        best_zero = np.where(better, zero_point, best_zero)
+    assert best_scale is not None
+    assert best_zero is not None
+    return best_scale, best_zero
+
+
+def round_to_grid(weight: Array, scale: Array, zero_point: Codes, grid: Grid) -> QuantizedWeight:
+    """Plain rounding (RTN): codes clip(round(w / scale) + zero_point)."""
+    block = grid.block_of(weight.shape[-1])
+    codes = np.rint(weight / scale[..., block]) + zero_point[..., block]
+    return QuantizedWeight(np.clip(codes, grid.qmin, grid.qmax).astype(np.int8), scale, zero_point, grid)
+
+
+def rtn(weight: Array, grid: Grid) -> QuantizedWeight:
+    """Round a weight [groups, out, in] to the nearest codes of its min-max grid."""
+    return round_to_grid(weight, *fit_minmax(weight, grid), grid)

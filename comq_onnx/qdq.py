@@ -1,0 +1,403 @@
+"""Solutions and activation grids written into a graph as QuantizeLinear and DequantizeLinear, as the target wants them.
+
+The same functions rewrite a segment during calibration and the whole model at the end, so what is measured is what ships.
+
+Weights, from fastest to most general:
+
+- *integer*: codes -> (Cast to INT8) -> DequantizeLinear per channel, the layer's input quantized, an int32 bias of scale
+  s_x * s_w. ONNX Runtime folds the Cast at load and runs its int8 kernels; the file holds 4 (2) bits a weight.
+- *blocked* (weight-only MatMul): INT8 per channel or INT4 in blocks along the inputs -> DequantizeLinear, which becomes
+  MatMulNBits.
+- *folded* (any other weight-only layer): codes -> Cast to FLOAT -> Mul by the scale. Runtimes fold both at load: the file is
+  small, the speed that of the float layer. A DequantizeLinear there would run at every call.
+- *looked up* (embeddings): Gather of codes -> Cast -> Mul by the Gather of scales; only the rows looked up become float.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
+
+from comq_onnx import graph as graphs
+from comq_onnx.activations import ActivationGrid, ActivationPlan
+from comq_onnx.grid import Array, Grid, QuantizedWeight
+from comq_onnx.ops import ConvTranspose, Gather, Gemm, MatMul
+from comq_onnx.prepare import Layer, nodes_by_name
+from comq_onnx.solve import Solution
+from comq_onnx.targets import Target
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """All that emission needs: the solved layers, the activation plan with a grid for each of its values, the target."""
+
+    layers: Sequence[Layer]
+    solutions: Mapping[str, Solution]
+    plan: ActivationPlan
+    grids: Mapping[str, ActivationGrid]
+    target: Target
+    opset: int
+
+
+def emit(model: ir.Model, quantization: Quantization) -> None:
+    """Rewrite `model` in place: every solved layer it holds, every planned value that has a grid."""
+    nodes = nodes_by_name(model)
+    values = {str(v.name): v for v in graphs.walk_values(model)}
+    for layer in quantization.layers:
+        if layer.name in nodes and layer.name in quantization.solutions:
+            _emit_layer(model, nodes, layer, quantization)
+    readers = _integer_readers(quantization, nodes)
+    for name in quantization.plan.values:
+        if name in values and name in quantization.grids:
+            _emit_activation(model, values[name], quantization, readers.get(name, []))
+    passes.RemoveUnusedNodesPass()(model)
+
+
+def form(layer: Layer, plan: ActivationPlan) -> str:
+    """`integer`, `blocked`, `folded` or `looked up`: how the layer's weight is written."""
+    if isinstance(layer.kind, Gather):
+        return "looked up"
+    if layer.name in plan.integer_layers:
+        return "integer"
+    if isinstance(layer.kind, MatMul) and len(layer.weight_shape) == 2:
+        return "blocked"
+    if isinstance(layer.kind, Gemm) and not layer.kind.trans_a:
+        return "blocked"
+    return "folded"
+
+
+# Weights ---------------------------------------------------------------------------------------------------------------
+
+
+def _emit_layer(model: ir.Model, nodes: dict[str, ir.Node], layer: Layer, quantization: Quantization) -> None:
+    node = nodes[layer.name]
+    solution = quantization.solutions[layer.name]
+    how = form(layer, quantization.plan)
+    if how == "looked up":
+        _emit_gather(model, node, layer, solution.weight, quantization)
+        return
+    bias = _float_bias(model, layer, solution)
+    if how == "integer":
+        grid = quantization.grids[quantization.plan.root(layer.input)]
+        weight = _lift_dead_scales(solution.weight, bias, grid.scale)
+        _set_weight(node, layer, _dequantize(model, node, layer, weight, quantization))
+        _set_bias(model, nodes, layer, bias, _channel_scale(layer, weight), grid.scale)
+        if isinstance(layer.kind, Gemm):
+            _plain_gemm(node, layer, bias is not None)
+        return
+    if how == "blocked":
+        if isinstance(layer.kind, Gemm):
+            node = _gemm_as_matmul(model, node, layer, bias)
+        else:
+            _set_bias(model, nodes, layer, bias, None, None)
+        _set_weight(node, layer, _dequantize_blocks(model, node, layer, solution.weight, quantization), matmul=True)
+        return
+    _set_bias(model, nodes, layer, bias, None, None)
+    _set_weight(node, layer, _unpack_at_load(model, node, layer, solution.weight, quantization))
+
+
+def _set_weight(node: ir.Node, layer: Layer, value: ir.Value, matmul: bool = False) -> None:
+    node.replace_input_with(1 if matmul else layer.kind.weight_index, value)
+
+
+def _float_bias(model: ir.Model, layer: Layer, solution: Solution) -> Array | None:
+    """The bias [out] with the solution's shift; None where there is neither."""
+    beta = layer.kind.beta if isinstance(layer.kind, Gemm) else 1.0
+    bias = None
+    if layer.bias is not None:
+        tensor = model.graph.initializers[layer.bias].const_value
+        assert tensor is not None
+        bias = np.asarray(tensor.numpy(), np.float32).reshape(-1) * np.float32(beta)
+    if solution.shift is None:
+        return bias
+    alpha = layer.kind.alpha if isinstance(layer.kind, Gemm) else 1.0
+    shift = solution.shift.reshape(-1) * np.float32(alpha)
+    return shift if bias is None else bias + shift
+
+
+def _set_bias(
+    model: ir.Model,
+    nodes: dict[str, ir.Node],
+    layer: Layer,
+    bias: Array | None,
+    weight_scale: Array | None,
+    input_scale: np.float32 | None,
+) -> None:
+    """Write the bias as float32, or as int32 of scale s_x * s_w where both scales are given."""
+    if bias is None or layer.bias_node is None:
+        return
+    adder = nodes[layer.bias_node]
+    if weight_scale is None or input_scale is None:
+        value = graphs.add_initializer(model.graph, f"{layer.name}.bias", bias)
+    else:
+        scale = np.broadcast_to(input_scale * weight_scale, bias.shape).astype(np.float32)
+        codes = np.rint(bias.astype(np.float64) / scale)
+        if np.abs(codes).max(initial=0) >= 2**31:
+            value = graphs.add_initializer(model.graph, f"{layer.name}.bias", bias)
+        else:
+            parts = [
+                graphs.add_initializer(model.graph, f"{layer.name}.bias_codes", codes.astype(np.int32)),
+                graphs.add_initializer(model.graph, f"{layer.name}.bias_scale", scale),
+                graphs.add_initializer(model.graph, f"{layer.name}.bias_zero_point", np.zeros(scale.shape, np.int32)),
+            ]
+            value = _insert(adder, "DequantizeLinear", parts, {"axis": 0}, f"{layer.name}.bias")
+    if adder.name != layer.name:
+        index = next(i for i, v in enumerate(adder.inputs) if v is not None and v.name == layer.bias)
+        adder.replace_input_with(index, value)
+        return
+    if len(adder.inputs) < 3:
+        adder.resize_inputs(3)
+    adder.replace_input_with(2, value)
+
+
+def _lift_dead_scales(weight: QuantizedWeight, bias: Array | None, input_scale: np.float32) -> QuantizedWeight:
+    """Give channels without a nonzero weight a scale at which their bias fits int32."""
+    if bias is None or weight.scale.shape[-1] != 1:
+        return weight
+    dead = ~(weight.codes != weight.zero_point).any(axis=-1)
+    needed = np.abs(bias).reshape(dead.shape) / np.float32(2**30) / input_scale
+    scale = np.where(dead, np.maximum(weight.scale[..., 0], needed), weight.scale[..., 0])[..., None]
+    return QuantizedWeight(weight.codes, scale.astype(np.float32), weight.zero_point, weight.grid)
+
+
+def _channel_scale(layer: Layer, weight: QuantizedWeight) -> Array:
+    """Scales as DequantizeLinear wants them: [channels] along the layer's axis, or rank 0 for one per tensor; with the
+    alpha of a Gemm, whose emitted form has none."""
+    alpha = np.float32(layer.kind.alpha if isinstance(layer.kind, Gemm) else 1)
+    if weight.grid.per_tensor:
+        return np.asarray(weight.scale.flat[0] * alpha, np.float32)
+    return np.asarray(weight.scale.reshape(-1) * alpha, np.float32)
+
+
+def _codes(model: ir.Model, node: ir.Node, layer: Layer, codes: np.ndarray, bits: int, opset: int, target: Target,
+           container: str | None = None) -> ir.Value:  # fmt: skip
+    """The codes as an initializer in the smallest container."""
+    container = container or target.container(bits, opset)[0]
+    return graphs.add_initializer(model.graph, f"{layer.name}.codes", graphs.pack(codes, container))
+
+
+def _dequantize(model: ir.Model, node: ir.Node, layer: Layer, weight: QuantizedWeight, q: Quantization) -> ir.Value:
+    """codes -> Cast to INT8 where packed -> DequantizeLinear along the channels; the zero point always written (without
+    it ONNX Runtime does not fuse a Gemm)."""
+    codes = _codes(model, node, layer, layer.kind.from_matrix(weight.codes), weight.grid.bits, q.opset, q.target)
+    if codes.dtype != ir.DataType.INT8:
+        codes = _insert(node, "Cast", [codes], {"to": ir.DataType.INT8}, f"{layer.name}.int8")
+    scale = _channel_scale(layer, weight)
+    zero = weight.zero_point.flat[0] if weight.grid.per_tensor else weight.zero_point.reshape(-1)
+    parts = [
+        codes,
+        graphs.add_initializer(model.graph, f"{layer.name}.scale", scale),
+        graphs.add_initializer(model.graph, f"{layer.name}.zero_point", np.asarray(zero, np.int8)),
+    ]
+    attributes = {} if weight.grid.per_tensor else {"axis": layer.kind.axis}
+    return _insert(node, "DequantizeLinear", parts, attributes, f"{layer.name}.weight")
+
+
+def _dequantize_blocks(model: ir.Model, node: ir.Node, layer: Layer, weight: QuantizedWeight, q: Quantization) -> ir.Value:
+    """A weight-only MatMul's weight [in, out]: INT8 per channel, or INT4/INT2 in blocks along the inputs.
+
+    A channel's one scale is repeated for every block: the same weight, and the form that becomes MatMulNBits.
+    """
+    inputs = weight.codes.shape[-1]
+    bits, grid = weight.grid.bits, weight.grid
+    container, _ = q.target.container(bits, q.opset)
+    if container == "INT8" or q.opset < 21:
+        if grid.block_size is None:
+            return _dequantize_columns(model, node, layer, weight, q)
+        if q.opset < 21:
+            return _unpack_at_load(model, node, layer, weight, q, transposed=True)
+    block = grid.block_size or max(16, min(q.target.block, 1 << max(inputs - 1, 1).bit_length()))
+    of = np.minimum(np.arange(-(-inputs // block)) * block, inputs - 1) // (grid.block_size or inputs)
+    scale = np.asarray(weight.scale[0][:, of].T * _alpha(layer), np.float32)
+    zero = weight.zero_point[0][:, of].T
+    parts = [
+        _codes(model, node, layer, weight.codes[0].T, bits, q.opset, q.target),
+        graphs.add_initializer(model.graph, f"{layer.name}.scale", scale),
+    ]
+    if zero.any():
+        parts.append(graphs.add_initializer(model.graph, f"{layer.name}.zero_point", graphs.pack(zero, container)))
+    return _insert(node, "DequantizeLinear", parts, {"axis": 0, "block_size": block}, f"{layer.name}.weight")
+
+
+def _dequantize_columns(model: ir.Model, node: ir.Node, layer: Layer, weight: QuantizedWeight, q: Quantization) -> ir.Value:
+    codes = _codes(model, node, layer, weight.codes[0].T, 8, q.opset, q.target, container="INT8")
+    scale = _channel_scale(layer, weight)
+    zero = weight.zero_point.flat[0] if weight.grid.per_tensor else weight.zero_point.reshape(-1)
+    parts = [codes, graphs.add_initializer(model.graph, f"{layer.name}.scale", scale)]
+    if weight.zero_point.any():
+        parts.append(graphs.add_initializer(model.graph, f"{layer.name}.zero_point", np.asarray(zero, np.int8)))
+    attributes = {} if weight.grid.per_tensor else {"axis": 1}
+    return _insert(node, "DequantizeLinear", parts, attributes, f"{layer.name}.weight")
+
+
+def _alpha(layer: Layer) -> np.float32:
+    return np.float32(layer.kind.alpha if isinstance(layer.kind, Gemm) else 1)
+
+
+def _unpack_at_load(
+    model: ir.Model, node: ir.Node, layer: Layer, weight: QuantizedWeight, q: Quantization, transposed: bool = False
+) -> ir.Value:
+    """codes -> Cast to FLOAT (-> Sub zero point) -> Mul scale, all constant: folded when the runtime loads the model."""
+    kind = layer.kind
+    if transposed:
+        shape, spread = weight.codes[0].T, lambda numbers: np.asarray(numbers[0].T)
+    else:
+        shape, spread = kind.from_matrix(weight.codes), None
+    codes = _codes(model, node, layer, shape, weight.grid.bits, q.opset, q.target)
+    value = _insert(node, "Cast", [codes], {"to": ir.DataType.FLOAT}, f"{layer.name}.float")
+    for suffix, op, numbers in (("zero_point", "Sub", weight.zero_point), ("scale", "Mul", weight.scale)):
+        if op == "Sub" and not weight.zero_point.any():
+            continue
+        if weight.grid.per_tensor:
+            array = np.asarray(numbers.flat[0], np.float32)
+        elif weight.grid.block_size is not None:
+            full = numbers[..., weight.grid.block_of(weight.codes.shape[-1])]
+            array = spread(full) if spread else kind.from_matrix(full)
+        else:
+            array = spread(numbers) if spread else kind.spread_scale(numbers[..., 0])
+        factor = _alpha(layer) if transposed and op == "Mul" else np.float32(1)
+        part = graphs.add_initializer(model.graph, f"{layer.name}.{suffix}", np.asarray(array, np.float32) * factor)
+        value = _insert(node, op, [value, part], {}, f"{layer.name}.weight_{op.lower()}")
+    return value
+
+
+def _emit_gather(model: ir.Model, node: ir.Node, layer: Layer, weight: QuantizedWeight, q: Quantization) -> None:
+    indices = node.inputs[1]
+    codes = _codes(model, node, layer, weight.codes[0], weight.grid.bits, q.opset, q.target)
+    scale = graphs.add_initializer(model.graph, f"{layer.name}.scale", weight.scale[0])
+    attributes = {"axis": 0}
+    found = _insert(node, "Gather", [codes, indices], attributes, f"{layer.name}.row_codes")
+    value = _insert(node, "Cast", [found], {"to": ir.DataType.FLOAT}, f"{layer.name}.row")
+    if weight.zero_point.any():
+        zeros = graphs.add_initializer(model.graph, f"{layer.name}.zero_point", weight.zero_point[0].astype(np.float32))
+        offset = _insert(node, "Gather", [zeros, indices], attributes, f"{layer.name}.row_zero_point")
+        value = _insert(node, "Sub", [value, offset], {}, f"{layer.name}.row_steps")
+    step = _insert(node, "Gather", [scale, indices], attributes, f"{layer.name}.row_scale")
+    # the last node takes over the name of what the lookup made
+    out = node.outputs[0]
+    product = ir.node("Mul", [value, step], name=f"{layer.name}.rows")
+    _take_over(node, out, product)
+
+
+def _plain_gemm(node: ir.Node, layer: Layer, has_bias: bool) -> None:
+    """alpha and beta have gone into the scales and the bias."""
+    assert isinstance(layer.kind, Gemm)
+    node.attributes.pop("alpha", None)
+    if has_bias:
+        node.attributes.pop("beta", None)
+
+
+def _gemm_as_matmul(model: ir.Model, node: ir.Node, layer: Layer, bias: Array | None) -> ir.Node:
+    """x W + b instead of Gemm: with transB a Gemm never becomes MatMulNBits."""
+    assert isinstance(layer.kind, Gemm)
+    third = node.inputs[2] if len(node.inputs) > 2 else None
+    addend: ir.Value | None = None
+    if bias is not None:
+        addend = graphs.add_initializer(model.graph, f"{layer.name}.bias", bias)
+    elif third is not None and layer.kind.beta != 0:
+        addend = third
+        if layer.kind.beta != 1:
+            beta = graphs.add_initializer(model.graph, f"{layer.name}.beta", np.asarray(layer.kind.beta, np.float32))
+            addend = _insert(node, "Mul", [third, beta], {}, f"{layer.name}.scaled_bias")
+    product = ir.node("MatMul", [node.inputs[0], node.inputs[1]], name=f"{layer.name}.matmul")
+    if addend is None:
+        _take_over(node, node.outputs[0], product)
+        return product
+    product.outputs[0].name = f"{layer.name}.product"
+    assert node.graph is not None
+    node.graph.insert_before(node, product)  # type: ignore[union-attr]
+    _take_over(node, node.outputs[0], ir.node("Add", [product.outputs[0], addend], name=f"{layer.name}.add"))
+    return product
+
+
+def _take_over(node: ir.Node, out: ir.Value, replacement: ir.Node) -> None:
+    """Put `replacement` in the place of `node`: its output gets the old one's name, type and readers."""
+    new = replacement.outputs[0]
+    new.name, new.type, new.shape = out.name, out.type, out.shape
+    graph = node.graph
+    assert graph is not None
+    graph.insert_before(node, replacement)  # type: ignore[union-attr]
+    out.replace_all_uses_with(new, replace_graph_outputs=True)
+    graph.remove(node, safe=True)  # type: ignore[union-attr]
+
+
+def _insert(before: ir.Node, op: str, inputs: Sequence[ir.Value | None], attributes: dict[str, object], name: str) -> ir.Value:
+    """A new node right before another; its output, named like the node."""
+    made = ir.node(op, inputs, attributes, name=name)  # type: ignore[arg-type]
+    made.outputs[0].name = name
+    assert before.graph is not None
+    before.graph.insert_before(before, made)  # type: ignore[union-attr]
+    return made.outputs[0]
+
+
+# Activations -----------------------------------------------------------------------------------------------------------
+
+
+def _integer_readers(q: Quantization, nodes: dict[str, ir.Node]) -> dict[str, list[tuple[ir.Node, int]]]:
+    """For each value that only integer layers read dequantized: those layers' nodes and the input it is."""
+    readers: dict[str, list[tuple[ir.Node, int]]] = {}
+    for layer in q.layers:
+        if layer.name in q.plan.integer_layers and layer.name in nodes and layer.name in q.solutions:
+            readers.setdefault(layer.input, []).append((nodes[layer.name], layer.kind.input_index))
+    return readers
+
+
+def _emit_activation(model: ir.Model, value: ir.Value, q: Quantization, readers: list[tuple[ir.Node, int]]) -> None:
+    planned = q.plan.values[str(value.name)]
+    if planned.everywhere:
+        uses = list(value.uses())
+        outputs = [i for i, v in enumerate(model.graph.outputs) if v is value]
+        home = value.producer().graph if value.producer() is not None else model.graph  # type: ignore[union-attr]
+        inner = [(g, i) for g in model.graph.subgraphs() for i, v in enumerate(g.outputs) if v is value]
+        new = _pair(model, value, q, home)
+        for node, index in uses:
+            node.replace_input_with(index, new)
+        for g, i in inner:
+            g.outputs[i] = new
+        for i in outputs:
+            # the graph's output keeps its name: the raw value takes another
+            name, value.name = value.name, f"{value.name}.raw"
+            new.name, new.type, new.shape = name, value.type, value.shape
+            model.graph.outputs[i] = new
+        return
+    for home in {id(node.graph): node.graph for node, _ in readers}.values():
+        new = _pair(model, value, q, home)
+        for node, index in readers:
+            if node.graph is home:
+                node.replace_input_with(index, new)
+
+
+def _pair(model: ir.Model, value: ir.Value, q: Quantization, home: ir.Graph | ir.Function | None) -> ir.Value:
+    """QuantizeLinear and DequantizeLinear behind `value` in graph `home`; scale and zero point of rank 0."""
+    assert isinstance(home, ir.Graph)
+    grid = q.grids[q.plan.root(str(value.name))]
+    scale = graphs.add_initializer(model.graph, f"{value.name}.scale", np.asarray(grid.scale, np.float32))
+    zero = graphs.add_initializer(model.graph, f"{value.name}.zero_point", np.asarray(grid.zero_point, grid.dtype))
+    quantize = ir.node("QuantizeLinear", [value, scale, zero], name=f"{value.name}.quantize")
+    quantize.outputs[0].name = f"{value.name}.quantized"
+    dequantize = ir.node("DequantizeLinear", [quantize.outputs[0], scale, zero], name=f"{value.name}.dequantize")
+    dequantize.outputs[0].name = f"{value.name}.dequantized"
+    producer = value.producer()
+    if producer is not None and producer.graph is home:
+        home.insert_after(producer, [quantize, dequantize])
+    else:
+        home.insert_before(next(iter(home)), [quantize, dequantize])
+    return dequantize.outputs[0]
+
+
+def grid_for(layer: Layer, grid: Grid) -> Grid:
+    """The grid a layer's graph form can carry: blocks only along a matrix's inputs, one scale for grouped ConvTranspose,
+    symmetric where a zero point would have no place."""
+    kind = layer.kind
+    if isinstance(kind, Gather):
+        return Grid(grid.bits, symmetric=True)
+    matrix = isinstance(kind, (MatMul, Gemm)) and len(layer.weight_shape) == 2
+    if grid.block_size is not None and (not matrix or grid.block_size >= kind.inputs):
+        return Grid(grid.bits, grid.symmetric)
+    if isinstance(kind, ConvTranspose) and kind.group > 1:
+        return Grid(grid.bits, grid.symmetric, per_tensor=True)
+    return grid

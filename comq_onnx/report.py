@@ -1,0 +1,156 @@
+"""What a quantization did: one value with everything, as JSON and as a table for the terminal."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from comq_onnx.compare import OutputComparison
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer: its grid, and ||X^ Wq - X W||^2 / ||X W||^2 in dB for the solution and for plain rounding.
+
+    form: how the weight is written (see qdq); stage: which cut it was solved at. The errors are None in a plan.
+    """
+
+    name: str
+    op: str
+    weight_shape: tuple[int, ...]
+    bits: int
+    granularity: str
+    form: str
+    stage: int
+    error_db: float | None = None
+    rtn_error_db: float | None = None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that a run found out; `save_json` writes it, `rich` shows it."""
+
+    model: str
+    output: str | None
+    version: str
+    target: str
+    bits: int
+    layers: list[LayerReport]
+    skipped: dict[str, str]
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    options: dict[str, Any] = field(default_factory=dict)
+    runtime: dict[str, str] = field(default_factory=dict)
+    samples: dict[str, Any] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_rss_mb: float = 0.0
+    size: dict[str, int] = field(default_factory=dict)
+    outputs: list[OutputComparison] = field(default_factory=list)
+    latency_ms: dict[str, float] = field(default_factory=dict)
+    kernels: dict[str, int] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain values."""
+        return dataclasses.asdict(self)
+
+    def to_json(self) -> str:
+        """The report as JSON."""
+        return json.dumps(self.to_dict(), indent=2, default=str)
+
+    def save_json(self, path: str | Path) -> None:
+        """Write `to_json` to a file."""
+        Path(path).write_text(self.to_json() + "\n")
+
+    def rich(self, verbose: bool = False) -> RenderableType:
+        """The report for a terminal: what it cost and won, then the layers (all of them if `verbose`)."""
+        parts: list[RenderableType] = [_layer_table(self.layers, verbose)]
+        if self.skipped:
+            parts.append(_skipped(self.skipped, verbose))
+        if self.outputs:
+            parts.append(_output_table(self.outputs))
+        if self.size:
+            parts.append(Text(_gains(self)))
+        parts += [Text(f"note: {note}") for note in self.notes]
+        parts += [Text(f"warning: {warning}", style="yellow") for warning in self.warnings]
+        return Group(*parts)
+
+
+def _layer_table(layers: list[LayerReport], verbose: bool) -> Table:
+    solved = any(layer.error_db is not None for layer in layers)
+    table = Table(title=f"{len(layers)} layers", title_justify="left", box=None, pad_edge=False, header_style="bold")
+    table.add_column("layer", overflow="fold", max_width=46)
+    table.add_column("op")
+    table.add_column("weight", justify="right")
+    table.add_column("bits", justify="right")
+    table.add_column("scale per")
+    table.add_column("runs")
+    if solved:
+        table.add_column("error dB", justify="right")
+        table.add_column("rounding dB", justify="right")
+    else:
+        table.add_column("stage", justify="right")
+    for layer in _shown(layers, verbose, solved):
+        if layer is None:
+            table.add_row("...")
+            continue
+        last = (_db(layer.error_db), _db(layer.rtn_error_db)) if solved else (str(layer.stage),)
+        shape = "x".join(str(d) for d in layer.weight_shape)
+        table.add_row(layer.name, layer.op, shape, str(layer.bits), layer.granularity, layer.form, *last)
+    return table
+
+
+def _shown(layers: list[LayerReport], verbose: bool, solved: bool) -> Iterable[LayerReport | None]:
+    """All layers, or the eight that lose most where there are many."""
+    if verbose or len(layers) <= 16 or not solved:
+        return layers
+    worst = sorted(layers, key=lambda layer: -(layer.error_db or 0.0))[:8]
+    return [*worst, None]
+
+
+def _db(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
+
+
+def _skipped(skipped: dict[str, str], verbose: bool) -> Table:
+    table = Table(title=f"{len(skipped)} left as they are", title_justify="left", box=None, pad_edge=False)
+    table.add_column("name", overflow="fold", max_width=46)
+    table.add_column("reason", overflow="fold")
+    items = list(skipped.items())
+    for name, reason in items if verbose else items[:6]:
+        table.add_row(name, reason)
+    if not verbose and len(items) > 6:
+        table.add_row("...", f"{len(items) - 6} more with -v")
+    return table
+
+
+def _output_table(outputs: list[OutputComparison]) -> Table:
+    table = Table(title="on samples held back from calibration", title_justify="left", box=None, pad_edge=False)
+    table.add_column("output", overflow="fold", max_width=46)
+    for name in ("SQNR dB", "cosine", "top-1 agreement"):
+        table.add_column(name, justify="right")
+    for output in outputs:
+        agreement = "" if output.top1_agreement is None else f"{output.top1_agreement:.1%}"
+        table.add_row(output.name, f"{output.sqnr_db:.1f}", f"{output.cosine:.4f}", agreement)
+    return table
+
+
+def _gains(report: Report) -> str:
+    before, after = report.size["before"], report.size["after"]
+    text = f"size     {before / 1e6:.2f} MB -> {after / 1e6:.2f} MB ({after / before:.0%})"
+    if report.latency_ms:
+        slow, fast = report.latency_ms["before"], report.latency_ms["after"]
+        text += f"\nlatency  {slow:.2f} ms -> {fast:.2f} ms ({slow / fast:.2f}x, one sample, one thread)"
+    if report.kernels:
+        text += "\ninteger  " + ", ".join(f"{n} {op}" for op, n in report.kernels.items())
+    if report.seconds:
+        text += f"\ntook     {report.seconds['total']:.1f} s, {report.peak_rss_mb:,.0f} MB at the peak"
+    return text

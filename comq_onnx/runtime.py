@@ -1,0 +1,125 @@
+"""ONNX Runtime, the only module that imports it: sessions, runs, and what its errors mean."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from comq_onnx.errors import ModelError, RuntimeFailure
+
+Feeds = Mapping[str, Any]
+
+try:
+    import onnxruntime as ort
+except ImportError as error:  # the extras bring it
+    ort = None
+    _missing = str(error)
+
+
+def require() -> Any:
+    """onnxruntime, or RuntimeFailure naming the extra to install."""
+    if ort is None or not hasattr(ort, "InferenceSession"):
+        raise RuntimeFailure(
+            "onnxruntime is not installed; install one of the extras: "
+            "pip install 'comq-onnx[cpu]' or pip install 'comq-onnx[gpu]' (never both)"
+        )
+    return ort
+
+
+def version() -> str:
+    """The version of ONNX Runtime."""
+    return str(require().__version__)
+
+
+def choose_device(device: str) -> str:
+    """`cuda` or `cpu` for `auto`, `cpu` or `cuda`. Raises RuntimeFailure where CUDA is asked for and not there."""
+    available = require().get_available_providers()
+    if device == "auto":
+        return "cuda" if "CUDAExecutionProvider" in available else "cpu"
+    if device == "cuda" and "CUDAExecutionProvider" not in available:
+        raise RuntimeFailure(
+            f"--device cuda: ONNX Runtime has no CUDA here (it has {', '.join(available)}); "
+            "install comq-onnx[gpu] in place of comq-onnx[cpu], or use --device cpu"
+        )
+    return device
+
+
+@dataclass(frozen=True)
+class InputInfo:
+    """A model input: its numpy dtype and its dimensions, None where one is free; dims is None where even the rank is."""
+
+    name: str
+    dtype: np.dtype[Any]
+    dims: tuple[int | None, ...] | None
+
+
+_DTYPES = {
+    "float": np.float32, "double": np.float64, "float16": np.float16, "int64": np.int64, "int32": np.int32,
+    "int16": np.int16, "int8": np.int8, "uint64": np.uint64, "uint32": np.uint32, "uint16": np.uint16,
+    "uint8": np.uint8, "bool": np.bool_, "string": np.object_,
+}  # fmt: skip
+
+
+class Session:
+    """One loaded model. `optimized` names a file for the graph that ONNX Runtime made of it; level as in its API."""
+
+    def __init__(
+        self,
+        model: bytes | str | Path,
+        device: str = "cpu",
+        threads: int = 0,
+        level: int | None = None,
+        optimized: Path | None = None,
+        what: str = "the model",
+    ) -> None:
+        runtime = require()
+        options = runtime.SessionOptions()
+        options.log_severity_level = 4
+        options.intra_op_num_threads = threads
+        # the arena keeps what the largest segment needed for good
+        options.enable_cpu_mem_arena = False
+        if level is not None:
+            options.graph_optimization_level = runtime.GraphOptimizationLevel(level)
+        if optimized is not None:
+            options.optimized_model_filepath = str(optimized)
+        providers = ["CUDAExecutionProvider"] if device == "cuda" else []
+        source = str(model) if isinstance(model, Path) else model
+        try:
+            self._session = runtime.InferenceSession(source, options, providers=[*providers, "CPUExecutionProvider"])
+        except Exception as error:
+            raise ModelError(f"ONNX Runtime {runtime.__version__} cannot load {what}: {_reason(error)}") from error
+        if device == "cuda" and "CUDAExecutionProvider" not in self._session.get_providers():
+            raise RuntimeFailure("ONNX Runtime fell back to the CPU: its CUDA or cuDNN libraries do not load")
+        self.output_names: list[str] = [o.name for o in self._session.get_outputs()]
+        self.inputs: list[InputInfo] = [_input_info(i) for i in self._session.get_inputs()]
+        self._what = what
+
+    def run(self, feeds: Feeds, names: Sequence[str] | None = None) -> dict[str, Any]:
+        """Outputs by name. Raises RuntimeFailure with the runtime's own reason in one line."""
+        wanted = list(names) if names is not None else self.output_names
+        try:
+            return dict(zip(wanted, self._session.run(wanted, dict(feeds)), strict=True))
+        except Exception as error:
+            raise RuntimeFailure(f"ONNX Runtime failed running {self._what}: {_reason(error)}") from error
+
+
+def _input_info(node: Any) -> InputInfo:
+    inner = re.fullmatch(r"tensor\((\w+)\)", node.type)
+    dtype = _DTYPES.get(inner.group(1)) if inner else None
+    if dtype is None:
+        raise ModelError(f"input {node.name!r} has type {node.type}, which samples cannot be made for")
+    dims = None if node.shape is None else tuple(d if isinstance(d, int) and d > 0 else None for d in node.shape)
+    return InputInfo(node.name, np.dtype(dtype), dims)
+
+
+def _reason(error: BaseException) -> str:
+    """ONNX Runtime's message without its codes and source places, in one line."""
+    text = " ".join(str(error).split())
+    text = re.sub(r"\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
+    text = re.sub(r"/\S+\.(cc|h):\d+ ", "", text)
+    return text[:400]

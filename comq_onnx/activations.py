@@ -139,7 +139,7 @@ def plan_activations(model: ir.Model, layers: Sequence[Layer], target: Target, d
 
     values = {name: QuantizedValue(name, False) for name in dict.fromkeys(layer.input for layer in integer)}
     values.update(ends)
-    order = _topological(model, nodes)
+    order = _topological(nodes)
     ordered = dict(sorted(values.items(), key=lambda item: order.get(item[0], -1)))
     return ActivationPlan(dtype, ordered, frozenset(by_name))
 
@@ -158,15 +158,16 @@ def _in_order(model: ir.Model) -> Iterable[ir.Node]:
         yield from inner
 
 
-def _topological(model: ir.Model, nodes: dict[str, ir.Node]) -> dict[str, int]:
+def _topological(nodes: dict[str, ir.Node]) -> dict[str, int]:
     """The place of each value's producer; graph inputs come before all (they are absent)."""
     return {str(out.name): i for i, node in enumerate(nodes.values()) for out in node.outputs}
 
 
 def _behind_activation(node: ir.Node, target: Target) -> tuple[ir.Value, tuple[float, float] | None]:
-    """What comes out of a node, or out of the one activation that the runtime fuses into it, and the latter's bounds."""
+    """What comes out of a node, or out of the one activation that the runtime fuses into it, and the latter's
+    bounds."""
     value = node.outputs[0]
-    users = value.uses()
+    users = list(value.uses())
     if len(users) != 1 or value.is_graph_output():
         return value, None
     user = users[0][0]

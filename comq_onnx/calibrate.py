@@ -1,9 +1,10 @@
-"""The stage walk: run the model segment by segment on all samples, solve each stage's layers, go on with what they became.
+"""The stage walk: run the model segment by segment on all samples, solve each stage's layers, go on with what they
+became.
 
-At the cut before a stage the live tensors are kept twice for every sample: as the float model gives them (x) and as the model
-quantized so far gives them (x^). From those come the moments of each layer's input; the layers are solved; then the stage's
-segment runs once more each way, float and as it will be shipped, up to the next cut. So the whole model runs once, memory
-is bounded by one segment and the cut tensors, and later layers make up for what earlier ones lost.
+At the cut before a stage the live tensors are kept twice for every sample: as the float model gives them (x) and as the
+model quantized so far gives them (x^). From those come the moments of each layer's input; the layers are solved; then
+the stage's segment runs once more each way, float and as it will be shipped, up to the next cut. So the whole model
+runs once, memory is bounded by one segment and the cut tensors, and later layers make up for what earlier ones lost.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ Progress = Callable[[str, int, int], None]
 Tensors = dict[str, list[Any]]  # one array per batch
 
 # More input positions than these do not change a solution (measured on EfficientNet-Lite0 at 4 bits: 27k positions give
-# -26.4 dB, 6.6k -26.0): beyond them positions are drawn at random, the same share of each batch. Depthwise layers, whose
-# rows are many numbers for few moments, get the fewest.
+# -26.4 dB, 6.6k -26.0): beyond them positions are drawn at random, the same share of each batch. Depthwise layers,
+# whose rows are many numbers for few moments, get the fewest.
 LEAST_POSITIONS, MOST_POSITIONS = 16_384, 65_536
 POSITIONS_PER_INPUT = 24
 MOST_NUMBERS = 1 << 27
@@ -147,9 +148,7 @@ class _Walk:
 
     # moments and solutions
 
-    def _moments(
-        self, layers: Sequence[Layer], x: Tensors, x_hat: Tensors
-    ) -> Iterator[tuple[Layer, Statistics]]:
+    def _moments(self, layers: Sequence[Layer], x: Tensors, x_hat: Tensors) -> Iterator[tuple[Layer, Statistics]]:
         """Each layer with the moments of its input, gathered once for the layers that read the same rows."""
         sharing: dict[tuple[object, ...], list[Layer]] = {}
         for layer in layers:
@@ -180,7 +179,7 @@ class _Walk:
                 count = max(1, round(share * positions[i]))
                 pick = np.sort(rng.choice(positions[i], count, replace=False))
             if not np.isfinite(batch).all():
-                raise ModelError(self._not_finite(layer.input, batch, i))
+                raise ModelError(self._not_finite(layer.input, i))
             same = settings.independent or (batch_hat is batch and grid is None)
             hat = batch if same else (grid.fake_quantize(batch_hat) if grid is not None else batch_hat)
             for part in _parts(positions[i] if pick is None else len(pick), inputs, layer.kind.groups):
@@ -192,11 +191,11 @@ class _Walk:
             raise SamplesError(f"no sample reaches layer {layer.name!r}: its input is empty for all of them")
         return moments.statistics()
 
-    def _not_finite(self, name: str, batch: Any, i: int) -> str:
+    def _not_finite(self, name: str, i: int) -> str:
         first = sum(self.counts[:i])
         return (
-            f"the float model gives NaN or Inf at {name!r} for calibration samples {first} to {first + self.counts[i] - 1}; "
-            "check the samples and their preprocessing, or --exclude the layers that read it"
+            f"the float model gives NaN or Inf at {name!r} for calibration samples {first} to "
+            f"{first + self.counts[i] - 1}; check the samples and their preprocessing, or --exclude its readers"
         )
 
     def _solve(self, layer: Layer, statistics: Statistics) -> None:
@@ -230,9 +229,7 @@ class _Walk:
                 hat = self._run(quantized, stage, quantized_cut, live, live, observe=False)
                 for name in live:
                     # a tensor that no quantization reaches is kept once
-                    hat[name] = [
-                        a if _same(a, b) else b for a, b in zip(made[name], hat[name], strict=True)
-                    ]
+                    hat[name] = [a if _same(a, b) else b for a, b in zip(made[name], hat[name], strict=True)]
             else:
                 hat = made
             float_cut.update(made)
@@ -280,10 +277,7 @@ class _Walk:
                 for i, array in enumerate(arrays):
                     self.ranges[name].observe(array)
                     if not np.isfinite(self.ranges[name].high - self.ranges[name].low):
-                        raise ModelError(
-                            f"the float model gives NaN or Inf at {name!r} (batch {i}); check the samples and their "
-                            "preprocessing"
-                        )
+                        raise ModelError(self._not_finite(name, i))
         self._settle([name for name in tensors if name in self.ranges and name in self.samples.arrays])
 
     def _settle(self, names: Iterable[str]) -> None:
@@ -330,7 +324,11 @@ class Moments:
         new = [_gram(hat, hat), hat.sum(axis=1, dtype=np.float64)]
         if rows_hat is None:
             groups, _, n = rows.shape
-            new += [np.zeros((groups, n, n)), np.zeros((groups, n, n)), np.zeros((groups, n))] if self._sums is None else []
+            new += (
+                [np.zeros((groups, n, n)), np.zeros((groups, n, n)), np.zeros((groups, n))]
+                if self._sums is None
+                else []
+            )
         else:
             error = rows - rows_hat
             self._exact = False
@@ -352,7 +350,7 @@ class Moments:
 
 
 def _gram(a: Array, b: Array) -> npt.NDArray[np.float32]:
-    return np.matmul(a.swapaxes(1, 2), b)
+    return np.asarray(np.matmul(a.swapaxes(1, 2), b), np.float32)
 
 
 class _Keeper:
@@ -380,7 +378,8 @@ class _Keeper:
         self._held -= size
 
 
-# If ----------------------------------------------------------------------------------------------------------------------
+# If
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def specialize(prepared: Prepared, samples: Samples, settings: Settings) -> tuple[Prepared, dict[str, str]]:
@@ -460,4 +459,3 @@ def _inline(graph: ir.Graph, node: ir.Node, branch: ir.Graph) -> None:
         graph.insert_before(node, copy)
         old.replace_all_uses_with(copy.outputs[0], replace_graph_outputs=True)
     graph.remove(node, safe=True)
-

@@ -29,7 +29,7 @@ Examples:
 Exit codes: 0 done, 2 the command line, 3 the model, 4 the samples, 5 the runtime."""
 
 
-class _BitsFor(click.ParamType):
+class _BitsFor(click.ParamType[tuple[str, int]]):
     name = "RE=N"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, int]:
@@ -46,24 +46,34 @@ class _BitsFor(click.ParamType):
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Where the quantized model goes.")
 @click.option("--bits", type=click.IntRange(MIN_BITS, MAX_BITS), default=4, help="Bits of a weight.")
 @click.option("--calib", "calib", type=click.Path(path_type=Path), metavar="PATH",
-              help="Calibration samples: .npz or .npy (an array per input, samples first), a folder of them, or of images.")  # fmt: skip
+              help="Samples: .npz or .npy (arrays by input name), a folder of them, or of images.")  # fmt: skip
 @click.option("--preprocess", metavar="NAME|FILE", help=f"For images: {', '.join(PREPROCESS)}, or a JSON file.")
-@click.option("--samples", "max_samples", type=click.IntRange(1), default=pipeline.DEFAULT_SAMPLES, help="Samples to calibrate on, at most.")
+@click.option(
+    "--samples",
+    "max_samples",
+    type=click.IntRange(1),
+    default=pipeline.DEFAULT_SAMPLES,
+    help="Samples to calibrate on, at most.",
+)
 @click.option("--batch-size", type=click.IntRange(1), default=16, help="Samples run at once.")
-@click.option("--target", type=click.Choice(list(TARGETS)), default="ort-cpu", help="The runtime that will run the model.")
+@click.option(
+    "--target", type=click.Choice(list(TARGETS)), default="ort-cpu", help="The runtime that will run the model."
+)
 @click.option("--activations", type=click.Choice(["auto", "none", "8", "16"]), default="auto",
               help="Bits of activations; none for weight-only.")  # fmt: skip
 @click.option("--granularity", default="channel", metavar="channel|tensor|BLOCK", help="What shares a weight scale.")
 @click.option("--symmetric/--asymmetric", default=True, help="Whether weights have zero point 0.")
 @click.option("--include", multiple=True, metavar="RE", help="Only layers whose name matches; may be repeated.")
 @click.option("--exclude", multiple=True, metavar="RE", help="Not the layers whose name matches; may be repeated.")
-@click.option("--bits-for", multiple=True, type=_BitsFor(), metavar="RE=N", help="Other bits for the layers that match.")
+@click.option(
+    "--bits-for", multiple=True, type=_BitsFor(), metavar="RE=N", help="Other bits for the layers that match."
+)
 @click.option("--solver", type=click.Choice(list(SOLVERS)), default="comq",
               help="comq; paper: the authors' variant; rtn: plain rounding.")  # fmt: skip
 @click.option("--independent", is_flag=True, help="Calibrate every layer on the float model, as the paper does.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where to calibrate.")
 @click.option("--memory", "memory_gb", type=click.FloatRange(min=0.0), metavar="GB",
-              help="Memory for tensors kept between stages; beyond it they go to disk.  [default: half of what is free]")  # fmt: skip
+              help="For tensors kept between stages, then the disk.  [default: half of what is free]")  # fmt: skip
 @click.option("--plan", is_flag=True, help="List layers, bits and stages; calibrate and write nothing.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), metavar="FILE", help="Write the report as JSON.")
 @click.option("--seed", default=0, help="Which samples are used and held back.")

@@ -18,14 +18,18 @@ from comq_onnx.runtime import Session
 from comq_onnx.samples import Samples
 
 INTEGER_KERNELS = frozenset(
-    """QLinearConv QGemm QLinearMatMul MatMulIntegerToFloat MatMulInteger MatMulNBits ConvInteger QLinearAdd QLinearMul
-    QLinearConcat QLinearAveragePool QLinearGlobalAveragePool QLinearSigmoid QLinearLeakyRelu QLinearSoftmax""".split()
-)
+    {
+        "QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "MatMulInteger", "MatMulNBits", "ConvInteger",
+        "QLinearAdd", "QLinearMul", "QLinearConcat", "QLinearAveragePool", "QLinearGlobalAveragePool",
+        "QLinearSigmoid", "QLinearLeakyRelu", "QLinearSoftmax",
+    }
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class OutputComparison:
-    """One output of two models: SQNR in dB, cosine similarity, top-1 agreement (None where it holds no class scores)."""
+    """One output of two models: SQNR in dB, cosine similarity, top-1 agreement (None where it holds no class
+    scores)."""
 
     name: str
     sqnr_db: float
@@ -47,7 +51,9 @@ class _Sums:
         # where both say the same infinity they agree; anything else that is not finite is all noise
         if not finite.all():
             same = (a == b) & ~finite
-            self.noise += float(np.count_nonzero(~finite & ~same)) * float((a[finite] ** 2).mean() if finite.any() else 1)
+            self.noise += float(np.count_nonzero(~finite & ~same)) * float(
+                (a[finite] ** 2).mean() if finite.any() else 1
+            )
             a, b = a[finite], b[finite]
         self.signal += float(a @ a)
         self.noise += float((a - b) @ (a - b))
@@ -61,10 +67,7 @@ class _Sums:
             self.rows += first.size
 
     def result(self, name: str) -> OutputComparison:
-        if self.noise == 0:
-            sqnr = 200.0
-        else:
-            sqnr = 10 * float(np.log10(max(self.signal, 1e-300) / self.noise))
+        sqnr = 200.0 if self.noise == 0 else 10 * float(np.log10(max(self.signal, 1e-300) / self.noise))
         length = float(np.sqrt(self.signal * self.energy))
         cosine = self.dot / length if length > 0 else float(self.noise == 0)
         return OutputComparison(name, sqnr, cosine, self.agree / self.rows if self.rows else None)
@@ -115,9 +118,7 @@ def sqnr_of(first: dict[str, Any], second: dict[str, Any]) -> float:
     return worst
 
 
-def latency(
-    sessions: Sequence[Session], samples: Samples, seconds: float = 2.0, most: int = 200
-) -> list[float]:
+def latency(sessions: Sequence[Session], samples: Samples, seconds: float = 2.0, most: int = 200) -> list[float]:
     """Median milliseconds for one sample (or one fixed batch), each model in turn, for about `seconds` in all."""
     feeds = next(samples.batches(1))
     for session in sessions:

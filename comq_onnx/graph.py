@@ -84,7 +84,7 @@ def _external_files(model: ir.Model, path: Path) -> Iterator[Path]:
             file = (root / location).resolve()
             if os.path.isabs(location) or not file.is_relative_to(root):
                 raise ModelError(
-                    f"{path}: external data of {value.name!r} lies at {location!r}, outside the model's directory; refused"
+                    f"{path}: external data of {value.name!r} lies at {location!r}, outside the model's folder: refused"
                 )
             if not file.is_file():
                 raise ModelError(f"{path}: external data file {location!r} of {value.name!r} is missing; put it beside")
@@ -105,7 +105,9 @@ def from_object(model: Any) -> onnx.ModelProto:
         import onnx_graphsurgeon as gs
 
         return gs.export_onnx(model)  # type: ignore[no-any-return]
-    raise OptionError(f"a model is a path, an onnx.ModelProto or an onnx_graphsurgeon.Graph, not {type(model).__name__}")
+    raise OptionError(
+        f"a model is a path, an onnx.ModelProto or an onnx_graphsurgeon.Graph, not {type(model).__name__}"
+    )
 
 
 def check_output(out: Path, source: Path) -> None:
@@ -162,7 +164,7 @@ def weight_bytes(model: ir.Model) -> int:
 def to_bytes_or_file(model: ir.Model, directory: Path, name: str) -> bytes | str:
     """The model as a runtime takes it: serialized, or a path to it where it is too large for that."""
     if weight_bytes(model) <= INLINE_LIMIT:
-        return ir.to_proto(model).SerializeToString()
+        return bytes(ir.to_proto(model).SerializeToString())
     ir.save(model, directory / f"{name}.onnx", external_data=f"{name}.data")
     return str(directory / f"{name}.onnx")
 

@@ -96,15 +96,15 @@ def fit_minmax(weight: Array, grid: Grid, shrink: float = 1.0) -> tuple[Array, C
 
 def _scale_and_zero_point(low: Array, high: Array, grid: Grid) -> tuple[Array, Codes]:
     if grid.symmetric:
-        scale = np.maximum(-low, high) / np.float32(grid.qmax)
+        scale = np.asarray(np.maximum(-low, high) / np.float32(grid.qmax), np.float32)
     else:
-        scale = (high - low) / np.float32(grid.qmax - grid.qmin)
+        scale = np.asarray((high - low) / np.float32(grid.qmax - grid.qmin), np.float32)
     # below the smallest normal number a scale loses bits, and 1 / scale overflows
-    scale = np.where(scale > np.finfo(np.float32).tiny * 256, scale, np.float32(1)).astype(np.float32)
+    scale = np.where(scale > np.finfo(np.float32).tiny * 256, scale, np.float32(1))
     if grid.symmetric:
-        return scale, np.zeros(scale.shape, np.int8)
+        return np.asarray(scale, np.float32), np.zeros(np.shape(scale), np.int8)
     zero_point = np.clip(np.rint(grid.qmin - low / scale), grid.qmin, grid.qmax)
-    return scale, zero_point.astype(np.int8)
+    return np.asarray(scale, np.float32), np.asarray(zero_point, np.int8)
 
 
 def fit_mse(weight: Array, grid: Grid, shrinks: npt.NDArray[np.float32] | None = None) -> tuple[Array, Codes]:

@@ -123,9 +123,9 @@ class MatMul(OpKind):
 
     def positions(self, x: Array) -> int:
         if int(np.prod(self._lead)) == 1:
-            return x.size // self.weight_shape[-2]
+            return int(x.size // self.weight_shape[-2])
         full = np.broadcast_shapes(x.shape[:-2], self._lead)
-        return int(np.prod(full)) * x.shape[-2] // int(np.prod(self._lead))
+        return int(np.prod(full)) * int(x.shape[-2]) // int(np.prod(self._lead))
 
     def rows_key(self) -> tuple[object, ...]:
         return self.op_type, self._lead, self.inputs
@@ -228,7 +228,7 @@ class Gemm(OpKind):
         return rows if self.alpha == 1 else rows * np.float32(self.alpha)
 
     def positions(self, x: Array) -> int:
-        return x.shape[1] if self.trans_a else x.shape[0]
+        return int(x.shape[1] if self.trans_a else x.shape[0])
 
     def rows_key(self) -> tuple[object, ...]:
         return self.op_type, self.trans_a, self.alpha
@@ -302,13 +302,13 @@ class _Spatial(OpKind):
         else:
             n, *place = np.unravel_index(pick, (x.shape[0], *out))
             # the numbers picked come first, then channels and kernel
-            taken = windows[(n, slice(None), *place)]
+            taken = windows[(n, slice(None), *place)]  # type: ignore[arg-type]
         split = taken.reshape(taken.shape[0], self.group, -1)
         return np.ascontiguousarray(split.swapaxes(0, 1))
 
     def positions(self, x: Array) -> int:
         windows = self._windows(x)
-        return windows.shape[0] * int(np.prod(windows.shape[2 : x.ndim]))
+        return int(windows.shape[0]) * int(np.prod(windows.shape[2 : x.ndim]))
 
 
 @dataclass(frozen=True)
@@ -420,10 +420,11 @@ class ConvTranspose(_Spatial):
         begin, end = self._cropped(size)
         lower = [span - 1 - b for span, b in zip(self._spans, begin, strict=True)]
         upper = [span - 1 - e + o for span, e, o in zip(self._spans, end, self.output_padding, strict=True)]
-        padded = np.pad(
-            spaced, [(0, 0), (0, 0), *((max(a, 0), max(b, 0)) for a, b in zip(lower, upper, strict=True))]
-        )
-        cut = [slice(max(-a, 0), padded.shape[2 + i] - max(-b, 0)) for i, (a, b) in enumerate(zip(lower, upper, strict=True))]
+        padded = np.pad(spaced, [(0, 0), (0, 0), *((max(a, 0), max(b, 0)) for a, b in zip(lower, upper, strict=True))])
+        cut = [
+            slice(max(-a, 0), padded.shape[2 + i] - max(-b, 0))
+            for i, (a, b) in enumerate(zip(lower, upper, strict=True))
+        ]
         return padded[(slice(None), slice(None), *cut)], (1,) * len(size)
 
     @property
@@ -440,9 +441,7 @@ class ConvTranspose(_Spatial):
         )
 
 
-def _window_attributes(
-    node: ir.Node, rank: int
-) -> tuple[int, tuple[int, ...], tuple[int, ...], tuple[int, ...], str]:
+def _window_attributes(node: ir.Node, rank: int) -> tuple[int, tuple[int, ...], tuple[int, ...], tuple[int, ...], str]:
     """group, strides, dilations, pads and auto_pad with their defaults."""
     auto_pad = _get(node, "auto_pad", "NOTSET")
     return (

@@ -12,7 +12,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import onnx_ir as ir
 
@@ -21,7 +20,7 @@ from comq_onnx import runtime, stages
 from comq_onnx.activations import ActivationPlan, plan_activations
 from comq_onnx.calibrate import Calibration, Progress, Settings, specialize, walk
 from comq_onnx.compare import compare_outputs, executed_kernels, latency, sqnr_of
-from comq_onnx.errors import ComqError, ModelError, OptionError, RuntimeFailure, SamplesError
+from comq_onnx.errors import ModelError, OptionError, RuntimeFailure, SamplesError
 from comq_onnx.grid import MAX_BITS, MIN_BITS, Grid
 from comq_onnx.ops import Gather
 from comq_onnx.prepare import Layer, Prepared, Unprepared, calibrated, check_source, compile_pattern, prepare, select
@@ -78,7 +77,11 @@ class Options:
         """The weight grid that the options ask for, at `bits` bits."""
         if self.granularity in ("channel", "tensor"):
             return Grid(bits, self.symmetric, per_tensor=self.granularity == "tensor")
-        if not self.granularity.isdigit() or int(self.granularity) < 16 or int(self.granularity) & (int(self.granularity) - 1):
+        if (
+            not self.granularity.isdigit()
+            or int(self.granularity) < 16
+            or int(self.granularity) & (int(self.granularity) - 1)
+        ):
             raise OptionError(
                 f"--granularity {self.granularity}: channel, tensor, or a block of inputs: a power of two from 16 on"
             )
@@ -115,7 +118,8 @@ def plan(
     samples: str | os.PathLike[str] | Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Report:
-    """The layers, grids and stages that `quantize` would use, without calibrating: a Report without errors and outputs."""
+    """The layers, grids and stages that `quantize` would use, without calibrating: a Report without errors and
+    outputs."""
     chosen = Options(**options)
     with graphs.private_directory() as work:
         return _Run(_as_path(model, work), None, samples, chosen, _silent).plan()
@@ -198,7 +202,9 @@ class _Run:
             if not any(v.dtype == ir.DataType.BFLOAT16 for v in graphs.walk_values(model)):
                 raise
             # the CPU has no bfloat16 arithmetic: the float32 form stands in for the source
-            self.notes.append("ONNX Runtime cannot run this bfloat16 model here: compared with its float32 form instead")
+            self.notes.append(
+                "ONNX Runtime cannot run this bfloat16 model here: compared with its float32 form instead"
+            )
             prepared = prepare(model, graphs.opset(model), graphs.opset(model), fold=False)
             self.stand_in = ir.to_proto(prepared.model).SerializeToString()
             self.float_session = runtime.Session(self.stand_in, self.device, what=str(self.path))
@@ -228,8 +234,8 @@ class _Run:
         total, unit = len(everything), everything.fixed_batch or 1
         if total < 2 * unit:
             raise SamplesError(
-                f"{everything.source}: {total} sample(s); at least {2 * unit} are needed, one batch to calibrate on and one "
-                "to compare on, and 128 or more are better"
+                f"{everything.source}: {total} sample(s); at least {2 * unit} are needed, one batch to calibrate on "
+                "and one to compare on, and 128 or more are better"
             )
         held = min(MOST_HELD_BACK, max(unit, min(total, wanted) // HELD_BACK_SHARE // unit * unit))
         used = min(wanted, total - held) // unit * unit or unit
@@ -365,7 +371,9 @@ class _Run:
             "kernels": kernels.integer,
         }
 
-    def _report(self, planned: _Planned, found: Calibration | None, size: int | None, compared: dict[str, Any]) -> Report:
+    def _report(
+        self, planned: _Planned, found: Calibration | None, size: int | None, compared: dict[str, Any]
+    ) -> Report:
         stage_of = {
             layer.name: stage.index
             for stage in stages.cut(planned.walked.model, list(calibrated(planned.walked.layers)))
@@ -383,7 +391,7 @@ class _Run:
             skipped=planned.skipped,
             notes=self.notes,
             warnings=self.warnings,
-            options={k: v for k, v in vars(self.options).items()},
+            options=dict(vars(self.options)),
             runtime={"onnxruntime": runtime.version(), "device": self.device, "opset": str(planned.prepared.opset)},
             samples={
                 "source": self.calibration.source,
@@ -399,9 +407,7 @@ class _Run:
     def _layer(self, layer: Layer, planned: _Planned, stage: int, found: Calibration | None) -> LayerReport:
         grid = planned.grids[layer.name]
         how = form(layer, planned.activations)
-        basic = LayerReport(
-            layer.name, layer.op, layer.weight_shape, grid.bits, _granularity(layer, grid), how, stage
-        )
+        basic = LayerReport(layer.name, layer.op, layer.weight_shape, grid.bits, _granularity(layer, grid), how, stage)
         if found is None:
             return basic
         solution = found.solutions[layer.name]
@@ -436,7 +442,7 @@ def _token_limits(model: ir.Model) -> dict[str, int]:
             for user, index in current.uses():
                 table = user.inputs[0]
                 if user.op_type == "Gather" and index == 1 and table is not None and table.const_value is not None:
-                    rows = int(table.const_value.shape[0])
+                    rows = int(table.const_value.shape.numpy()[0])
                     limits[str(value.name)] = min(rows, limits.get(str(value.name), rows))
                 elif user.op_type in ("Cast", "Identity"):
                     pending.append(user.outputs[0])
@@ -455,5 +461,3 @@ def _peak_rss_mb() -> float:
 def version() -> str:
     """The installed version of comq-onnx."""
     return metadata.version("comq-onnx")
-
-

@@ -24,10 +24,12 @@ from comq_onnx.ops import OP_KINDS, Gather, Gemm, MatMul, MatMulLeft, NotQuantiz
 logger = logging.getLogger(__name__)
 
 QUANTIZED_OPS = frozenset(
-    """QuantizeLinear DequantizeLinear DynamicQuantizeLinear QLinearConv QLinearMatMul ConvInteger MatMulInteger
-    MatMulNBits MatMulBnb4 QAttention QGemm QLinearAdd QLinearMul DynamicQuantizeMatMul MatMulIntegerToFloat
-    GatherBlockQuantized DynamicQuantizeLSTM""".split()
-)
+    {
+        "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger",
+        "MatMulInteger", "MatMulNBits", "MatMulBnb4", "QAttention", "QGemm", "QLinearAdd", "QLinearMul",
+        "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "GatherBlockQuantized", "DynamicQuantizeLSTM",
+    }
+)  # fmt: skip
 # below this a layer's weights are no part of the file worth having, and its error is all cost
 MIN_WEIGHTS = 128
 # ops that only rearrange or retype a weight on its way to a layer
@@ -108,7 +110,9 @@ def prepare(model: ir.Model, wanted_opset: int, min_opset: int, fold: bool = Tru
     model = _raise_opset(model, wanted_opset, min_opset, notes)
     _clean(model)
     if upcast(model):
-        notes.append("half-precision arithmetic became float32, which the CPU computes in anyway; inputs and outputs kept")
+        notes.append(
+            "half-precision arithmetic became float32, which the CPU computes in anyway; inputs and outputs kept"
+        )
     model.ir_version = min(max(model.ir_version, 8), graphs.MAX_IR_VERSION)
     layers, skipped = list_layers(model)
     return Prepared(model, layers, skipped, notes)
@@ -126,7 +130,7 @@ def _clean(model: ir.Model) -> None:
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         passes.LiftSubgraphInitializersToMainGraphPass(),
         passes.RemoveUnusedNodesPass(),
-        passes.RemoveUnusedFunctionsPass(),
+        passes.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
         passes.NameFixPass(),
     )(model)
 
@@ -179,7 +183,8 @@ def _lower_opset(own: int, wanted: int, got: int) -> str:
     return f"no converter raises this model from opset {own} to {wanted}: it is written at opset {got}, weights as INT8"
 
 
-# Half precision --------------------------------------------------------------------------------------------------------
+# Half precision
+# --------------------------------------------------------------------------------------------------------
 
 
 def upcast(model: ir.Model) -> bool:
@@ -249,7 +254,8 @@ def _upcast_attributes(node: ir.Node) -> None:
             node.attributes[name] = ir.AttrTensor(name, ir.tensor(attribute.value.numpy().astype(np.float32)))
 
 
-# Layers ----------------------------------------------------------------------------------------------------------------
+# Layers
+# ----------------------------------------------------------------------------------------------------------------
 
 
 def list_layers(model: ir.Model) -> tuple[list[Layer], dict[str, str]]:
@@ -287,14 +293,22 @@ def _as_layer(node: ir.Node) -> Layer | None:
         return None
     assert weight.const_value is not None
     shape = tuple(int(d) for d in weight.const_value.shape)
-    kind: OpKind = factory.of(node, shape) if weight.const_value.dtype in (ir.DataType.FLOAT, *HALF) else _wrong_type(weight)
+    kind: OpKind = (
+        factory.of(node, shape) if weight.const_value.dtype in (ir.DataType.FLOAT, *HALF) else _wrong_type(weight)
+    )
     if weight.const_value.size < MIN_WEIGHTS:
         raise NotQuantizable(f"only {weight.const_value.size} weights, too few to matter")
     source = node.inputs[kind.input_index]
     if source is None or graphs.is_constant(source):
         raise NotQuantizable("its input is constant")
     return Layer(
-        str(node.name), node.op_type, kind, str(source.name), str(node.outputs[0].name), str(weight.name), *_bias(node, kind)
+        str(node.name),
+        node.op_type,
+        kind,
+        str(source.name),
+        str(node.outputs[0].name),
+        str(weight.name),
+        *_bias(node, kind),
     )
 
 
@@ -319,7 +333,7 @@ def _bias(node: ir.Node, kind: OpKind) -> tuple[str | None, str | None, bool]:
         return (str(bias.name), str(node.name), True) if plain else (None, None, False)
     if not isinstance(kind, MatMul) or len(kind.weight_shape) != 2 or node.outputs[0].is_graph_output():
         return None, None, False
-    users = node.outputs[0].uses()
+    users = list(node.outputs[0].uses())
     if len(users) != 1 or users[0][0].op_type != "Add" or users[0][0].graph is not node.graph:
         return None, None, False
     add = users[0][0]
@@ -327,7 +341,12 @@ def _bias(node: ir.Node, kind: OpKind) -> tuple[str | None, str | None, bool]:
     if not graphs.is_constant(bias) or bias is None or bias.const_value is None:
         return None, None, False
     shape = bias.const_value.shape
-    if bias.const_value.size != kind.weight_shape[-1] or not shape or shape[-1] != kind.weight_shape[-1] or len(shape) > 1:
+    if (
+        bias.const_value.size != kind.weight_shape[-1]
+        or not shape
+        or shape[-1] != kind.weight_shape[-1]
+        or len(shape) > 1
+    ):
         return None, None, False
     return str(bias.name), str(add.name), True
 
@@ -357,14 +376,18 @@ def _idle_weight(node: ir.Node) -> int:
 
 
 _ELEMENTWISE = frozenset(
-    "Add Sub Mul Div Pow Max Min Where Concat Slice Expand Identity Cast Pad Resize ScatterND GatherElements".split()
-)
+    {
+        "Add", "Sub", "Mul", "Div", "Pow", "Max", "Min", "Where", "Concat", "Slice", "Expand", "Identity", "Cast",
+        "Pad", "Resize", "ScatterND", "GatherElements", "Reshape", "Transpose", "Unsqueeze", "Squeeze",
+    }
+)  # fmt: skip
 
 
 def select(prepared: Prepared, include: Sequence[str], exclude: Sequence[str]) -> Prepared:
     """Keep the layers whose name matches an `include` (all, where none is given) and no `exclude`; the rest is skipped.
 
-    Raises OptionError for a pattern that is no regular expression or matches no layer, ModelError where nothing is left.
+    Raises OptionError for a pattern that is no regular expression or matches no layer, ModelError where nothing is
+    left.
     """
     wanted = _matcher(include, prepared.layers, "--include")
     unwanted = _matcher(exclude, prepared.layers, "--exclude")
@@ -389,7 +412,9 @@ def _matcher(patterns: Sequence[str], layers: Sequence[Layer], option: str) -> C
     compiled = [compile_pattern(p, option) for p in patterns]
     for pattern in compiled:
         if not any(pattern.search(layer.name) for layer in layers):
-            raise OptionError(f"{option} {pattern.pattern!r} matches none of {len(layers)} layers; see --plan for their names")
+            raise OptionError(
+                f"{option} {pattern.pattern!r} matches none of {len(layers)} layers; see --plan for their names"
+            )
     return lambda name: any(pattern.search(name) for pattern in compiled)
 
 

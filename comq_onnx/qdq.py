@@ -1,24 +1,30 @@
 """Solutions and activation grids written into a graph as QuantizeLinear and DequantizeLinear, as the target wants them.
 
-The same functions rewrite a segment during calibration and the whole model at the end, so what is measured is what ships.
+The same functions rewrite a segment during calibration and the whole model at the end, so what is measured is what
+ships.
 
 Weights, from fastest to most general:
 
-- *integer*: codes -> (Cast to INT8) -> DequantizeLinear per channel, the layer's input quantized, an int32 bias of scale
+- *integer*: codes -> (Cast to INT8) -> DequantizeLinear per channel, the layer's input quantized, an int32 bias of
+  scale
   s_x * s_w. ONNX Runtime folds the Cast at load and runs its int8 kernels; the file holds 4 (2) bits a weight.
 - *blocked* (weight-only MatMul): INT8 per channel or INT4 in blocks along the inputs -> DequantizeLinear, which becomes
   MatMulNBits.
-- *folded* (any other weight-only layer): codes -> Cast to FLOAT -> Mul by the scale. Runtimes fold both at load: the file is
+- *folded* (any other weight-only layer): codes -> Cast to FLOAT -> Mul by the scale. Runtimes fold both at load: the
+  file is
   small, the speed that of the float layer. A DequantizeLinear there would run at every call.
-- *looked up* (embeddings): Gather of codes -> Cast -> Mul by the Gather of scales; only the rows looked up become float.
+- *looked up* (embeddings): Gather of codes -> Cast -> Mul by the Gather of scales; only the rows looked up become
+  float.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
@@ -30,10 +36,13 @@ from comq_onnx.prepare import Layer, nodes_by_name
 from comq_onnx.solve import Solution
 from comq_onnx.targets import Target
 
+Numbers = npt.NDArray[Any]
+
 
 @dataclass(frozen=True)
 class Quantization:
-    """All that emission needs: the solved layers, the activation plan with a grid for each of its values, the target."""
+    """All that emission needs: the solved layers, the activation plan with a grid for each of its values, the
+    target."""
 
     layers: Sequence[Layer]
     solutions: Mapping[str, Solution]
@@ -70,7 +79,8 @@ def form(layer: Layer, plan: ActivationPlan) -> str:
     return "folded"
 
 
-# Weights ---------------------------------------------------------------------------------------------------------------
+# Weights
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def _emit_layer(model: ir.Model, nodes: dict[str, ir.Node], layer: Layer, quantization: Quantization) -> None:
@@ -173,17 +183,19 @@ def _channel_scale(layer: Layer, weight: QuantizedWeight) -> Array:
     return np.asarray(weight.scale.reshape(-1) * alpha, np.float32)
 
 
-def _codes(model: ir.Model, node: ir.Node, layer: Layer, codes: np.ndarray, bits: int, opset: int, target: Target,
-           container: str | None = None) -> ir.Value:  # fmt: skip
-    """The codes as an initializer in the smallest container."""
-    container = container or target.container(bits, opset)[0]
+def _codes(model: ir.Model, layer: Layer, codes: Numbers, container: str) -> ir.Value:
+    """The codes as an initializer in their container."""
     return graphs.add_initializer(model.graph, f"{layer.name}.codes", graphs.pack(codes, container))
+
+
+def _container(weight: QuantizedWeight, q: Quantization) -> str:
+    return q.target.container(weight.grid.bits, q.opset)[0]
 
 
 def _dequantize(model: ir.Model, node: ir.Node, layer: Layer, weight: QuantizedWeight, q: Quantization) -> ir.Value:
     """codes -> Cast to INT8 where packed -> DequantizeLinear along the channels; the zero point always written (without
     it ONNX Runtime does not fuse a Gemm)."""
-    codes = _codes(model, node, layer, layer.kind.from_matrix(weight.codes), weight.grid.bits, q.opset, q.target)
+    codes = _codes(model, layer, layer.kind.from_matrix(weight.codes), _container(weight, q))
     if codes.dtype != ir.DataType.INT8:
         codes = _insert(node, "Cast", [codes], {"to": ir.DataType.INT8}, f"{layer.name}.int8")
     scale = _channel_scale(layer, weight)
@@ -197,17 +209,19 @@ def _dequantize(model: ir.Model, node: ir.Node, layer: Layer, weight: QuantizedW
     return _insert(node, "DequantizeLinear", parts, attributes, f"{layer.name}.weight")
 
 
-def _dequantize_blocks(model: ir.Model, node: ir.Node, layer: Layer, weight: QuantizedWeight, q: Quantization) -> ir.Value:
+def _dequantize_blocks(
+    model: ir.Model, node: ir.Node, layer: Layer, weight: QuantizedWeight, q: Quantization
+) -> ir.Value:
     """A weight-only MatMul's weight [in, out]: INT8 per channel, or INT4/INT2 in blocks along the inputs.
 
     A channel's one scale is repeated for every block: the same weight, and the form that becomes MatMulNBits.
     """
     inputs = weight.codes.shape[-1]
-    bits, grid = weight.grid.bits, weight.grid
-    container, _ = q.target.container(bits, q.opset)
+    grid = weight.grid
+    container = _container(weight, q)
     if container == "INT8" or q.opset < 21:
         if grid.block_size is None:
-            return _dequantize_columns(model, node, layer, weight, q)
+            return _dequantize_columns(model, node, layer, weight)
         if q.opset < 21:
             return _unpack_at_load(model, node, layer, weight, q, transposed=True)
     block = grid.block_size or max(16, min(q.target.block, 1 << max(inputs - 1, 1).bit_length()))
@@ -215,7 +229,7 @@ def _dequantize_blocks(model: ir.Model, node: ir.Node, layer: Layer, weight: Qua
     scale = np.asarray(weight.scale[0][:, of].T * _alpha(layer), np.float32)
     zero = weight.zero_point[0][:, of].T
     parts = [
-        _codes(model, node, layer, weight.codes[0].T, bits, q.opset, q.target),
+        _codes(model, layer, weight.codes[0].T, container),
         graphs.add_initializer(model.graph, f"{layer.name}.scale", scale),
     ]
     if zero.any():
@@ -223,8 +237,8 @@ def _dequantize_blocks(model: ir.Model, node: ir.Node, layer: Layer, weight: Qua
     return _insert(node, "DequantizeLinear", parts, {"axis": 0, "block_size": block}, f"{layer.name}.weight")
 
 
-def _dequantize_columns(model: ir.Model, node: ir.Node, layer: Layer, weight: QuantizedWeight, q: Quantization) -> ir.Value:
-    codes = _codes(model, node, layer, weight.codes[0].T, 8, q.opset, q.target, container="INT8")
+def _dequantize_columns(model: ir.Model, node: ir.Node, layer: Layer, weight: QuantizedWeight) -> ir.Value:
+    codes = _codes(model, layer, weight.codes[0].T, "INT8")
     scale = _channel_scale(layer, weight)
     zero = weight.zero_point.flat[0] if weight.grid.per_tensor else weight.zero_point.reshape(-1)
     parts = [codes, graphs.add_initializer(model.graph, f"{layer.name}.scale", scale)]
@@ -241,33 +255,35 @@ def _alpha(layer: Layer) -> np.float32:
 def _unpack_at_load(
     model: ir.Model, node: ir.Node, layer: Layer, weight: QuantizedWeight, q: Quantization, transposed: bool = False
 ) -> ir.Value:
-    """codes -> Cast to FLOAT (-> Sub zero point) -> Mul scale, all constant: folded when the runtime loads the model."""
-    kind = layer.kind
-    if transposed:
-        shape, spread = weight.codes[0].T, lambda numbers: np.asarray(numbers[0].T)
-    else:
-        shape, spread = kind.from_matrix(weight.codes), None
-    codes = _codes(model, node, layer, shape, weight.grid.bits, q.opset, q.target)
-    value = _insert(node, "Cast", [codes], {"to": ir.DataType.FLOAT}, f"{layer.name}.float")
-    for suffix, op, numbers in (("zero_point", "Sub", weight.zero_point), ("scale", "Mul", weight.scale)):
-        if op == "Sub" and not weight.zero_point.any():
-            continue
+    """codes -> Cast to FLOAT (-> Sub zero point) -> Mul scale, all constant: folded when the runtime loads the model.
+
+    transposed: for a Gemm that became a MatMul, whose alpha goes into the scale.
+    """
+
+    def arrange(matrix: Numbers) -> Numbers:
+        return matrix[0].T if transposed else layer.kind.from_matrix(matrix)
+
+    def spread(numbers: Numbers) -> Numbers:
         if weight.grid.per_tensor:
-            array = np.asarray(numbers.flat[0], np.float32)
-        elif weight.grid.block_size is not None:
-            full = numbers[..., weight.grid.block_of(weight.codes.shape[-1])]
-            array = spread(full) if spread else kind.from_matrix(full)
-        else:
-            array = spread(numbers) if spread else kind.spread_scale(numbers[..., 0])
-        factor = _alpha(layer) if transposed and op == "Mul" else np.float32(1)
-        part = graphs.add_initializer(model.graph, f"{layer.name}.{suffix}", np.asarray(array, np.float32) * factor)
-        value = _insert(node, op, [value, part], {}, f"{layer.name}.weight_{op.lower()}")
-    return value
+            return np.asarray(numbers.flat[0])
+        if weight.grid.block_size is not None:
+            return arrange(numbers[..., weight.grid.block_of(weight.codes.shape[-1])])
+        return numbers[0].T if transposed else layer.kind.spread_scale(numbers[..., 0])
+
+    codes = _codes(model, layer, arrange(weight.codes), _container(weight, q))
+    value = _insert(node, "Cast", [codes], {"to": ir.DataType.FLOAT}, f"{layer.name}.float")
+    if weight.zero_point.any():
+        zero = spread(weight.zero_point).astype(np.float32)
+        part = graphs.add_initializer(model.graph, f"{layer.name}.zero_point", zero)
+        value = _insert(node, "Sub", [value, part], {}, f"{layer.name}.steps")
+    scale = spread(weight.scale) * (_alpha(layer) if transposed else np.float32(1))
+    part = graphs.add_initializer(model.graph, f"{layer.name}.scale", np.asarray(scale, np.float32))
+    return _insert(node, "Mul", [value, part], {}, f"{layer.name}.weight")
 
 
 def _emit_gather(model: ir.Model, node: ir.Node, layer: Layer, weight: QuantizedWeight, q: Quantization) -> None:
     indices = node.inputs[1]
-    codes = _codes(model, node, layer, weight.codes[0], weight.grid.bits, q.opset, q.target)
+    codes = _codes(model, layer, weight.codes[0], _container(weight, q))
     scale = graphs.add_initializer(model.graph, f"{layer.name}.scale", weight.scale[0])
     attributes = {"axis": 0}
     found = _insert(node, "Gather", [codes, indices], attributes, f"{layer.name}.row_codes")
@@ -309,7 +325,7 @@ def _gemm_as_matmul(model: ir.Model, node: ir.Node, layer: Layer, bias: Array | 
         return product
     product.outputs[0].name = f"{layer.name}.product"
     assert node.graph is not None
-    node.graph.insert_before(node, product)  # type: ignore[union-attr]
+    node.graph.insert_before(node, product)
     _take_over(node, node.outputs[0], ir.node("Add", [product.outputs[0], addend], name=f"{layer.name}.add"))
     return product
 
@@ -320,21 +336,24 @@ def _take_over(node: ir.Node, out: ir.Value, replacement: ir.Node) -> None:
     new.name, new.type, new.shape = out.name, out.type, out.shape
     graph = node.graph
     assert graph is not None
-    graph.insert_before(node, replacement)  # type: ignore[union-attr]
+    graph.insert_before(node, replacement)
     out.replace_all_uses_with(new, replace_graph_outputs=True)
-    graph.remove(node, safe=True)  # type: ignore[union-attr]
+    graph.remove(node, safe=True)
 
 
-def _insert(before: ir.Node, op: str, inputs: Sequence[ir.Value | None], attributes: dict[str, object], name: str) -> ir.Value:
+def _insert(
+    before: ir.Node, op: str, inputs: Sequence[ir.Value | None], attributes: Mapping[str, Any], name: str
+) -> ir.Value:
     """A new node right before another; its output, named like the node."""
-    made = ir.node(op, inputs, attributes, name=name)  # type: ignore[arg-type]
+    made = ir.node(op, inputs, attributes, name=name)
     made.outputs[0].name = name
     assert before.graph is not None
-    before.graph.insert_before(before, made)  # type: ignore[union-attr]
+    before.graph.insert_before(before, made)
     return made.outputs[0]
 
 
-# Activations -----------------------------------------------------------------------------------------------------------
+# Activations
+# -----------------------------------------------------------------------------------------------------------
 
 
 def _integer_readers(q: Quantization, nodes: dict[str, ir.Node]) -> dict[str, list[tuple[ir.Node, int]]]:
@@ -351,7 +370,8 @@ def _emit_activation(model: ir.Model, value: ir.Value, q: Quantization, readers:
     if planned.everywhere:
         uses = list(value.uses())
         outputs = [i for i, v in enumerate(model.graph.outputs) if v is value]
-        home = value.producer().graph if value.producer() is not None else model.graph  # type: ignore[union-attr]
+        producer = value.producer()
+        home = producer.graph if producer is not None else model.graph
         inner = [(g, i) for g in model.graph.subgraphs() for i, v in enumerate(g.outputs) if v is value]
         new = _pair(model, value, q, home)
         for node, index in uses:
@@ -390,8 +410,8 @@ def _pair(model: ir.Model, value: ir.Value, q: Quantization, home: ir.Graph | ir
 
 
 def grid_for(layer: Layer, grid: Grid) -> Grid:
-    """The grid a layer's graph form can carry: blocks only along a matrix's inputs, one scale for grouped ConvTranspose,
-    symmetric where a zero point would have no place."""
+    """The grid a layer's graph form can carry: blocks only along a matrix's inputs, one scale for grouped
+    ConvTranspose, symmetric where a zero point would have no place."""
     kind = layer.kind
     if isinstance(kind, Gather):
         return Grid(grid.bits, symmetric=True)

@@ -51,7 +51,8 @@ def choose_device(device: str) -> str:
 
 @dataclass(frozen=True)
 class InputInfo:
-    """A model input: its numpy dtype and its dimensions, None where one is free; dims is None where even the rank is."""
+    """A model input: its numpy dtype and its dimensions, None where one is free; dims is None where even the rank
+    is."""
 
     name: str
     dtype: np.dtype[Any]

@@ -23,7 +23,8 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".
 
 
 class ModelInput(Protocol):
-    """What must be known of a model's input: name, numpy dtype, dimensions (None where free; all None: rank unknown)."""
+    """What must be known of a model's input: name, numpy dtype, dimensions (None where free; all None: rank
+    unknown)."""
 
     @property
     def name(self) -> str: ...
@@ -77,7 +78,8 @@ class Samples:
         return self.take(np.sort(order[held_back:][:used])), self.take(np.sort(order[: held_back // unit * unit]))
 
 
-# Reading ---------------------------------------------------------------------------------------------------------------
+# Reading
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def load_samples(
@@ -121,7 +123,9 @@ def _read_arrays(path: Path, inputs: Sequence[ModelInput]) -> dict[str, AnyArray
         if isinstance(loaded, np.ndarray):
             if len(inputs) != 1:
                 names = ", ".join(i.name for i in inputs)
-                raise SamplesError(f"{path}: one array for {len(inputs)} inputs ({names}); use an .npz with these names")
+                raise SamplesError(
+                    f"{path}: one array for {len(inputs)} inputs ({names}); use an .npz with these names"
+                )
             return {inputs[0].name: loaded}
         with loaded:
             wanted = {i.name for i in inputs}
@@ -140,18 +144,19 @@ def _join(parts: list[tuple[Path, dict[str, AnyArray]]]) -> dict[str, AnyArray]:
         for name in first:
             if part[name].shape[1:] != first[name].shape[1:]:
                 raise SamplesError(
-                    f"{path}: {name!r} has samples of shape {part[name].shape[1:]}, {parts[0][0].name} of "
+                    f"{path}: {name!r} has samples of {part[name].shape[1:]}, {parts[0][0].name} of "
                     f"{first[name].shape[1:]}; pad them to one shape"
                 )
     return {name: np.concatenate([part[name] for _, part in parts]) for name in first}
 
 
 def fit(arrays: dict[str, AnyArray], inputs: Sequence[ModelInput], source: str) -> Samples:
-    """Check arrays against the model's inputs and convert what loses nothing. Raises SamplesError for what cannot fit."""
+    """Check arrays against the model's inputs and convert what loses nothing. Raises SamplesError for what cannot
+    fit."""
     wanted = {i.name: i for i in inputs}
     if set(arrays) - set(wanted) or set(wanted) - set(arrays):
         raise SamplesError(
-            f"{source}: arrays {_names(arrays)}; the model's inputs are {_names(wanted)}: name each array like its input"
+            f"{source}: arrays {_names(arrays)}; the model has inputs {_names(wanted)}: name each array like its input"
         )
     per_item, fixed, fitted = set(), set(), {}
     for name, info in wanted.items():
@@ -162,23 +167,31 @@ def fit(arrays: dict[str, AnyArray], inputs: Sequence[ModelInput], source: str) 
             if array.ndim == len(info.dims) + 1:
                 per_item.add(name)
             elif array.ndim != len(info.dims) or array.ndim == 0:
-                raise SamplesError(f"{source}: {name!r} has shape {array.shape}; expected {_shape(info)}, samples first")
+                raise SamplesError(
+                    f"{source}: {name!r} has shape {array.shape}; expected {_shape(info)}, samples first"
+                )
             got = array.shape[1:]
             need = info.dims if name in per_item else info.dims[1:]
             if any(n is not None and g != n for g, n in zip(got, need, strict=True)):
-                raise SamplesError(f"{source}: {name!r} has shape {array.shape}; expected {_shape(info)}, samples first")
+                raise SamplesError(
+                    f"{source}: {name!r} has shape {array.shape}; expected {_shape(info)}, samples first"
+                )
             if name not in per_item and info.dims[0] is not None:
                 fixed.add(info.dims[0])
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             axes = tuple(range(1, array.ndim))
             bad = np.flatnonzero(~np.isfinite(array).all(axis=axes))
-            raise SamplesError(f"{source}: {name!r} has NaN or Inf in {len(bad)} of {len(array)} samples, first in {bad[0]}")
+            raise SamplesError(
+                f"{source}: {name!r} has NaN or Inf in {len(bad)} of {len(array)} samples, first in {bad[0]}"
+            )
         fitted[name] = array
     counts = {name: len(a) for name, a in fitted.items()}
     if len(set(counts.values())) > 1:
         raise SamplesError(f"{source}: the arrays hold different numbers of samples: {counts}")
     if len(fixed) > 1:
-        raise SamplesError(f"{source}: the inputs fix different batch sizes {sorted(fixed)}; give complete tensors instead")
+        raise SamplesError(
+            f"{source}: the inputs fix different batch sizes {sorted(fixed)}; give complete tensors instead"
+        )
     return Samples(fitted, source, frozenset(per_item), fixed.pop() if fixed else None)
 
 
@@ -206,7 +219,8 @@ def _convert(array: AnyArray, info: ModelInput, source: str) -> AnyArray:
     raise SamplesError(f"{source}: {info.name!r} is {array.dtype}; the model wants {info.dtype}")
 
 
-# Images ----------------------------------------------------------------------------------------------------------------
+# Images
+# ----------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -249,7 +263,9 @@ def find_preprocess(name: str | None) -> Preprocess:
         raise OptionError(f"--preprocess {name!r}: neither a preset ({', '.join(PREPROCESS)}) nor a JSON file")
     try:
         given = json.loads(Path(name).read_text())
-        numbers = {k: tuple(np.atleast_1d(np.asarray(v, float)).tolist()) for k, v in given.items() if k in ("mean", "std")}
+        numbers = {
+            k: tuple(np.atleast_1d(np.asarray(v, float)).tolist()) for k, v in given.items() if k in ("mean", "std")
+        }
         return Preprocess(**{**given, **numbers})
     except (ValueError, TypeError, AttributeError) as error:
         allowed = ", ".join(f.name for f in fields(Preprocess))
@@ -261,7 +277,9 @@ def _read_images(
 ) -> dict[str, AnyArray]:
     pictures = [i for i in inputs if i.dims is None or len(i.dims) == 4]
     if len(inputs) != 1 or not pictures:
-        raise SamplesError(f"images fit a model with one input of rank 4; this one has {_names({i.name: i for i in inputs})}")
+        raise SamplesError(
+            f"images fit a model with one input of rank 4; this one has {_names({i.name: i for i in inputs})}"
+        )
     how = find_preprocess(preprocess)
     info = inputs[0]
     if len(paths) > count:
@@ -298,14 +316,14 @@ def read_image(path: Path, info: ModelInput, how: Preprocess) -> AnyArray:
     pixels = pixels.reshape(size[0], size[1], -1)
     if how.channels == "bgr":
         pixels = pixels[:, :, ::-1]
-    if info.dtype.kind in "iu":
-        values = pixels
-    else:
+    values: AnyArray = pixels
+    if info.dtype.kind == "f":
         values = (pixels * np.float32(how.scale) - np.asarray(how.mean, np.float32)) / np.asarray(how.std, np.float32)
     return np.ascontiguousarray(values if nhwc else values.transpose(2, 0, 1)).astype(info.dtype)
 
 
-# Synthesis -------------------------------------------------------------------------------------------------------------
+# Synthesis
+# -------------------------------------------------------------------------------------------------------------
 
 
 def synthesize(
@@ -347,6 +365,7 @@ def _pink(shape: tuple[int, ...], rng: np.random.Generator) -> npt.NDArray[np.fl
     frequency[0, 0] = np.inf
     out = np.empty(shape, np.float32)
     for index in np.ndindex(*shape[:-2]):
-        noise = np.fft.irfft2(np.fft.rfft2(rng.standard_normal(shape[-2:])) / frequency, shape[-2:])
+        spectrum = np.fft.rfft2(rng.standard_normal(shape[-2:])) / frequency
+        noise = np.asarray(np.fft.irfft2(spectrum, shape[-2:]), np.float32)
         out[index] = noise / max(float(noise.std()), 1e-12)
     return out

@@ -1,30 +1,34 @@
 """COMQ: quantize a weight by coordinate minimization of the layer's output error, on Gram matrices.
 
-For a layer Y = W X (X holds one input position a column) and its quantized weight Wq, COMQ (Zhang, Yang, Liu, Kailkhura, Yin,
-Xin: "COMQ: A Backpropagation-Free Algorithm for Post-Training Quantization", arXiv 2403.07134) minimizes
+For a layer Y = W X (X holds one input position a column) and its quantized weight Wq, COMQ (Zhang, Yang, Liu,
+Kailkhura, Yin, Xin: "COMQ: A Backpropagation-Free Algorithm for Post-Training Quantization", arXiv 2403.07134)
+minimizes
 
     || Wq X - W X ||^2,    Wq = scale * Q,    Q integer
 
-one coordinate at a time, everything else fixed. With the Gram G = E[x x^T] and V = (W - Wq) G both steps are closed forms:
+one coordinate at a time, everything else fixed. With the Gram G = E[x x^T] and V = (W - Wq) G both steps are closed
+forms:
 
     q_i   <- clip(round(q_i + V_i / (scale G_ii)))            (the paper's eq. for a code)
     scale <- <q, G w> / <q, G q>                              (the paper's eq. for a scale)
 
-`solve_paper` is the authors' algorithm: from Q = W (float), K sweeps, each channel in decreasing order of ||x_i|| |w_i|.
-`solve_comq`, the default, keeps the two closed forms and goes beyond the paper in what surrounds them:
+`solve_paper` is the authors' algorithm: from Q = W (float), K sweeps, each channel in decreasing order of ||x_i||
+|w_i|. `solve_comq`, the default, keeps the two closed forms and goes beyond the paper in what surrounds them:
 
-- The inputs are x^ of the model quantized so far, the target is half the float model's output and half W x^ ("half mismatch"):
+- The inputs are x^ of the model quantized so far, the target is half the float model's output and half W x^ ("half
+  mismatch"):
   with e = x - x^ and E = E[x^ e^T] the gradient becomes V = (W - Wq) H + W E^T / 2.
 - If the layer has a bias, G and E are centred and the mean goes into the bias.
 - A ridge, H = G + rho mean(diag G) I, keeps ill-conditioned Grams from fitting the calibration noise.
-- The start is not W but the Babai (GPTQ) rounding of the unconstrained optimum on the reversed Cholesky H = M^T M, M lower:
+- The start is not W but the Babai (GPTQ) rounding of the unconstrained optimum on the reversed Cholesky H = M^T M, M
+  lower:
   t_i = w*_i + (1 / M_ii) sum_{k<i} M_ik (w*_k - wq_k), for several scales, each channel keeping its best.
 - Sweeps touch only what changes; at the end single codes flip, biggest decrease first.
 
 Never worse than plain rounding: a channel whose `error` would be is rounded instead.
 
-Shapes: weight [groups, out, in]; gram [groups, in, in]; inside the solver arrays are [groups, in, out], so that the output
-channels, which are independent of one another, are the contiguous axis.
+Shapes: weight [groups, out, in]; gram [groups, in, in]; inside the solver arrays are [groups, in, out], so that the
+output channels, which are independent of one another, are the contiguous axis.
 """
 
 from __future__ import annotations
@@ -148,7 +152,7 @@ def channel_errors(weight: Array, quantized: Array, statistics: Statistics) -> M
     error = _quadratic(difference, statistics.gram, difference)
     if statistics.cross is not None and statistics.residue is not None:
         error += 2 * _quadratic(difference, statistics.cross, weight) + _quadratic(weight, statistics.residue, weight)
-    return np.maximum(error, 0)
+    return np.asarray(np.maximum(error, 0), np.float64)
 
 
 def _energy(weight: Array, statistics: Statistics) -> Matrix:
@@ -162,7 +166,7 @@ def _energy(weight: Array, statistics: Statistics) -> Matrix:
 def _quadratic(left: Array, middle: Matrix, right: Array) -> Matrix:
     """left_c^T middle right_c for every channel c: [groups, out]."""
     product = left @ middle.astype(np.float32)
-    return np.einsum("gmn,gmn->gm", product, right, dtype=np.float64)
+    return np.asarray(np.einsum("gmn,gmn->gm", product, right, dtype=np.float64), np.float64)
 
 
 def _bias_shift(weight: Array, quantized: Array, statistics: Statistics) -> Array:
@@ -188,7 +192,7 @@ class _Problem:
 
     def gradient(self, wq: Array) -> Array:
         """V = H (W - Wq) + pull, minus half the objective's derivative."""
-        return np.matmul(self.h, self.weight - wq) + self.pull
+        return np.asarray(np.matmul(self.h, self.weight - wq) + self.pull, np.float32)
 
     def per_input(self, values: npt.NDArray[np.float32]) -> Array:
         """Scales or zero points [groups, blocks, out] spread over the inputs: [groups, in, out]."""
@@ -269,7 +273,8 @@ def _babai_start(problem: _Problem, optimum: Array, scale: Array, zero_point: Ar
 def _babai(
     unit: Array, weight_of: Array, optimum: Array, problem: _Problem, scale: Array, zero_point: Array
 ) -> tuple[Array, Array]:
-    """t_i = w*_i + sum_{k<i} M_ik / M_ii (w*_k - wq_k), q_i = clip(round(t_i / scale)); codes and sum M_ii^2 (t_i - wq_i)^2.
+    """t_i = w*_i + sum_{k<i} M_ik / M_ii (w*_k - wq_k), q_i = clip(round(t_i / scale)); codes and sum M_ii^2 (t_i -
+    wq_i)^2.
 
     Blocks of BLOCK inputs: inside, one input at a time; what earlier blocks contribute is one matrix product.
     """
@@ -296,7 +301,8 @@ def _babai(
 
 
 def _refit_scale(problem: _Problem, codes: Array, scale: Array) -> Array:
-    """The closed-form best scale for fixed codes, <q, C> / <q, H q>, block after block; kept where it is a positive number."""
+    """The closed-form best scale for fixed codes, <q, C> / <q, H q>, block after block; kept where it is a positive
+    number."""
     steps = problem.per_input(scale)
     v = problem.gradient(codes * steps)
     if problem.grid.block_size is None:
@@ -428,7 +434,8 @@ def _visits(weight: Array, gram: Array, order: str) -> npt.NDArray[np.intp]:
 def _paper_sweep(
     gram: Array, visits: npt.NDArray[np.intp], q: Array, wq: Array, v: Array, steps: Array, low: Array, high: Array
 ) -> None:
-    """q_i <- clip(round((V_i + G_ii wq_i) / (scale G_ii))) along each channel's own order; arrays [out, in], in place."""
+    """q_i <- clip(round((V_i + G_ii wq_i) / (scale G_ii))) along each channel's own order; arrays [out, in], in
+    place."""
     rows = np.arange(q.shape[0])
     for i in visits.T:
         curvature = gram[i, i]
@@ -472,7 +479,8 @@ SOLVERS: dict[str, Callable[[Array, Statistics, Grid], QuantizedWeight]] = {
 
 
 def round_rows(weight: Array, grid: Grid) -> Solution:
-    """Quantize a table [1, rows, columns] that only gets looked up (an embedding): plain rounding at the MSE-best scale."""
+    """Quantize a table [1, rows, columns] that only gets looked up (an embedding): plain rounding at the MSE-best
+    scale."""
     best = round_to_grid(weight, *fit_mse(weight, grid), grid)
     energy = max(float((weight.astype(np.float64) ** 2).sum()), np.finfo(np.float64).tiny)
 

@@ -1,8 +1,8 @@
 """The cuts: a graph in topological order, divided so that each layer's input lies at a cut.
 
-A node's depth is the number of layers on the longest way to it, itself included. Stage k holds the nodes of depth k: its
-layers, which do not depend on one another (q, k and v share a stage, so do parallel branches), and the float operators
-behind them. So the inputs of stage k's layers all lie at the cut before it.
+A node's depth is the number of layers on the longest way to it, itself included. Stage k holds the nodes of depth k:
+its layers, which do not depend on one another (q, k and v share a stage, so do parallel branches), and the float
+operators behind them. So the inputs of stage k's layers all lie at the cut before it.
 """
 
 from __future__ import annotations

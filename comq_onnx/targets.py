@@ -1,7 +1,7 @@
 """What each runtime runs in integers, as data: adding a target is adding one constant here.
 
-Sources: ONNX Runtime's quantization guide (https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html)
-and measurements with ONNX Runtime 1.31 noted in docs/runtimes.md.
+Sources: ONNX Runtime's quantization guide (https://onnxruntime.ai/docs/performance/model-
+optimizations/quantization.html) and measurements with ONNX Runtime 1.31 noted in docs/runtimes.md.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Target:
 ORT_CPU = Target(
     name="ort-cpu",
     why=(
-        "ONNX Runtime's CPU provider fuses uint8 activations with int8 weights; packed INT4 and INT2 weights behind a Cast "
+        "ONNX Runtime on the CPU fuses uint8 activations with int8 weights; packed INT4 and INT2 weights behind a Cast "
         "to INT8 are unpacked once at load and run the same kernels"
     ),
     activation="uint8",

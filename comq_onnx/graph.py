@@ -133,6 +133,9 @@ def save(model: ir.Model, out: Path) -> int:
     disk refuses.
     """
     external = f"{out.name}.data" if weight_bytes(model) > INLINE_LIMIT else None
+    if external is None:
+        # or what stays float would go on pointing at the source's data file
+        ir.external_data.load_to_model(model)
     try:
         with private_directory(out.parent) as work:
             ir.save(model, work / out.name, external_data=external)
@@ -164,6 +167,7 @@ def weight_bytes(model: ir.Model) -> int:
 def to_bytes_or_file(model: ir.Model, directory: Path, name: str) -> bytes | str:
     """The model as a runtime takes it: serialized, or a path to it where it is too large for that."""
     if weight_bytes(model) <= INLINE_LIMIT:
+        ir.external_data.load_to_model(model)
         return bytes(ir.to_proto(model).SerializeToString())
     ir.save(model, directory / f"{name}.onnx", external_data=f"{name}.data")
     return str(directory / f"{name}.onnx")

@@ -17,6 +17,8 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from comq_onnx import kernels
+
 Array: TypeAlias = npt.NDArray[np.float32]
 Codes: TypeAlias = npt.NDArray[np.int8]
 
@@ -114,24 +116,27 @@ def fit_mse(weight: Array, grid: Grid, shrinks: npt.NDArray[np.float32] | None =
     """
     if shrinks is None:
         shrinks = np.linspace(1.05, 0.3, 26, dtype=np.float32)
-    starts = np.arange(0, weight.shape[-1], grid.block_size or max(weight.shape[-1], 1))
-    best, best_scale, best_zero = None, None, None
-    for shrink in shrinks:
-        scale, zero_point = fit_minmax(weight, grid, float(shrink))
-        error = (round_to_grid(weight, scale, zero_point, grid).dequantize() - weight) ** 2
-        loss = np.add.reduceat(error, starts, axis=-1)
-        if grid.per_tensor:
-            loss = np.full_like(loss, loss.sum(dtype=np.float64))
-        if best is None or best_scale is None or best_zero is None:
-            best, best_scale, best_zero = loss, scale, zero_point
-            continue
-        better = loss < best
-        best = np.where(better, loss, best)
-        best_scale = np.where(better, scale, best_scale)
-        best_zero = np.where(better, zero_point, best_zero)
-    assert best_scale is not None
-    assert best_zero is not None
-    return best_scale, best_zero
+    rows = np.ascontiguousarray(weight.reshape(-1, weight.shape[-1]))
+    size = grid.block_size or max(weight.shape[-1], 1)
+    starts = range(0, weight.shape[-1], size)
+    best = np.zeros((rows.shape[0], len(starts)), np.intp)
+    for b, start in enumerate(starts):
+        errors = np.empty((rows.shape[0], shrinks.size))
+        low, high = (
+            (np.minimum(rows.min(initial=0), 0), np.maximum(rows.max(initial=0), 0)) if grid.per_tensor else (0, 0)
+        )
+        kernels.span_errors(
+            rows, shrinks, grid.qmin, grid.qmax, grid.symmetric, start, min(start + size, rows.shape[1]),
+            np.float32(low), np.float32(high), errors,
+        )  # fmt: skip
+        best[:, b] = (errors.sum(axis=0)[None] if grid.per_tensor else errors).argmin(axis=1)
+    spans = {k: fit_minmax(weight, grid, float(shrinks[k])) for k in np.unique(best)}
+    chosen = best.reshape(*weight.shape[:-1], -1)
+    scale = np.empty(chosen.shape, np.float32)
+    zero_point = np.empty(chosen.shape, np.int8)
+    for k, (one, zero) in spans.items():
+        scale[chosen == k], zero_point[chosen == k] = one[chosen == k], zero[chosen == k]
+    return scale, zero_point
 
 
 def round_to_grid(weight: Array, scale: Array, zero_point: Codes, grid: Grid) -> QuantizedWeight:

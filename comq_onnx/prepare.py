@@ -16,6 +16,8 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 from onnxscript import optimizer, version_converter
+from onnxscript.rewriter import RewritePass, pattern
+from onnxscript.rewriter.rules.common import fuse_hardswish_rules
 
 from comq_onnx import graph as graphs
 from comq_onnx.errors import ModelError, OptionError
@@ -34,6 +36,7 @@ QUANTIZED_OPS = frozenset(
 MIN_WEIGHTS = 128
 # ops that only rearrange or retype a weight on its way to a layer
 WEIGHT_CHAIN = frozenset({"Identity", "Transpose", "Reshape", "Cast", "Squeeze", "Unsqueeze", "Flatten"})
+HARDSWISH_OPSET = 14
 HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
@@ -105,9 +108,12 @@ def prepare(model: ir.Model, wanted_opset: int, min_opset: int, fold: bool = Tru
     if fold:
         try:
             optimizer.optimize_ir(model, should_fold=_should_fold, onnx_shape_inference=True)
+            RewritePass([_AddIntoConv.rule()])(model)
         except Exception as error:  # a library's bug on one graph must not stop the way: the graph works unfolded
             raise Unprepared(f"constant folding failed: {error}") from error
     model = _raise_opset(model, wanted_opset, min_opset, notes)
+    if fold and graphs.opset(model) >= HARDSWISH_OPSET:
+        RewritePass(fuse_hardswish_rules())(model)
     _clean(model)
     if upcast(model):
         notes.append(
@@ -133,6 +139,31 @@ def _clean(model: ir.Model) -> None:
         passes.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
         passes.NameFixPass(),
     )(model)
+
+
+class _AddIntoConv(pattern.RewriteRuleClassBase):  # type: ignore[misc]
+    """Conv without a bias, then Add of a constant per channel: the constant becomes the bias."""
+
+    def pattern(self, op: Any, x: Any, w: Any, addend: Any) -> Any:
+        return op.Conv(x, w, _allow_other_attributes=True, _outputs=["conv"]) + addend
+
+    def check(self, _context: Any, conv: ir.Value, w: ir.Value, addend: ir.Value, **_: Any) -> bool:
+        """The addend has one number a channel, or one for all."""
+        if not graphs.is_constant(addend) or not graphs.is_constant(w) or len(conv.uses()) != 1:
+            return False
+        assert addend.const_value is not None
+        assert w.const_value is not None
+        out, rank = w.const_value.shape[0], len(w.const_value.shape)
+        shape = list(addend.const_value.shape)
+        return shape in ([1, out, *[1] * (rank - 2)], [out, *[1] * (rank - 2)])
+
+    def rewrite(self, op: Any, x: ir.Value, w: ir.Value, conv: ir.Value, addend: ir.Value) -> Any:
+        """The Conv with its bias."""
+        assert addend.const_value is not None
+        node = conv.producer()
+        assert node is not None
+        bias = op.initializer(ir.tensor(addend.const_value.numpy().reshape(-1)), name=f"{w.name}.bias")
+        return op.Conv(x, w, bias, **node.attributes)
 
 
 def _should_fold(node: ir.Node) -> bool | None:
@@ -410,12 +441,12 @@ def select(prepared: Prepared, include: Sequence[str], exclude: Sequence[str]) -
 
 def _matcher(patterns: Sequence[str], layers: Sequence[Layer], option: str) -> Callable[[str], bool]:
     compiled = [compile_pattern(p, option) for p in patterns]
-    for pattern in compiled:
-        if not any(pattern.search(layer.name) for layer in layers):
+    for expression in compiled:
+        if not any(expression.search(layer.name) for layer in layers):
             raise OptionError(
-                f"{option} {pattern.pattern!r} matches none of {len(layers)} layers; see --plan for their names"
+                f"{option} {expression.pattern!r} matches none of {len(layers)} layers; see --plan for their names"
             )
-    return lambda name: any(pattern.search(name) for pattern in compiled)
+    return lambda name: any(expression.search(name) for expression in compiled)
 
 
 def compile_pattern(pattern: str, option: str) -> re.Pattern[str]:

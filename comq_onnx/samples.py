@@ -67,7 +67,9 @@ class Samples:
         start = 0
         for count in self.batch_counts(size):
             yield {
-                name: a[start] if name in self.per_item else a[start : start + count] for name, a in self.arrays.items()
+                # asarray: an item of a one-dimensional array is a scalar, not an array of rank 0
+                name: np.asarray(a[start]) if name in self.per_item else a[start : start + count]
+                for name, a in self.arrays.items()
             }
             start += count
 

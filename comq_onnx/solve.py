@@ -27,8 +27,8 @@ forms:
 
 Never worse than plain rounding: a channel whose `error` would be is rounded instead.
 
-Shapes: weight [groups, out, in]; gram [groups, in, in]; inside the solver arrays are [groups, in, out], so that the
-output channels, which are independent of one another, are the contiguous axis.
+Shapes: weight [groups, out, in]; gram [groups, in, in]; inside the solver arrays are [in, out], group after group, so
+that the output channels, which are independent of one another, are the contiguous axis.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from scipy.linalg import cho_solve
 
+from comq_onnx import kernels
 from comq_onnx.grid import Array, Codes, Grid, QuantizedWeight, fit_minmax, fit_mse, round_to_grid, rtn
 
 logger = logging.getLogger(__name__)
@@ -48,7 +50,11 @@ Matrix = npt.NDArray[np.float64]
 
 RIDGE = 0.03
 SCALE_CANDIDATES = (0.8, 0.88, 0.95, 1.0, 1.06, 1.13)
+# problems of at most so many inputs are solved near-exactly
+SMALL = 32
+SMALL_SCALE_CANDIDATES = np.linspace(0.6, 1.3, 24)
 BLOCK = 128
+FLIP_TOLERANCE = 1e-4
 # the authors' factors on the initial scale for few bits (arXiv 2403.07134, section 4)
 PAPER_SHRINK = {2: 0.65, 3: 0.8}
 
@@ -108,73 +114,83 @@ def solve(weight: Array, statistics: Statistics, grid: Grid, solver: str = "comq
     """
     if solver not in SOLVERS:
         raise ValueError(f"no solver {solver!r}; there are {', '.join(SOLVERS)}")
+    judge = _Judge(weight, statistics)
     rounded = rtn(weight, grid)
-    plain = channel_errors(weight, rounded.dequantize(), statistics)
-    energy = max(float(_energy(weight, statistics).sum()), np.finfo(np.float64).tiny)
+    variance, offset = judge(rounded)
+    plain = variance + offset**2
     if solver == "rtn":
-        return Solution(rounded, None, float(plain.sum()) / energy, float(plain.sum()) / energy)
-
+        return Solution(rounded, None, float(plain.sum()) / judge.energy, float(plain.sum()) / judge.energy)
     centre = has_bias and solver == "comq"
-    moments = statistics.centred() if centre else statistics
-    solved = SOLVERS[solver](weight, moments, grid)
-    best, error = _never_worse(weight, solved, rounded, moments)
-    shift = _bias_shift(weight, best.dequantize(), statistics) if centre else None
-    return Solution(best, shift, float(error.sum()) / energy, float(plain.sum()) / energy)
-
-
-def _never_worse(
-    weight: Array, solved: QuantizedWeight, rounded: QuantizedWeight, moments: Statistics
-) -> tuple[QuantizedWeight, Matrix]:
-    """The solution with every channel that plain rounding serves better replaced, and its errors [groups, out]."""
-    ours = channel_errors(weight, solved.dequantize(), moments)
-    theirs = channel_errors(weight, rounded.dequantize(), moments)
+    solved = SOLVERS[solver](weight, statistics.centred() if centre else statistics, grid)
+    ours, shift = judge(solved)
+    theirs = variance if centre else plain
+    ours = ours if centre else ours + shift**2
     worse = ours > theirs
-    if solved.grid.per_tensor:
+    if grid.per_tensor:
         worse = np.full_like(worse, ours.sum() > theirs.sum())
-    if not worse.any():
-        return solved, ours
-    pick = worse[..., None]
-    mixed = QuantizedWeight(
-        np.where(pick, rounded.codes, solved.codes),
-        np.where(pick, rounded.scale, solved.scale),
-        np.where(pick, rounded.zero_point, solved.zero_point),
-        solved.grid,
+    error = float(np.where(worse, theirs, ours).sum()) / judge.energy
+    best = _take_channels(worse, rounded, solved)
+    shipped_shift = np.where(worse, offset, shift).astype(np.float32) if centre else None
+    return Solution(best, shipped_shift, error, float(plain.sum()) / judge.energy)
+
+
+def _take_channels(mask: npt.NDArray[np.bool_], first: QuantizedWeight, second: QuantizedWeight) -> QuantizedWeight:
+    """The channels of `first` where mask [groups, out] holds, of `second` elsewhere."""
+    if not mask.any():
+        return second
+    pick = mask[..., None]
+    return QuantizedWeight(
+        np.where(pick, first.codes, second.codes),
+        np.where(pick, first.scale, second.scale),
+        np.where(pick, first.zero_point, second.zero_point),
+        second.grid,
     )
-    return mixed, np.where(worse, theirs, ours)
 
 
-def channel_errors(weight: Array, quantized: Array, statistics: Statistics) -> Matrix:
-    """E || W x - Wq x^ ||^2 of each output channel: [groups, out].
+class _Judge:
+    """The output error of one layer's quantized weights, channel by channel.
 
-    With D = W - Wq it is D G D^T + 2 D E W^T + W S W^T: no difference of large numbers.
+    With D = W - Wq the error W x - Wq x^ = D x^ + W e has mean D E[x^] + W E[e], which a bias can take away, and
+    variance D G D^T + 2 D E W^T + W S W^T (G, E, S centred): sums of small numbers, no difference of large ones.
     """
-    difference = weight - quantized
-    error = _quadratic(difference, statistics.gram, difference)
-    if statistics.cross is not None and statistics.residue is not None:
-        error += 2 * _quadratic(difference, statistics.cross, weight) + _quadratic(weight, statistics.residue, weight)
-    return np.asarray(np.maximum(error, 0), np.float64)
+
+    def __init__(self, weight: Array, statistics: Statistics) -> None:
+        moments = statistics.centred()
+        self._weight, self._mean = weight, moments.mean
+        self._gram = moments.gram.astype(np.float32)
+        self._cross: Array | None = None
+        self._rest = np.zeros(weight.shape[:2])
+        self._offset = np.zeros(weight.shape[:2])
+        mean = moments.mean
+        if moments.cross is not None and moments.residue is not None and moments.mean_error is not None:
+            self._cross = np.matmul(weight, moments.cross.swapaxes(1, 2).astype(np.float32))
+            self._rest = _dot(np.matmul(weight, moments.residue.astype(np.float32)), weight)
+            self._offset = np.einsum("gmn,gn->gm", weight, moments.mean_error)
+            mean = mean + moments.mean_error
+        # E || W x ||^2 of the whole layer, x in the float model
+        energy = self._variance(weight) + np.einsum("gmn,gn->gm", weight, mean) ** 2
+        self.energy = max(float(energy.sum()), float(np.finfo(np.float64).tiny))
+
+    def __call__(self, quantized: QuantizedWeight) -> tuple[Matrix, Matrix]:
+        """The variance and the mean of the error: [groups, out] each."""
+        difference = self._weight - quantized.dequantize()
+        return self._variance(difference), np.einsum("gmn,gn->gm", difference, self._mean) + self._offset
+
+    def _variance(self, difference: Array) -> Matrix:
+        variance = _dot(np.matmul(difference, self._gram), difference) + self._rest
+        if self._cross is not None:
+            variance += 2 * _dot(difference, self._cross)
+        return np.asarray(np.maximum(variance, 0), np.float64)
 
 
-def _energy(weight: Array, statistics: Statistics) -> Matrix:
-    """E || W x ||^2 of each output channel, x in the float model: [groups, out]."""
-    energy = _quadratic(weight, statistics.gram, weight)
-    if statistics.cross is not None and statistics.residue is not None:
-        energy += 2 * _quadratic(weight, statistics.cross, weight) + _quadratic(weight, statistics.residue, weight)
-    return energy
+def _dot(left: Array, right: Array) -> Matrix:
+    """The dot product of each channel's inputs: [groups, out]."""
+    return np.asarray(np.einsum("gmn,gmn->gm", left, right), np.float64)
 
 
 def _quadratic(left: Array, middle: Matrix, right: Array) -> Matrix:
     """left_c^T middle right_c for every channel c: [groups, out]."""
-    product = left @ middle.astype(np.float32)
-    return np.asarray(np.einsum("gmn,gmn->gm", product, right, dtype=np.float64), np.float64)
-
-
-def _bias_shift(weight: Array, quantized: Array, statistics: Statistics) -> Array:
-    """W E[x] - Wq E[x^]: [groups, out]."""
-    shift = np.einsum("gmn,gn->gm", weight - quantized, statistics.mean)
-    if statistics.mean_error is not None:
-        shift += np.einsum("gmn,gn->gm", weight, statistics.mean_error)
-    return np.asarray(shift, np.float32)
+    return _dot(np.matmul(left, middle.astype(np.float32)), right)
 
 
 # The default solver ---------------------------------------------------------------------------------------------------
@@ -182,146 +198,175 @@ def _bias_shift(weight: Array, quantized: Array, statistics: Statistics) -> Arra
 
 @dataclass
 class _Problem:
-    """min tr (Wq - W*)^T H (Wq - W*): arrays [groups, in, out], inputs in the visiting order of each group."""
+    """min tr (Wq - W*)^T H (Wq - W*) for one group: arrays [in, out], inputs in visiting order."""
 
-    h: Array  # [groups, in, in], with ridge
-    weight: Array  # W
-    pull: Array  # W E^T / 2: the gradient that the inputs' own error leaves at Wq = W
-    block: npt.NDArray[np.intp]  # [groups, in], the scale block of each input
+    h: Array  # [in, in], with ridge
+    m: Array  # lower triangular, H = M^T M
+    optimum: Array  # W*
+    pull: Array  # H W*: V = pull - H Wq is minus half the gradient
+    block: npt.NDArray[np.intp]  # [in], the scale block of each input
+    zero: Array  # [blocks, out]
     grid: Grid
 
-    def gradient(self, wq: Array) -> Array:
-        """V = H (W - Wq) + pull, minus half the objective's derivative."""
-        return np.asarray(np.matmul(self.h, self.weight - wq) + self.pull, np.float32)
-
-    def per_input(self, values: npt.NDArray[np.float32]) -> Array:
-        """Scales or zero points [groups, blocks, out] spread over the inputs: [groups, in, out]."""
-        return np.take_along_axis(values, self.block[:, :, None], axis=1)
+    def gradient(self, codes: Array, scale: Array) -> Array:
+        """V = H (W* - Wq)."""
+        return np.asarray(self.pull - self.h @ (codes * scale[self.block]), np.float32)
 
 
 def solve_comq(weight: Array, statistics: Statistics, grid: Grid) -> QuantizedWeight:
     """COMQ on the half-mismatch objective from a Babai start: see the module. weight [groups, out, in]."""
-    problem, order, optimum = _pose(weight, statistics, grid)
-    scale, zero = fit_mse(weight, grid)
-    scale, zero_point = scale.swapaxes(1, 2).copy(), zero.swapaxes(1, 2).astype(np.float32)
+    start_scale, start_zero = fit_mse(weight, grid)
+    if weight.shape[-1] <= SMALL and not grid.per_tensor and start_scale.shape[-1] == 1:
+        return _solve_small(weight, statistics, grid, start_scale, start_zero)
+    codes = np.empty(weight.shape, np.int8)
+    scale = np.empty_like(start_scale)
+    solved = []
+    for g in range(weight.shape[0]):
+        order = np.argsort(-np.diag(statistics.gram[g]), kind="stable")
+        problem = _pose(weight, statistics, grid, g, order, start_zero)
+        q, s = _start(problem, np.ascontiguousarray(start_scale[g].T))
+        solved.append((order, problem, q, s))
+    if grid.per_tensor:
+        shared = _agree([(problem, q, s) for _, problem, q, s in solved])
+        solved = [(order, problem, q, np.full_like(s, shared)) for order, problem, q, s in solved]
+    for g, (order, problem, q, s) in enumerate(solved):
+        q, s = _descend(problem, q, s)
+        codes[g][:, order] = (q + problem.zero[problem.block]).T
+        scale[g] = s.T
+    return QuantizedWeight(codes, scale, start_zero, grid)
 
-    codes, scale = _babai_start(problem, optimum, scale, zero_point)
-    scale = _refit_scale(problem, codes, scale)
-    for _ in range(2):
-        codes = _sweep(problem, codes, scale, zero_point)
-        scale = _refit_scale(problem, codes, scale)
-    codes = _flip(problem, codes, scale, zero_point)
 
-    absolute = np.empty_like(codes)
-    np.put_along_axis(absolute, order[:, :, None], codes + problem.per_input(zero_point), axis=1)
-    return QuantizedWeight(
-        absolute.swapaxes(1, 2).astype(np.int8),
-        scale.swapaxes(1, 2).copy(),
-        zero_point.swapaxes(1, 2).astype(np.int8),
-        grid,
-    )
+def _solve_small(
+    weight: Array, statistics: Statistics, grid: Grid, start_scale: Array, start_zero: Codes
+) -> QuantizedWeight:
+    """Problems of few inputs, all groups and channels at once: see kernels.solve_small."""
+    orders = np.argsort(-np.einsum("gii->gi", statistics.gram), axis=1, kind="stable")
+    posed = [_pose(weight, statistics, grid, g, order, start_zero) for g, order in enumerate(orders)]
+    h, optimum = np.stack([p.h for p in posed]), np.stack([p.optimum for p in posed])
+    unit = np.stack([p.m / np.diag(p.m)[:, None] for p in posed])
+    q, scale = np.empty_like(optimum), np.empty(start_scale.shape[:2], np.float32)
+    kernels.solve_small(
+        h, unit, optimum, start_scale[..., 0], start_zero[..., 0].astype(np.float32), grid.qmin, grid.qmax,
+        SMALL_SCALE_CANDIDATES, q, scale,
+    )  # fmt: skip
+    codes = np.empty(weight.shape, np.float32)
+    np.put_along_axis(codes, np.broadcast_to(orders[:, None, :], codes.shape), q.swapaxes(1, 2), axis=2)
+    return QuantizedWeight((codes + start_zero).astype(np.int8), scale[..., None], start_zero, grid)
 
 
-def _pose(weight: Array, statistics: Statistics, grid: Grid) -> tuple[_Problem, npt.NDArray[np.intp], Array]:
-    """The ridged problem in visiting order (decreasing H_ii), that order, and the unconstrained optimum W*."""
-    gram = statistics.gram
-    diagonal = np.einsum("gii->gi", gram)
-    ridge = RIDGE * diagonal.mean(axis=1)
-    h = gram + np.where(ridge > 0, ridge, 1.0)[:, None, None] * np.eye(gram.shape[1])
-    order = np.argsort(-diagonal, axis=1, kind="stable")
-    h = np.take_along_axis(np.take_along_axis(h, order[:, :, None], 1), order[:, None, :], 2)
-    w = np.take_along_axis(weight.swapaxes(1, 2), order[:, :, None], 1)
-    if statistics.cross is None:
-        pull, optimum = np.zeros_like(w), w
-    else:
-        cross = np.take_along_axis(np.take_along_axis(statistics.cross, order[:, :, None], 1), order[:, None, :], 2)
-        pull = np.matmul(0.5 * cross, w)
-        optimum = (w + np.linalg.solve(h, pull)).astype(np.float32)
-        pull = pull.astype(np.float32)
+def _pose(
+    weight: Array, statistics: Statistics, grid: Grid, g: int, order: npt.NDArray[np.intp], zero: Codes
+) -> _Problem:
+    """Group g's ridged problem in visiting order (decreasing G_ii), with its unconstrained optimum W*."""
+    gram = statistics.gram[g][np.ix_(order, order)]
+    ridge = RIDGE * float(np.diag(gram).mean())
+    gram[np.diag_indices_from(gram)] += ridge if ridge > 0 else 1.0
+    # M is this factor read backwards: H = M^T M, M lower triangular
+    factor = np.linalg.cholesky(gram[::-1, ::-1])
+    h = gram.astype(np.float32)
+    w = np.ascontiguousarray(weight[g].T[order])
+    optimum, pull = w, h @ w
+    if statistics.cross is not None:
+        mismatch = (0.5 * statistics.cross[g][np.ix_(order, order)]).astype(np.float32) @ w
+        rest = cho_solve((factor.astype(np.float32), True), mismatch[::-1], check_finite=False)[::-1]
+        optimum, pull = w + rest, pull + mismatch
     block = grid.block_of(weight.shape[-1])[order]
-    return _Problem(h.astype(np.float32), np.ascontiguousarray(w), pull, block, grid), order, optimum
+    m = np.ascontiguousarray(factor.T[::-1, ::-1], np.float32)
+    return _Problem(h, m, optimum, pull, block, np.ascontiguousarray(zero[g].T, np.float32), grid)
 
 
-def _reversed_cholesky(h: Array) -> Array:
-    """M lower triangular with H = M^T M: the Cholesky factor of H read from its last row backwards."""
-    flipped = np.linalg.cholesky(h[:, ::-1, ::-1].astype(np.float64))
-    return flipped.swapaxes(1, 2)[:, ::-1, ::-1].astype(np.float32)
-
-
-def _babai_start(problem: _Problem, optimum: Array, scale: Array, zero_point: Array) -> tuple[Array, Array]:
-    """Babai-rounded codes [groups, in, out] at the best of several multiples of `scale`, chosen by each channel."""
-    m = _reversed_cholesky(problem.h)
-    unit = m / np.einsum("gii->gi", m)[:, :, None]  # rows over M_ii
-    weight_of = np.einsum("gii->gi", m) ** 2
-    best_loss: Array | None = None
-    best_codes, best_scale = np.empty(0, np.float32), scale
+def _start(problem: _Problem, scale: Array) -> tuple[Array, Array]:
+    """Babai-rounded codes [in, out] at the best of several multiples of `scale` [blocks, out], each channel
+    choosing."""
+    power = np.diag(problem.m) ** 2
+    unit = problem.m / np.diag(problem.m)[:, None]
+    best_loss, best_codes, best_scale = np.empty(0, np.float32), np.empty(0, np.float32), scale
     for factor in SCALE_CANDIDATES:
         tried = scale * np.float32(factor)
-        codes, loss = _babai(unit, weight_of, optimum, problem, tried, zero_point)
+        codes, loss = _babai(problem, unit, power, tried)
         if problem.grid.per_tensor:
             loss = np.full_like(loss, loss.sum(dtype=np.float64))
-        if best_loss is None:
+        if not best_loss.size:
             best_loss, best_codes, best_scale = loss, codes, tried
             continue
-        better = (loss < best_loss)[:, None, :]
-        best_loss = np.minimum(loss, best_loss)
-        best_codes = np.where(better, codes, best_codes)
-        best_scale = np.where(better, tried, best_scale)
+        better = np.flatnonzero(loss < best_loss)
+        best_loss[better] = loss[better]
+        best_codes[:, better] = codes[:, better]
+        best_scale[:, better] = tried[:, better]
     return best_codes, best_scale
 
 
-def _babai(
-    unit: Array, weight_of: Array, optimum: Array, problem: _Problem, scale: Array, zero_point: Array
-) -> tuple[Array, Array]:
-    """t_i = w*_i + sum_{k<i} M_ik / M_ii (w*_k - wq_k), q_i = clip(round(t_i / scale)); codes and sum M_ii^2 (t_i -
-    wq_i)^2.
+def _babai(problem: _Problem, unit: Array, power: Array, scale: Array) -> tuple[Array, Array]:
+    """t_i = w*_i + sum_{k<i} M_ik / M_ii (w*_k - wq_k), q_i = clip(round(t_i / scale)).
 
-    Blocks of BLOCK inputs: inside, one input at a time; what earlier blocks contribute is one matrix product.
+    Returns the codes and sum M_ii^2 (t_i - wq_i)^2 of each channel. Blocks of BLOCK inputs: inside, one input at a
+    time; what earlier blocks contribute is one matrix product.
     """
-    _, n, _ = optimum.shape
-    steps, zero = problem.per_input(scale), problem.per_input(zero_point)
-    low, high = problem.grid.qmin - zero, problem.grid.qmax - zero
+    optimum, grid = problem.optimum, problem.grid
+    n = optimum.shape[0]
     codes, gap = np.empty_like(optimum), np.empty_like(optimum)
-    loss = np.zeros((optimum.shape[0], optimum.shape[2]), np.float32)
+    loss = np.zeros(optimum.shape[1], np.float32)
     for start in range(0, n, BLOCK):
-        stop = min(start + BLOCK, n)
-        target = optimum[:, start:stop].copy()
-        if start:
-            target += np.matmul(unit[:, start:stop, :start], gap[:, :start])
-        for i in range(start, stop):
-            t = target[:, i - start]
-            if i > start:
-                t = t + np.matmul(unit[:, i, None, start:i], gap[:, start:i])[:, 0]
-            q = np.clip(np.rint(t / steps[:, i]), low[:, i], high[:, i])
-            wq = q * steps[:, i]
-            codes[:, i] = q
-            gap[:, i] = optimum[:, i] - wq
-            loss += weight_of[:, i, None] * (t - wq) ** 2
+        here = slice(start, min(start + BLOCK, n))
+        target = optimum[here] + unit[here, :start] @ gap[:start]
+        kernels.babai_block(
+            target, np.ascontiguousarray(unit[here, here]), optimum[here], scale, problem.zero, problem.block[here],
+            np.float32(grid.qmin), np.float32(grid.qmax), power[here], codes[here], gap[here], loss,
+        )  # fmt: skip
     return codes, loss
 
 
-def _refit_scale(problem: _Problem, codes: Array, scale: Array) -> Array:
-    """The closed-form best scale for fixed codes, <q, C> / <q, H q>, block after block; kept where it is a positive
-    number."""
-    steps = problem.per_input(scale)
-    v = problem.gradient(codes * steps)
+def _agree(solved: list[tuple[_Problem, Array, Array]]) -> float:
+    """The scale of a per-tensor grid over several groups: the one best for all their codes together."""
+    above = below = 0.0
+    for problem, q, _ in solved:
+        above += float(np.einsum("nm,nm->", q, problem.pull, dtype=np.float64))
+        below += float(np.einsum("nm,nm->", q, problem.h @ q, dtype=np.float64))
+    return above / below if below > 0 and above > 0 else float(solved[0][2].flat[0])
+
+
+def _descend(problem: _Problem, codes: Array, scale: Array) -> tuple[Array, Array]:
+    """Refit the scale and sweep the codes in turn, then flip single codes."""
+    v = problem.gradient(codes, scale)
+    refit = not problem.grid.per_tensor
+    for _ in range(2):
+        if refit:
+            scale, v = _refit_scale(problem, codes, scale, v)
+        _sweep(problem, codes, scale, v)
+    if refit:
+        scale, _ = _refit_scale(problem, codes, scale, v)
+    # recomputed: the running gradient drifts
+    v = np.ascontiguousarray(problem.gradient(codes, scale).T)
+    grid = problem.grid
+    kernels.flip(
+        v, problem.h, scale, problem.zero, problem.block, np.float32(grid.qmin), np.float32(grid.qmax), codes,
+        np.float32(FLIP_TOLERANCE),
+    )  # fmt: skip
+    return codes, scale
+
+
+def _refit_scale(problem: _Problem, codes: Array, scale: Array, v: Array) -> tuple[Array, Array]:
+    """The closed-form best scale for fixed codes and the gradient at it.
+
+    One scale a channel: scale = <q, H W*> / <q, H q>, where H q = (H W* - V) / scale needs no product. Several: one
+    after the other, the rest fixed.
+    """
     if problem.grid.block_size is None:
-        slope = np.einsum("gnm,gnm->gm", codes, v)
-        curvature = np.einsum("gnm,gnm->gm", codes, np.matmul(problem.h, codes))
+        hq = (problem.pull - v) / scale
+        slope, curvature = np.einsum("nm,nm->m", codes, v), np.einsum("nm,nm->m", codes, hq)
         if problem.grid.per_tensor:
             slope, curvature = np.full_like(slope, slope.sum()), np.full_like(curvature, curvature.sum())
-        return _step_scale(scale[:, 0], slope, curvature)[:, None]
-    scale = scale.copy()
-    for b in range(scale.shape[1]):
-        for g in range(scale.shape[0]):
-            rows = np.flatnonzero(problem.block[g] == b)
-            q = codes[g, rows]
-            slope = np.einsum("nm,nm->m", q, v[g, rows])
-            curvature = np.einsum("nm,nm->m", q, problem.h[g][np.ix_(rows, rows)] @ q)
-            new = _step_scale(scale[g, b], slope, curvature)
-            v[g] -= problem.h[g][:, rows] @ (q * (new - scale[g, b]))
-            scale[g, b] = new
-    return scale
+        new = _step_scale(scale[0], slope, curvature)[None]
+        return new, problem.pull - hq * new
+    scale, v = scale.copy(), v.copy()
+    for b in range(scale.shape[0]):
+        rows = np.flatnonzero(problem.block == b)
+        q = codes[rows]
+        curvature = np.einsum("nm,nm->m", q, problem.h[np.ix_(rows, rows)] @ q)
+        new = _step_scale(scale[b], np.einsum("nm,nm->m", q, v[rows]), curvature)
+        v -= problem.h[:, rows] @ (q * (new - scale[b]))
+        scale[b] = new
+    return scale, v
 
 
 def _step_scale(scale: Array, slope: Array, curvature: Array) -> Array:
@@ -330,59 +375,21 @@ def _step_scale(scale: Array, slope: Array, curvature: Array) -> Array:
     return np.where((curvature > 0) & (new > scale * 0.1) & (new < scale * 10), new, scale).astype(np.float32)
 
 
-def _sweep(problem: _Problem, codes: Array, scale: Array, zero_point: Array) -> Array:
-    """One sweep of coordinate descent over the codes, all channels at once, working only where a code changes."""
-    codes = codes.copy()
-    steps, zero = problem.per_input(scale), problem.per_input(zero_point)
-    low, high = problem.grid.qmin - zero, problem.grid.qmax - zero
-    v = problem.gradient(codes * steps)
-    diagonal = np.einsum("gii->gi", problem.h)
-    n = codes.shape[1]
+def _sweep(problem: _Problem, codes: Array, scale: Array, v: Array) -> None:
+    """One sweep of coordinate descent over all codes, in place; outside a block only changed channels cost anything."""
+    n, grid = codes.shape[0], problem.grid
+    delta = np.empty((min(BLOCK, n), codes.shape[1]), np.float32)
     for start in range(0, n, BLOCK):
-        stop = min(start + BLOCK, n)
-        before = codes[:, start:stop].copy()
-        for i in range(start, stop):
-            moved = np.rint(codes[:, i] + v[:, i] / (steps[:, i] * diagonal[:, i, None]))
-            new = np.clip(moved, low[:, i], high[:, i])
-            change = (new - codes[:, i]) * steps[:, i]
-            if not change.any():
-                continue
-            codes[:, i] = new
-            columns = np.flatnonzero(change.any(axis=0))
-            v[:, start:stop, columns] -= problem.h[:, start:stop, i, None] * change[:, None, columns]
-        delta = (codes[:, start:stop] - before) * steps[:, start:stop]
-        columns = np.flatnonzero(delta.any(axis=(0, 1)))
-        if columns.size and stop < n:
-            v[:, stop:, columns] -= np.matmul(problem.h[:, stop:, start:stop], delta[:, :, columns])
-    return codes
-
-
-def _flip(problem: _Problem, codes: Array, scale: Array, zero_point: Array) -> Array:
-    """Move single codes by one, in every channel the one that lowers the objective most, until none does."""
-    codes = codes.copy()
-    steps, zero = problem.per_input(scale), problem.per_input(zero_point)
-    low, high = problem.grid.qmin - zero, problem.grid.qmax - zero
-    v = problem.gradient(codes * steps)
-    diagonal = np.einsum("gii->gi", problem.h)[:, :, None]
-    for g in range(codes.shape[0]):
-        live = np.arange(codes.shape[2])
-        for _ in range(codes.shape[1]):
-            q, s, gradient = codes[g][:, live], steps[g][:, live], v[g][:, live]
-            curvature = diagonal[g] * s * s
-            up = np.where(q < high[g][:, live], 2 * gradient * s - curvature, -np.inf)
-            down = np.where(q > low[g][:, live], -2 * gradient * s - curvature, -np.inf)
-            gain = np.maximum(up, down)
-            at = gain.argmax(axis=0)
-            column = np.arange(live.size)
-            # below this the float32 gradient decides by noise, and flips could cycle
-            going = gain[at, column] > 1e-4 * curvature[at, column]
-            if not going.any():
-                break
-            at, column, live = at[going], column[going], live[going]
-            move = np.where(up[at, column] >= down[at, column], np.float32(1), np.float32(-1))
-            codes[g][at, live] += move
-            v[g][:, live] -= problem.h[g][:, at] * (move * s[at, column])
-    return codes
+        here = slice(start, min(start + BLOCK, n))
+        change = delta[: here.stop - start]
+        kernels.sweep_block(
+            v[here], np.ascontiguousarray(problem.h[here, here]), scale, problem.zero, problem.block[here],
+            np.float32(grid.qmin), np.float32(grid.qmax), codes[here], change,
+        )  # fmt: skip
+        columns = np.flatnonzero(change.any(axis=0))
+        for rest in (slice(0, start), slice(here.stop, n)):
+            if columns.size and rest.start < rest.stop:
+                v[rest, columns] -= problem.h[rest, here] @ change[:, columns]
 
 
 # The paper's solver ---------------------------------------------------------------------------------------------------

@@ -80,8 +80,11 @@ def walk(
     target: Target,
     settings: Settings,
     progress: Progress,
+    probes: Mapping[str, str] | None = None,
 ) -> Calibration:
     """Calibrate and solve every layer of `prepared` on `samples`; `grids` holds each layer's weight grid by name.
+
+    probes: the values that stack the inputs of layers in the body of a Loop or Scan, by layer (see `specialize`).
 
     Raises SamplesError or ModelError where a tensor turns out not finite.
     """
@@ -91,7 +94,7 @@ def walk(
             with _timed(result, "solve", layer.name):
                 result.solutions[layer.name] = round_rows(_finite_weight(prepared, layer), grids[layer.name])
     with tempfile.TemporaryDirectory(prefix="comq-") as work:
-        _Walk(prepared, plan, grids, samples, target, settings, progress, result, Path(work)).run()
+        _Walk(prepared, plan, grids, samples, target, settings, progress, result, Path(work), probes or {}).run()
     return result
 
 
@@ -120,6 +123,7 @@ class _Walk:
     progress: Progress
     result: Calibration
     work: Path
+    probes: Mapping[str, str]
 
     def run(self) -> None:
         graph = self.prepared.model.graph
@@ -134,29 +138,31 @@ class _Walk:
         quantized_cut: Tensors = {name: list(arrays) for name, arrays in float_cut.items()}
         self._observe(float_cut)
         layers = len(list(calibrated(self.prepared.layers)))
-        done = 0
         for stage in cuts:
-            for layer, statistics in self._moments(stage.layers, float_cut, quantized_cut):
-                with _timed(self.result, "solve", layer.name):
-                    self._solve(layer, statistics)
-                done += 1
-                self.progress("layers", done, layers)
-            self.solved += stage.layers
-            with _timed(self.result, "calibrate"):
-                self._advance(stage, float_cut, quantized_cut)
+            self._solve_all(stage.layers, float_cut, quantized_cut)
+            self._advance(stage, float_cut, quantized_cut)
+            done = sum(not isinstance(layer.kind, Gather) for layer in self.solved)
+            self.progress("layers", done, layers)
             self.progress("stages", stage.index + 1, len(cuts))
 
     # moments and solutions
 
+    def _solve_all(self, layers: Sequence[Layer], x: Tensors, x_hat: Tensors) -> None:
+        for layer, statistics in self._moments(layers, x, x_hat):
+            with _timed(self.result, "solve", layer.name):
+                self._solve(layer, statistics)
+        self.solved += layers
+
     def _moments(self, layers: Sequence[Layer], x: Tensors, x_hat: Tensors) -> Iterator[tuple[Layer, Statistics]]:
         """Each layer with the moments of its input, gathered once for the layers that read the same rows."""
-        sharing: dict[tuple[object, ...], list[Layer]] = {}
+        sharing: dict[tuple[str, bool, object], list[Layer]] = {}
         for layer in layers:
             quantized = layer.name in self.plan.integer_layers
-            sharing.setdefault((layer.input, quantized, layer.kind.rows_key()), []).append(layer)
-        for group in sharing.values():
+            source = self.probes.get(layer.name, layer.input)
+            sharing.setdefault((source, quantized, layer.kind.rows_key()), []).append(layer)
+        for (source, *_), group in sharing.items():
             with _timed(self.result, "calibrate"):
-                statistics = self._statistics(group[0], x[group[0].input], x_hat[group[0].input])
+                statistics = self._statistics(group[0], x[source], x_hat[source])
             for layer in group:
                 yield layer, statistics
 
@@ -192,10 +198,13 @@ class _Walk:
         return moments.statistics()
 
     def _not_finite(self, name: str, i: int) -> str:
-        first = sum(self.counts[:i])
+        where = ""
+        if i < len(self.counts):
+            first = sum(self.counts[:i])
+            where = f" for calibration samples {first} to {first + self.counts[i] - 1}"
         return (
-            f"the float model gives NaN or Inf at {name!r} for calibration samples {first} to "
-            f"{first + self.counts[i] - 1}; check the samples and their preprocessing, or --exclude its readers"
+            f"the float model gives NaN or Inf at {name!r}{where}; check the samples and their preprocessing, or "
+            "--exclude its readers"
         )
 
     def _solve(self, layer: Layer, statistics: Statistics) -> None:
@@ -218,24 +227,31 @@ class _Walk:
         """Run the stage's segment both ways, leave the tensors of the next cut in the two dictionaries."""
         planned = [name for name in stage.makes if name in self.plan.values]
         live = [name for name in stage.makes if name in stage.live_after]
-        wanted = list(dict.fromkeys([*live, *planned]))
+        inner = [x for x in self.prepared.layers if self.probes.get(x.name) in stage.makes]
+        stacked = list(dict.fromkeys(self.probes[layer.name] for layer in inner))
+        wanted = list(dict.fromkeys([*live, *planned, *stacked]))
         if wanted:
-            segment = self._segment(stage, float_cut, wanted)
-            made = self._run(segment, stage, float_cut, wanted, live, observe=True)
-            self._settle(planned)
-            if not self.settings.independent and live:
-                quantized = self._segment(stage, quantized_cut, live)
-                emit(quantized, self.quantization())
-                hat = self._run(quantized, stage, quantized_cut, live, live, observe=False)
-                for name in live:
-                    # a tensor that no quantization reaches is kept once
-                    hat[name] = [a if _same(a, b) else b for a, b in zip(made[name], hat[name], strict=True)]
-            else:
-                hat = made
-            float_cut.update(made)
-            quantized_cut.update(hat)
+            with _timed(self.result, "calibrate"):
+                segment = self._segment(stage, float_cut, wanted)
+                made = self._run(segment, stage, float_cut, wanted, [*live, *stacked], observe=True)
+                self._settle(planned)
+            if inner:
+                hat = made if self.settings.independent else self._shipped(stage, quantized_cut, stacked, made)
+                self._solve_all(inner, *({name: _iterations(t[name]) for name in stacked} for t in (made, hat)))
+            hat = made if self.settings.independent or not live else self._shipped(stage, quantized_cut, live, made)
+            for name in live:
+                float_cut[name], quantized_cut[name] = made[name], hat[name]
         for name in [n for n in float_cut if n not in stage.live_after]:
             del float_cut[name], quantized_cut[name]
+
+    def _shipped(self, stage: stages.Stage, given: Tensors, wanted: list[str], made: Tensors) -> Tensors:
+        """The tensors that the segment makes as it will be shipped, from those of the model quantized so far."""
+        with _timed(self.result, "calibrate"):
+            segment = self._segment(stage, given, wanted)
+            emit(segment, self.quantization())
+            hat = self._run(segment, stage, given, wanted, wanted, observe=False)
+        # a tensor that no quantization reaches is kept once
+        return {name: [a if _same(a, b) else b for a, b in zip(made[name], hat[name], strict=True)] for name in wanted}
 
     def quantization(self) -> Quantization:
         """Everything solved so far, as emission takes it."""
@@ -297,6 +313,11 @@ def _finite_weight(prepared: Prepared, layer: Layer) -> Array:
             f"layer {layer.name!r}: {count} of {weight.size} weights are NaN or Inf; repair the model or --exclude it"
         )
     return weight
+
+
+def _iterations(stacked: list[Any]) -> list[Any]:
+    """Inputs of a layer in a loop's body, stacked over the iterations: one array per iteration."""
+    return [one for array in stacked for one in array]
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -382,17 +403,29 @@ class _Keeper:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def specialize(prepared: Prepared, samples: Samples, settings: Settings) -> tuple[Prepared, dict[str, str]]:
-    """The model with each If replaced by the branch that all samples take, so that the walk reaches the layers inside.
+@dataclass(frozen=True)
+class Specialized:
+    """The model as the walk sees it, with the layers it reaches.
 
-    Returns it with the layers it reaches, and for the others the reason they stay float.
+    probes: for each layer in the body of a Loop or Scan the value of the main graph that stacks its inputs over the
+    iterations. skipped: the layers that the walk does not reach, and why.
     """
+
+    prepared: Prepared
+    probes: dict[str, str]
+    skipped: dict[str, str]
+
+
+def specialize(prepared: Prepared, samples: Samples, settings: Settings) -> Specialized:
+    """Make the layers in subgraphs reachable: each If is replaced by the branch that all samples take, and what layers
+    in the body of a Loop or Scan read becomes an output of it."""
     model = prepared.model
-    if any(node.op_type == "If" for node in model.graph):
+    if any(node.op_type in ("If", "Loop", "Scan") for node in model.graph):
         model = model.clone()
         while _inline_one_level(model, samples, settings):
             pass
-    reached = {str(node.name) for node in model.graph}
+    probes = _probe_bodies(model, {layer.name: layer for layer in prepared.layers})
+    reached = {str(node.name) for node in model.graph} | set(probes)
     inside: dict[str, str] = {}
     for node in model.graph:
         for attribute in node.attributes.values():
@@ -404,7 +437,39 @@ def specialize(prepared: Prepared, samples: Samples, settings: Settings) -> tupl
         if layer.name not in reached
     }
     layers = [layer for layer in prepared.layers if layer.name in reached]
-    return Prepared(model, layers, prepared.skipped, prepared.notes), skipped
+    return Specialized(Prepared(model, layers, prepared.skipped, prepared.notes), probes, skipped)
+
+
+def _probe_bodies(model: ir.Model, layers: Mapping[str, Layer]) -> dict[str, str]:
+    """Give each Loop and Scan of the main graph one more output per value that layers of its body read."""
+    probes: dict[str, str] = {}
+    for node in model.graph:
+        if node.op_type not in ("Loop", "Scan") or node.domain not in ("", "ai.onnx"):
+            continue
+        body = node.attributes["body"].value
+        made = {str(v.name): v for inner in body for v in inner.outputs} | {str(v.name): v for v in body.inputs}
+        stacked: dict[str, str] = {}
+        for inner in list(body):
+            layer = layers.get(str(inner.name))
+            if layer is None or layer.input not in made or isinstance(layer.kind, Gather):
+                continue
+            if layer.input not in stacked:
+                stacked[layer.input] = _add_scan_output(node, body, made[layer.input])
+            probes[layer.name] = stacked[layer.input]
+    return probes
+
+
+def _add_scan_output(node: ir.Node, body: ir.Graph, value: ir.Value) -> str:
+    copy = ir.node("Identity", [value], name=f"{value.name}.probe")
+    copy.outputs[0].name, copy.outputs[0].type = f"{value.name}.probe", value.type or ir.TensorType(ir.DataType.FLOAT)
+    body.append(copy)
+    body.outputs.append(copy.outputs[0])
+    for name in ("scan_output_axes", "scan_output_directions"):
+        if name in node.attributes:
+            node.attributes[name] = ir.AttrInt64s(name, [*node.attributes[name].value, 0])
+    node.resize_outputs(len(node.outputs) + 1)
+    node.outputs[-1].name = f"{value.name}.stacked"
+    return f"{value.name}.stacked"
 
 
 def _inside(op: str | None) -> str:
@@ -412,7 +477,7 @@ def _inside(op: str | None) -> str:
         return "in a branch that no sample takes"
     if op == "If":
         return "in an If of which the samples take both branches"
-    return f"in the body of a {op}, where layers are not calibrated"
+    return f"too deep in the body of a {op} to be calibrated"
 
 
 def _inline_one_level(model: ir.Model, samples: Samples, settings: Settings) -> bool:

@@ -141,6 +141,7 @@ def _as_path(model: Any, work: Path) -> Path:
 class _Planned:
     prepared: Prepared
     walked: Prepared
+    probes: dict[str, str]
     activations: ActivationPlan
     grids: dict[str, Grid]
     skipped: dict[str, str]
@@ -168,8 +169,9 @@ class _Run:
             self._memory(),
         )  # fmt: skip
         found = walk(
-            planned.walked, planned.activations, planned.grids, self.calibration, self.target, settings, self.progress
-        )
+            planned.walked, planned.activations, planned.grids, self.calibration, self.target, settings, self.progress,
+            planned.probes,
+        )  # fmt: skip
         self.seconds |= found.seconds
         with self._clock("emit"):
             size = self._emit(planned, found)
@@ -248,7 +250,8 @@ class _Run:
         prepared = self._prepare()
         prepared = select(prepared, self.options.include, self.options.exclude)
         settings = Settings(batch_size=self.options.batch_size, device=self.device)
-        walked, unreached = specialize(prepared, self.calibration, settings)
+        specialized = specialize(prepared, self.calibration, settings)
+        walked, unreached = specialized.prepared, specialized.skipped
         prepared = Prepared(
             prepared.model,
             [layer for layer in prepared.layers if layer.name not in unreached],
@@ -263,9 +266,9 @@ class _Run:
         dtype = {"none": None, "16": "uint16"}.get(self.options.activations, self.target.activation)
         if dtype == "uint16" and prepared.opset < 21:
             raise OptionError(f"--activations 16 needs opset 21; this model could not be raised above {prepared.opset}")
-        whole = [x for x in walked.layers if grids[x.name].block_size is None]
+        whole = [x for x in walked.layers if grids[x.name].block_size is None and x.name not in specialized.probes]
         activations = plan_activations(walked.model, whole, self.target, dtype)
-        return _Planned(prepared, walked, activations, grids, prepared.skipped)
+        return _Planned(prepared, walked, specialized.probes, activations, grids, prepared.skipped)
 
     def _prepare(self) -> Prepared:
         least = self.target.min_opset

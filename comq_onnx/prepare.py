@@ -45,7 +45,7 @@ class Layer:
     """One operator with a constant weight: names of its node, of its input value, weight and bias initializers.
 
     bias_node is the node that adds the bias: the layer's own for Conv and Gemm, the Add behind a MatMul. has_bias says
-    that a bias can carry a shift, also one that must be made.
+    that a bias can carry a shift, also one that must be made; nested, that the node lies in a subgraph.
     """
 
     name: str
@@ -57,6 +57,7 @@ class Layer:
     bias: str | None = None
     bias_node: str | None = None
     has_bias: bool = False
+    nested: bool = False
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -105,6 +106,7 @@ def prepare(model: ir.Model, wanted_opset: int, min_opset: int, fold: bool = Tru
     """
     notes: list[str] = []
     _clean(model)
+    names = _layer_names(model)
     if fold:
         try:
             optimizer.optimize_ir(model, should_fold=_should_fold, onnx_shape_inference=True)
@@ -114,6 +116,7 @@ def prepare(model: ir.Model, wanted_opset: int, min_opset: int, fold: bool = Tru
     model = _raise_opset(model, wanted_opset, min_opset, notes)
     if fold and graphs.opset(model) >= HARDSWISH_OPSET:
         RewritePass(fuse_hardswish_rules())(model)
+    _restore_names(model, names)
     _clean(model)
     if upcast(model):
         notes.append(
@@ -122,6 +125,27 @@ def prepare(model: ir.Model, wanted_opset: int, min_opset: int, fold: bool = Tru
     model.ir_version = min(max(model.ir_version, 8), graphs.MAX_IR_VERSION)
     layers, skipped = list_layers(model)
     return Prepared(model, layers, skipped, notes)
+
+
+def _layer_names(model: ir.Model) -> dict[tuple[str, str], str]:
+    """The name of each node with a constant weight, by its op type and the weight's name."""
+    return {
+        (node.op_type, str(value.name)): str(node.name)
+        for node in model.graph.all_nodes()
+        for value in node.inputs[:2]
+        if node.op_type in OP_KINDS and value is not None and graphs.is_constant(value)
+    }
+
+
+def _restore_names(model: ir.Model, names: dict[tuple[str, str], str]) -> None:
+    """Give layers that a rewrite made anew (a Conv with its BatchNorm folded) the names the source has for them."""
+    kept = {str(node.name) for node in model.graph.all_nodes()}
+    for node in model.graph.all_nodes():
+        for value in node.inputs[:2]:
+            name = names.get((node.op_type, str(value.name))) if value is not None else None
+            if name is not None and name not in kept:
+                node.name = name
+                kept.add(name)
 
 
 class Unprepared(Exception):
@@ -296,7 +320,7 @@ def list_layers(model: ir.Model) -> tuple[list[Layer], dict[str, str]]:
     for node in model.graph.all_nodes():
         name = str(node.name)
         try:
-            layer = _as_layer(node)
+            layer = _as_layer(node, nested=node.graph is not model.graph)
         except NotQuantizable as reason:
             skipped[name] = f"{node.op_type}: {reason}"
             continue
@@ -307,7 +331,7 @@ def list_layers(model: ir.Model) -> tuple[list[Layer], dict[str, str]]:
     return layers, skipped
 
 
-def _as_layer(node: ir.Node) -> Layer | None:
+def _as_layer(node: ir.Node, nested: bool) -> Layer | None:
     """The layer a node is, None where it has no weight of its own. Raises NotQuantizable with the reason."""
     if node.domain not in ("", "ai.onnx") or node.op_type not in OP_KINDS:
         return None
@@ -340,6 +364,7 @@ def _as_layer(node: ir.Node) -> Layer | None:
         str(node.outputs[0].name),
         str(weight.name),
         *_bias(node, kind),
+        nested,
     )
 
 

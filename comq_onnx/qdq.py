@@ -72,6 +72,8 @@ def form(layer: Layer, plan: ActivationPlan) -> str:
         return "looked up"
     if layer.name in plan.integer_layers:
         return "integer"
+    if layer.nested:
+        return "folded"
     if isinstance(layer.kind, MatMul) and len(layer.weight_shape) == 2:
         return "blocked"
     if isinstance(layer.kind, Gemm) and not layer.kind.trans_a:
@@ -270,6 +272,9 @@ def _unpack_at_load(
             return arrange(numbers[..., weight.grid.block_of(weight.codes.shape[-1])])
         return numbers[0].T if transposed else layer.kind.spread_scale(numbers[..., 0])
 
+    if layer.nested:
+        # in the main graph, where every runtime folds constants, and once for all iterations
+        node = next(iter(model.graph))
     codes = _codes(model, layer, arrange(weight.codes), _container(weight, q))
     value = _insert(node, "Cast", [codes], {"to": ir.DataType.FLOAT}, f"{layer.name}.float")
     if weight.zero_point.any():

@@ -79,7 +79,8 @@ def fit_range(low: float, high: float, dtype: str, bounds: tuple[float, float] |
         low, high = max(low, bounds[0]), min(high, bounds[1])
     span = high - low
     if not span > 1e-30:
-        return ActivationGrid(np.float32(1), 0, dtype)
+        within = 1.0 if bounds is None else min(1.0, bounds[1] / qmax * (1 - 1e-6))
+        return ActivationGrid(np.float32(within), 0, dtype)
     scale = np.float32(span / qmax)
     zero_point = int(np.clip(np.rint(-low / scale), 0, qmax))
     if bounds is not None:

@@ -292,7 +292,8 @@ class _Walk:
             if name in self.ranges:
                 for i, array in enumerate(arrays):
                     self.ranges[name].observe(array)
-                    if not np.isfinite(self.ranges[name].high - self.ranges[name].low):
+                    span = self.ranges[name].high - self.ranges[name].low
+                    if self.ranges[name].low != np.inf and not np.isfinite(span):
                         raise ModelError(self._not_finite(name, i))
         self._settle([name for name in tensors if name in self.ranges and name in self.samples.arrays])
 

@@ -96,8 +96,8 @@ def command(
     if verbose:
         for noisy in ("onnxscript", "onnx_ir"):
             logging.getLogger(noisy).setLevel(logging.ERROR)
-    if json_path is not None and not (json_path.parent.is_dir() and os.access(json_path.parent, os.W_OK)):
-        raise OptionError(f"--json {json_path}: its directory does not exist or cannot be written")
+    if json_path is not None:
+        _check_json(json_path, [p for p in (model, output, calib) if p is not None])
     if plan:
         report = pipeline.plan(model, calib, **options)
     else:
@@ -110,11 +110,19 @@ def command(
         report.save_json(json_path)
     if quiet:
         for warning in report.warnings:
-            errors.print(f"warning: {warning}")
+            errors.print(f"warning: {warning}", markup=False, highlight=False)
     else:
         console.print(report.rich(verbose))
         if report.output:
-            console.print(f"wrote    {report.output}", soft_wrap=True, highlight=False)
+            console.print(f"wrote    {report.output}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _check_json(path: Path, others: list[Path]) -> None:
+    """Refuse a report that could not be written at the end, or that would overwrite something else."""
+    if path.is_dir() or not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
+        raise OptionError(f"--json {path}: a directory, or in one that does not exist or cannot be written")
+    if any(path.resolve() == other.resolve() for other in others):
+        raise OptionError(f"--json {path}: would overwrite the model, the samples or the output; choose another file")
 
 
 class _progress:
@@ -149,8 +157,7 @@ def main() -> None:
     except click.Abort:
         _fail("interrupted; nothing was written", 130)
     except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
+        _fail(" ".join(error.format_message().split()) + " (comq-onnx --help lists the options)", error.exit_code)
     except KeyboardInterrupt:
         _fail("interrupted; nothing was written", 130)
     except ComqError as error:

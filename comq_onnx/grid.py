@@ -89,18 +89,21 @@ def fit_minmax(weight: Array, grid: Grid, shrink: float = 1.0) -> tuple[Array, C
     A block of zeros gets scale 1.
     """
     starts = np.arange(0, weight.shape[-1], grid.block_size or max(weight.shape[-1], 1))
-    low = np.minimum(np.minimum.reduceat(weight, starts, axis=-1), 0).astype(np.float32)
-    high = np.maximum(np.maximum.reduceat(weight, starts, axis=-1), 0).astype(np.float32)
+    # in float64: the span of float32's largest numbers is none of them
+    low = np.minimum(np.minimum.reduceat(weight, starts, axis=-1), 0).astype(np.float64)
+    high = np.maximum(np.maximum.reduceat(weight, starts, axis=-1), 0).astype(np.float64)
     if grid.per_tensor:
         low, high = np.full_like(low, low.min()), np.full_like(high, high.max())
-    return _scale_and_zero_point(low * np.float32(shrink), high * np.float32(shrink), grid)
+    return _scale_and_zero_point(low * shrink, high * shrink, grid)
 
 
-def _scale_and_zero_point(low: Array, high: Array, grid: Grid) -> tuple[Array, Codes]:
+def _scale_and_zero_point(
+    low: npt.NDArray[np.float64], high: npt.NDArray[np.float64], grid: Grid
+) -> tuple[Array, Codes]:
     if grid.symmetric:
-        scale = np.asarray(np.maximum(-low, high) / np.float32(grid.qmax), np.float32)
+        scale = np.asarray(np.maximum(-low, high) / grid.qmax, np.float32)
     else:
-        scale = np.asarray((high - low) / np.float32(grid.qmax - grid.qmin), np.float32)
+        scale = np.asarray((high - low) / (grid.qmax - grid.qmin), np.float32)
     # below the smallest normal number a scale loses bits, and 1 / scale overflows
     scale = np.where(scale > np.finfo(np.float32).tiny * 256, scale, np.float32(1))
     if grid.symmetric:

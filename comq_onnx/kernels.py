@@ -152,20 +152,22 @@ def span_errors(weight, shrinks, qmin, qmax, symmetric, start, stop, least, most
         for i in range(start, stop):
             low, high = min(low, weight[r, i]), max(high, weight[r, i])
         for s in range(shrinks.size):
-            lower, upper = low * shrinks[s], high * shrinks[s]
-            scale = max(-lower, upper) / np.float32(qmax) if symmetric else (upper - lower) / np.float32(qmax - qmin)
-            if not scale > 3e-36:
+            # float64, as the span of float32's largest numbers is none of them
+            lower, upper = np.float64(low) * shrinks[s], np.float64(high) * shrinks[s]
+            span = max(-lower, upper) / qmax if symmetric else (upper - lower) / (qmax - qmin)
+            scale = np.float32(span)
+            if not scale > np.float32(3e-36):
                 scale = np.float32(1)
             zero = np.float32(0)
             if not symmetric:
-                zero = min(max(np.rint(np.float32(qmin) - lower / scale), np.float32(qmin)), np.float32(qmax))
+                zero = np.float32(min(max(np.rint(qmin - lower / scale), qmin), qmax))
             floor, ceiling = np.float32(qmin) - zero, np.float32(qmax) - zero
             total = 0.0
             for i in range(start, stop):
                 q = np.rint(weight[r, i] / scale)
                 q = floor if q < floor else q
                 q = ceiling if q > ceiling else q
-                rest = weight[r, i] - q * scale
+                rest = np.float64(weight[r, i]) - np.float64(q * scale)
                 total += rest * rest
             errors[r, s] = total
 

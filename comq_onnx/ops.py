@@ -115,17 +115,23 @@ class MatMul(OpKind):
         inputs = self.weight_shape[-2]
         if int(np.prod(self._lead)) == 1:
             return _at(x.reshape(1, -1, inputs), pick)
+        x = self._broadcast(x)
+        extra = x.ndim - 2 - len(self._lead)
+        stacked = [extra + i for i, d in enumerate(self._lead) if d != 1]
+        rest = [i for i in range(x.ndim - 2) if i not in stacked]
+        order = (*stacked, *rest, x.ndim - 2, x.ndim - 1)
+        return _at(x.transpose(order).reshape(self.groups, -1, inputs), pick)
+
+    def _broadcast(self, x: Array) -> Array:
+        """x with the leading axes that the product has."""
+        x = x[None] if x.ndim == 1 else x
         full = np.broadcast_shapes(x.shape[:-2], self._lead)
-        x = np.broadcast_to(x, full + x.shape[-2:])
-        extra = len(full) - len(self._lead)
-        order = (*range(extra, len(full)), *range(extra), len(full), len(full) + 1)
-        return _at(x.transpose(order).reshape(int(np.prod(self._lead)), -1, inputs), pick)
+        return np.broadcast_to(x, full + x.shape[-2:])
 
     def positions(self, x: Array) -> int:
-        if int(np.prod(self._lead)) == 1:
+        if self.groups == 1:
             return int(x.size // self.weight_shape[-2])
-        full = np.broadcast_shapes(x.shape[:-2], self._lead)
-        return int(np.prod(full)) * int(x.shape[-2]) // int(np.prod(self._lead))
+        return int(self._broadcast(x).size // self.weight_shape[-2] // self.groups)
 
     def rows_key(self) -> tuple[object, ...]:
         return self.op_type, self._lead, self.inputs
@@ -483,7 +489,7 @@ class Gather(OpKind):
         return int(x.size)
 
     def rows_key(self) -> tuple[object, ...]:
-        return self.op_type, self.inputs
+        return self.op_type, self.weight_shape[0]
 
     @property
     def groups(self) -> int:

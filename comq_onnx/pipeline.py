@@ -71,6 +71,8 @@ class Options:
         for option, number in (("--samples", self.max_samples), ("--batch-size", self.batch_size)):
             if number < 1:
                 raise OptionError(f"{option} {number}: must be 1 or more")
+        if self.memory_gb is not None and not self.memory_gb >= 0:
+            raise OptionError(f"--memory {self.memory_gb}: must be 0 or more gigabytes")
         self.grid(self.bits)
 
     def grid(self, bits: int) -> Grid:
@@ -264,6 +266,11 @@ class _Run:
         bits = self._bits(prepared.layers)
         grids = {layer.name: grid_for(layer, self.options.grid(bits[layer.name])) for layer in prepared.layers}
         dtype = {"none": None, "16": "uint16"}.get(self.options.activations, self.target.activation)
+        if self.options.granularity.isdigit() and prepared.opset < 21:
+            raise OptionError(
+                f"--granularity {self.options.granularity} needs opset 21; this model could not be raised above "
+                f"{prepared.opset}: use --granularity channel"
+            )
         if dtype == "uint16" and prepared.opset < 21:
             raise OptionError(f"--activations 16 needs opset 21; this model could not be raised above {prepared.opset}")
         whole = [x for x in walked.layers if grids[x.name].block_size is None and x.name not in specialized.probes]

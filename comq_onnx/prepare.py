@@ -163,6 +163,29 @@ def _clean(model: ir.Model) -> None:
         passes.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
         passes.NameFixPass(),
     )(model)
+    _name_once(model)
+
+
+def _name_once(model: ir.Model) -> None:
+    """Make names of nodes and values unique over all subgraphs: the library's pass lets branches share theirs."""
+    nodes: set[str] = set()
+    values = {str(v.name) for v in (*model.graph.inputs, *model.graph.initializers.values())}
+    for graph in (model.graph, *model.graph.subgraphs()):
+        made = [] if graph is model.graph else list(graph.inputs)
+        for node in graph:
+            node.name = _unused(str(node.name), nodes)
+            made += node.outputs
+        for value in made:
+            if value.name:
+                value.name = _unused(value.name, values)
+
+
+def _unused(name: str, taken: set[str]) -> str:
+    unique, count = name, 1
+    while unique in taken:
+        unique, count = f"{name}_{count}", count + 1
+    taken.add(unique)
+    return unique
 
 
 class _AddIntoConv(pattern.RewriteRuleClassBase):  # type: ignore[misc]
@@ -254,13 +277,7 @@ def upcast(model: ir.Model) -> bool:
             _upcast_attributes(node)
     for value in graph.inputs:
         if value.dtype in HALF and value.uses():
-            cast = ir.node("Cast", [value], {"to": ir.DataType.FLOAT})
-            _rename(cast.outputs[0], f"{value.name}_float32", ir.DataType.FLOAT)
-            users = list(value.uses())
-            first = next(iter(graph))
-            graph.insert_before(first, cast)
-            for user, index in users:
-                user.replace_input_with(index, cast.outputs[0])
+            _read_as_float(graph, value)
     for i, value in enumerate(list(graph.outputs)):
         if value.dtype not in HALF or value.producer() is None:
             continue
@@ -279,6 +296,16 @@ def upcast(model: ir.Model) -> bool:
     return True
 
 
+def _read_as_float(graph: ir.Graph, value: ir.Value) -> None:
+    """Let all who read an input or initializer of the main graph read it through a Cast to float32."""
+    users = list(value.uses())
+    cast = ir.node("Cast", [value], {"to": ir.DataType.FLOAT})
+    _rename(cast.outputs[0], f"{value.name}_float32", ir.DataType.FLOAT)
+    graph.insert_before(next(iter(graph)), cast)
+    for user, index in users:
+        user.replace_input_with(index, cast.outputs[0])
+
+
 def _rename(value: ir.Value, name: str, dtype: ir.DataType) -> None:
     value.name = name
     value.type = ir.TensorType(dtype)
@@ -293,12 +320,7 @@ def _upcast_initializer(graph: ir.Graph, value: ir.Value) -> None:
         value.const_value, value.type = wide, ir.TensorType(ir.DataType.FLOAT)
         return
     # a large tensor that stays float stays half as large in the file
-    cast = ir.node("Cast", [value], {"to": ir.DataType.FLOAT})
-    _rename(cast.outputs[0], f"{value.name}_float32", ir.DataType.FLOAT)
-    users = list(value.uses())
-    graph.insert_before(next(iter(graph)), cast)
-    for user, index in users:
-        user.replace_input_with(index, cast.outputs[0])
+    _read_as_float(graph, value)
 
 
 def _upcast_attributes(node: ir.Node) -> None:

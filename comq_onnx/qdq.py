@@ -6,13 +6,10 @@ ships.
 Weights, from fastest to most general:
 
 - *integer*: codes -> (Cast to INT8) -> DequantizeLinear per channel, the layer's input quantized, an int32 bias of
-  scale
-  s_x * s_w. ONNX Runtime folds the Cast at load and runs its int8 kernels; the file holds 4 (2) bits a weight.
-- *blocked* (weight-only MatMul): INT8 per channel or INT4 in blocks along the inputs -> DequantizeLinear, which becomes
-  MatMulNBits.
+  scale s_x * s_w. ONNX Runtime folds the Cast at load and runs its int8 kernels; the file holds 4 (2) bits a weight.
+- *blocked* (weight-only MatMul): codes in blocks along the inputs -> DequantizeLinear: MatMulNBits.
 - *folded* (any other weight-only layer): codes -> Cast to FLOAT -> Mul by the scale. Runtimes fold both at load: the
-  file is
-  small, the speed that of the float layer. A DequantizeLinear there would run at every call.
+  file is small, the speed that of the float layer. A DequantizeLinear there would run at every call.
 - *looked up* (embeddings): Gather of codes -> Cast -> Mul by the Gather of scales; only the rows looked up become
   float.
 """
@@ -55,15 +52,17 @@ class Quantization:
 def emit(model: ir.Model, quantization: Quantization) -> None:
     """Rewrite `model` in place: every solved layer it holds, every planned value that has a grid."""
     nodes = nodes_by_name(model)
-    values = {str(v.name): v for v in graphs.walk_values(model)}
     for layer in quantization.layers:
         if layer.name in nodes and layer.name in quantization.solutions:
             _emit_layer(model, nodes, layer, quantization)
     readers = _integer_readers(quantization, nodes)
+    values = {str(v.name): v for v in graphs.walk_values(model)}
     for name in quantization.plan.values:
         if name in values and name in quantization.grids:
             _emit_activation(model, values[name], quantization, readers.get(name, []))
     passes.RemoveUnusedNodesPass()(model)
+    # the names made up here may be taken
+    passes.NameFixPass()(model)
 
 
 def form(layer: Layer, plan: ActivationPlan) -> str:
@@ -95,7 +94,7 @@ def _emit_layer(model: ir.Model, nodes: dict[str, ir.Node], layer: Layer, quanti
     bias = _float_bias(model, layer, solution)
     if how == "integer":
         grid = quantization.grids[quantization.plan.root(layer.input)]
-        weight = _lift_dead_scales(solution.weight, bias, grid.scale)
+        weight = _fit_bias(solution.weight, bias, grid.scale)
         _set_weight(node, layer, _dequantize(model, node, layer, weight, quantization))
         _set_bias(model, nodes, layer, bias, _channel_scale(layer, weight), grid.scale)
         if isinstance(layer.kind, Gemm):
@@ -103,9 +102,12 @@ def _emit_layer(model: ir.Model, nodes: dict[str, ir.Node], layer: Layer, quanti
         return
     if how == "blocked":
         if isinstance(layer.kind, Gemm):
-            node = _gemm_as_matmul(model, node, layer, bias)
+            node = _gemm_as_matmul(model, node, layer, bias, quantization.plan)
         else:
             _set_bias(model, nodes, layer, bias, None, None)
+            if layer.bias_node is not None:
+                adder = nodes[layer.bias_node]
+                adder.op_type = _adding(adder, quantization.plan)
         _set_weight(node, layer, _dequantize_blocks(model, node, layer, solution.weight, quantization), matmul=True)
         return
     _set_bias(model, nodes, layer, bias, None, None)
@@ -148,15 +150,12 @@ def _set_bias(
     else:
         scale = np.broadcast_to(input_scale * weight_scale, bias.shape).astype(np.float32)
         codes = np.rint(bias.astype(np.float64) / scale)
-        if np.abs(codes).max(initial=0) >= 2**31:
-            value = graphs.add_initializer(model.graph, f"{layer.name}.bias", bias)
-        else:
-            parts = [
-                graphs.add_initializer(model.graph, f"{layer.name}.bias_codes", codes.astype(np.int32)),
-                graphs.add_initializer(model.graph, f"{layer.name}.bias_scale", scale),
-                graphs.add_initializer(model.graph, f"{layer.name}.bias_zero_point", np.zeros(scale.shape, np.int32)),
-            ]
-            value = _insert(adder, "DequantizeLinear", parts, {"axis": 0}, f"{layer.name}.bias")
+        parts = [
+            graphs.add_initializer(model.graph, f"{layer.name}.bias_codes", codes.astype(np.int32)),
+            graphs.add_initializer(model.graph, f"{layer.name}.bias_scale", scale),
+            graphs.add_initializer(model.graph, f"{layer.name}.bias_zero_point", np.zeros(scale.shape, np.int32)),
+        ]
+        value = _insert(adder, "DequantizeLinear", parts, {"axis": 0}, f"{layer.name}.bias")
     if adder.name != layer.name:
         index = next(i for i, v in enumerate(adder.inputs) if v is not None and v.name == layer.bias)
         adder.replace_input_with(index, value)
@@ -166,14 +165,24 @@ def _set_bias(
     adder.replace_input_with(2, value)
 
 
-def _lift_dead_scales(weight: QuantizedWeight, bias: Array | None, input_scale: np.float32) -> QuantizedWeight:
-    """Give channels without a nonzero weight a scale at which their bias fits int32."""
+def _fit_bias(weight: QuantizedWeight, bias: Array | None, input_scale: np.float32) -> QuantizedWeight:
+    """The weight with a larger scale in channels whose bias would not fit int32 at s_x * s_w.
+
+    Such weights are all but zero beside their bias (a folded BatchNorm leaves some); a float bias would not help, since
+    ONNX Runtime makes it int32 itself, clipped.
+    """
     if bias is None or weight.scale.shape[-1] != 1:
         return weight
-    dead = ~(weight.codes != weight.zero_point).any(axis=-1)
-    needed = np.abs(bias).reshape(dead.shape) / np.float32(2**30) / input_scale
-    scale = np.where(dead, np.maximum(weight.scale[..., 0], needed), weight.scale[..., 0])[..., None]
-    return QuantizedWeight(weight.codes, scale.astype(np.float32), weight.zero_point, weight.grid)
+    needed = np.abs(bias).reshape(weight.scale.shape[:2])[..., None] / np.float64(input_scale) / 2**30
+    if weight.grid.per_tensor:
+        needed = np.full_like(needed, needed.max())
+    grown = needed > weight.scale
+    if not grown.any():
+        return weight
+    scale = np.where(grown, needed, weight.scale).astype(np.float32)
+    zero = weight.zero_point.astype(np.float64)
+    steps = np.rint((weight.codes - zero) * (weight.scale.astype(np.float64) / scale))
+    return QuantizedWeight((steps + zero).astype(np.int8), scale, weight.zero_point, weight.grid)
 
 
 def _channel_scale(layer: Layer, weight: QuantizedWeight) -> Array:
@@ -186,8 +195,14 @@ def _channel_scale(layer: Layer, weight: QuantizedWeight) -> Array:
 
 
 def _codes(model: ir.Model, layer: Layer, codes: Numbers, container: str) -> ir.Value:
-    """The codes as an initializer in their container."""
-    return graphs.add_initializer(model.graph, f"{layer.name}.codes", graphs.pack(codes, container))
+    """The codes as an initializer in their container; layers that share a weight share its codes."""
+    packed = graphs.pack(codes, container)
+    known = model.graph.initializers.get(f"{layer.weight}.codes")
+    if known is not None and known.const_value is not None:
+        stored = known.const_value.numpy()
+        if stored.dtype == packed.dtype and stored.shape == packed.shape and np.array_equal(stored, packed):
+            return known
+    return graphs.add_initializer(model.graph, f"{layer.weight}.codes", packed)
 
 
 def _container(weight: QuantizedWeight, q: Quantization) -> str:
@@ -214,18 +229,15 @@ def _dequantize(model: ir.Model, node: ir.Node, layer: Layer, weight: QuantizedW
 def _dequantize_blocks(
     model: ir.Model, node: ir.Node, layer: Layer, weight: QuantizedWeight, q: Quantization
 ) -> ir.Value:
-    """A weight-only MatMul's weight [in, out]: INT8 per channel, or INT4/INT2 in blocks along the inputs.
+    """A weight-only MatMul's weight [in, out] in blocks along the inputs; per channel where the opset has no blocks.
 
     A channel's one scale is repeated for every block: the same weight, and the form that becomes MatMulNBits.
     """
     inputs = weight.codes.shape[-1]
     grid = weight.grid
     container = _container(weight, q)
-    if container == "INT8" or q.opset < 21:
-        if grid.block_size is None:
-            return _dequantize_columns(model, node, layer, weight)
-        if q.opset < 21:
-            return _unpack_at_load(model, node, layer, weight, q, transposed=True)
+    if q.opset < 21:
+        return _dequantize_columns(model, node, layer, weight)
     block = grid.block_size or max(16, min(q.target.block, 1 << max(inputs - 1, 1).bit_length()))
     of = np.minimum(np.arange(-(-inputs // block)) * block, inputs - 1) // (grid.block_size or inputs)
     scale = np.asarray(weight.scale[0][:, of].T * _alpha(layer), np.float32)
@@ -254,35 +266,23 @@ def _alpha(layer: Layer) -> np.float32:
     return np.float32(layer.kind.alpha if isinstance(layer.kind, Gemm) else 1)
 
 
-def _unpack_at_load(
-    model: ir.Model, node: ir.Node, layer: Layer, weight: QuantizedWeight, q: Quantization, transposed: bool = False
-) -> ir.Value:
-    """codes -> Cast to FLOAT (-> Sub zero point) -> Mul scale, all constant: folded when the runtime loads the model.
-
-    transposed: for a Gemm that became a MatMul, whose alpha goes into the scale.
-    """
-
-    def arrange(matrix: Numbers) -> Numbers:
-        return matrix[0].T if transposed else layer.kind.from_matrix(matrix)
+def _unpack_at_load(model: ir.Model, node: ir.Node, layer: Layer, weight: QuantizedWeight, q: Quantization) -> ir.Value:
+    """codes -> Cast to FLOAT (-> Sub zero point) -> Mul scale, all constant: folded when the runtime loads the
+    model."""
 
     def spread(numbers: Numbers) -> Numbers:
-        if weight.grid.per_tensor:
-            return np.asarray(numbers.flat[0])
-        if weight.grid.block_size is not None:
-            return arrange(numbers[..., weight.grid.block_of(weight.codes.shape[-1])])
-        return numbers[0].T if transposed else layer.kind.spread_scale(numbers[..., 0])
+        return np.asarray(numbers.flat[0]) if weight.grid.per_tensor else layer.kind.spread_scale(numbers[..., 0])
 
     if layer.nested:
         # in the main graph, where every runtime folds constants, and once for all iterations
         node = next(iter(model.graph))
-    codes = _codes(model, layer, arrange(weight.codes), _container(weight, q))
+    codes = _codes(model, layer, layer.kind.from_matrix(weight.codes), _container(weight, q))
     value = _insert(node, "Cast", [codes], {"to": ir.DataType.FLOAT}, f"{layer.name}.float")
     if weight.zero_point.any():
         zero = spread(weight.zero_point).astype(np.float32)
         part = graphs.add_initializer(model.graph, f"{layer.name}.zero_point", zero)
         value = _insert(node, "Sub", [value, part], {}, f"{layer.name}.steps")
-    scale = spread(weight.scale) * (_alpha(layer) if transposed else np.float32(1))
-    part = graphs.add_initializer(model.graph, f"{layer.name}.scale", np.asarray(scale, np.float32))
+    part = graphs.add_initializer(model.graph, f"{layer.name}.scale", np.asarray(spread(weight.scale), np.float32))
     return _insert(node, "Mul", [value, part], {}, f"{layer.name}.weight")
 
 
@@ -291,6 +291,9 @@ def _emit_gather(model: ir.Model, node: ir.Node, layer: Layer, weight: Quantized
     codes = _codes(model, layer, weight.codes[0], _container(weight, q))
     scale = graphs.add_initializer(model.graph, f"{layer.name}.scale", weight.scale[0])
     attributes = {"axis": 0}
+    if codes.dtype != ir.DataType.INT8:
+        # folded at load: ONNX Runtime looks nothing up in packed tables
+        codes = _insert(node, "Cast", [codes], {"to": ir.DataType.INT8}, f"{layer.name}.int8")
     found = _insert(node, "Gather", [codes, indices], attributes, f"{layer.name}.row_codes")
     value = _insert(node, "Cast", [found], {"to": ir.DataType.FLOAT}, f"{layer.name}.row")
     if weight.zero_point.any():
@@ -312,7 +315,13 @@ def _plain_gemm(node: ir.Node, layer: Layer, has_bias: bool) -> None:
         node.attributes.pop("beta", None)
 
 
-def _gemm_as_matmul(model: ir.Model, node: ir.Node, layer: Layer, bias: Array | None) -> ir.Node:
+def _adding(node: ir.Node, plan: ActivationPlan) -> str:
+    """The op that adds the bias of a weight-only MatMul. Where the sum gets quantized ONNX Runtime takes MatMul, Add
+    and QuantizeLinear for a Gemm, runs it in float and never makes it MatMulNBits; a Sum it leaves alone."""
+    return "Sum" if str(node.outputs[0].name) in plan.values else "Add"
+
+
+def _gemm_as_matmul(model: ir.Model, node: ir.Node, layer: Layer, bias: Array | None, plan: ActivationPlan) -> ir.Node:
     """x W + b instead of Gemm: with transB a Gemm never becomes MatMulNBits."""
     assert isinstance(layer.kind, Gemm)
     third = node.inputs[2] if len(node.inputs) > 2 else None
@@ -331,7 +340,9 @@ def _gemm_as_matmul(model: ir.Model, node: ir.Node, layer: Layer, bias: Array | 
     product.outputs[0].name = f"{layer.name}.product"
     assert node.graph is not None
     node.graph.insert_before(node, product)
-    _take_over(node, node.outputs[0], ir.node("Add", [product.outputs[0], addend], name=f"{layer.name}.add"))
+    _take_over(
+        node, node.outputs[0], ir.node(_adding(node, plan), [product.outputs[0], addend], name=f"{layer.name}.add")
+    )
     return product
 
 
@@ -420,7 +431,8 @@ def grid_for(layer: Layer, grid: Grid) -> Grid:
     kind = layer.kind
     if isinstance(kind, Gather):
         return Grid(grid.bits, symmetric=True)
-    matrix = isinstance(kind, (MatMul, Gemm)) and len(layer.weight_shape) == 2
+    matrix = isinstance(kind, (MatMul, Gemm)) and len(layer.weight_shape) == 2 and not layer.nested
+    matrix = matrix and not (isinstance(kind, Gemm) and kind.trans_a)
     if grid.block_size is not None and (not matrix or grid.block_size >= kind.inputs):
         return Grid(grid.bits, grid.symmetric)
     if isinstance(kind, ConvTranspose) and kind.group > 1:

@@ -104,7 +104,7 @@ def _layer_table(layers: list[LayerReport], verbose: bool) -> Table:
             continue
         last = (_db(layer.error_db), _db(layer.rtn_error_db)) if solved else (str(layer.stage),)
         shape = "x".join(str(d) for d in layer.weight_shape)
-        table.add_row(layer.name, layer.op, shape, str(layer.bits), layer.granularity, layer.form, *last)
+        table.add_row(Text(layer.name), layer.op, shape, str(layer.bits), layer.granularity, layer.form, *last)
     return table
 
 
@@ -126,7 +126,7 @@ def _skipped(skipped: dict[str, str], verbose: bool) -> Table:
     table.add_column("reason", overflow="fold")
     items = list(skipped.items())
     for name, reason in items if verbose else items[:6]:
-        table.add_row(name, reason)
+        table.add_row(Text(name), Text(reason))
     if not verbose and len(items) > 6:
         table.add_row("...", f"{len(items) - 6} more with -v")
     return table
@@ -139,7 +139,7 @@ def _output_table(outputs: list[OutputComparison]) -> Table:
         table.add_column(name, justify="right")
     for output in outputs:
         agreement = "" if output.top1_agreement is None else f"{output.top1_agreement:.1%}"
-        table.add_row(output.name, f"{output.sqnr_db:.1f}", f"{output.cosine:.4f}", agreement)
+        table.add_row(Text(output.name), f"{output.sqnr_db:.1f}", f"{output.cosine:.4f}", agreement)
     return table
 
 

@@ -242,6 +242,23 @@ class Preprocess:
     layout: str | None = None
     resample: str = "bicubic"
 
+    def __post_init__(self) -> None:
+        for name, value, allowed in (
+            ("channels", self.channels, ("rgb", "bgr")),
+            ("layout", self.layout, (None, "nchw", "nhwc")),
+            ("resample", str(self.resample).lower(), tuple(r.name.lower() for r in Image.Resampling)),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} is {value!r}, not one of {', '.join(str(a) for a in allowed)}")
+        for name, size in (("resize", self.resize), ("crop", self.crop)):
+            if size is not None and not (isinstance(size, int) and size > 0):
+                raise ValueError(f"{name} is {size!r}, not a positive whole number")
+        for name, numbers in (("mean", self.mean), ("std", self.std)):
+            if len(numbers) not in (1, 3):
+                raise ValueError(f"{name} has {len(numbers)} numbers, not 1 or 3")
+        if any(number == 0 for number in self.std):
+            raise ValueError("std is 0")
+
 
 PREPROCESS: dict[str, Preprocess] = {
     "imagenet": Preprocess(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),

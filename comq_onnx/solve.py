@@ -16,13 +16,11 @@ forms:
 |w_i|. `solve_comq`, the default, keeps the two closed forms and goes beyond the paper in what surrounds them:
 
 - The inputs are x^ of the model quantized so far, the target is half the float model's output and half W x^ ("half
-  mismatch"):
-  with e = x - x^ and E = E[x^ e^T] the gradient becomes V = (W - Wq) H + W E^T / 2.
+  mismatch"): with e = x - x^ and E = E[x^ e^T] the gradient becomes V = (W - Wq) H + W E^T / 2.
 - If the layer has a bias, G and E are centred and the mean goes into the bias.
 - A ridge, H = G + rho mean(diag G) I, keeps ill-conditioned Grams from fitting the calibration noise.
 - The start is not W but the Babai (GPTQ) rounding of the unconstrained optimum on the reversed Cholesky H = M^T M, M
-  lower:
-  t_i = w*_i + (1 / M_ii) sum_{k<i} M_ik (w*_k - wq_k), for several scales, each channel keeping its best.
+  lower: t_i = w*_i + (1 / M_ii) sum_{k<i} M_ik (w*_k - wq_k), for several scales, each channel keeping its best.
 - Sweeps touch only what changes; at the end single codes flip, biggest decrease first.
 
 Never worse than plain rounding: a channel whose `error` would be is rounded instead.
@@ -259,7 +257,9 @@ def _pose(
 ) -> _Problem:
     """Group g's ridged problem in visiting order (decreasing G_ii), with its unconstrained optimum W*."""
     gram = statistics.gram[g][np.ix_(order, order)]
-    ridge = RIDGE * float(np.diag(gram).mean())
+    # what centring leaves of a constant input is rounding noise: the ridge stands above that too
+    noise = 1e-6 * float((statistics.mean[g] ** 2).sum())
+    ridge = max(RIDGE * float(np.diag(gram).mean()), noise)
     gram[np.diag_indices_from(gram)] += ridge if ridge > 0 else 1.0
     # M is this factor read backwards: H = M^T M, M lower triangular
     factor = np.linalg.cholesky(gram[::-1, ::-1])

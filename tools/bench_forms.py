@@ -70,7 +70,8 @@ def conv_forms() -> dict[str, Model]:
             {"w4": w4, "s": scale}, shape,
         ),
         "weight-only, INT4 folded (Cast, Mul)": model(
-            [node("Cast", "w4", "f", to=TensorProto.FLOAT), node("Mul", "f s", "w"), node("Conv", "x w", "y", pads=pads)],
+            [node("Cast", "w4", "f", to=TensorProto.FLOAT), node("Mul", "f s", "w"),
+             node("Conv", "x w", "y", pads=pads)],
             {"w4": w4, "s": wide}, shape,
         ),
     }  # fmt: skip

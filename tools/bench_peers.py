@@ -2,9 +2,9 @@
 
     python tools/bench_peers.py model.onnx --calib calib.npz --test test.npz --bits 8
 
-Both calibrate on the same samples (all of calib.npz) and are measured on test.npz. Latency: one sample, one thread, the three
-models in turn in one process, medians of several rounds. onnxruntime.quantization: QDQ, per channel, uint8 activations, int8
-weights, MinMax, after its own pre-processing, reduce_range off.
+Both calibrate on the same samples (all of calib.npz) and are measured on test.npz. Latency: one sample, one thread, the
+three models in turn in one process, medians of several rounds. onnxruntime.quantization: QDQ, per channel, uint8
+activations, int8 weights, MinMax, after its own pre-processing, reduce_range off.
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ def main(model: Path, calib: Path, test_path: Path, bits: int, rounds: int) -> N
         test = load_samples(test_path, source.inputs)
         sessions = [Session(path, threads=1) for path in paths.values()]
         spent = [latency(sessions, test, seconds=8, most=400) for _ in range(rounds)]
-        click.echo(f"onnxruntime {onnxruntime.__version__}; {len(samples)} samples to calibrate, {len(test)} to measure")
+        click.echo(
+            f"onnxruntime {onnxruntime.__version__}; {len(samples)} samples to calibrate, {len(test)} to measure"
+        )
         click.echo("| | MB | SQNR dB | top-1 agreement | ms (each round) | speed over FP32 | integer kernels |")
         click.echo("|---|---|---|---|---|---|---|")
         for i, (name, path) in enumerate(paths.items()):
@@ -76,7 +78,8 @@ def main(model: Path, calib: Path, test_path: Path, bits: int, rounds: int) -> N
             speed = sorted(round_[0] / round_[i] for round_ in spent)[rounds // 2]
             click.echo(
                 f"| {name} | {path.stat().st_size / 1e6:.2f} | {worst.sqnr_db:.1f} | {agreement} | "
-                f"{', '.join(f'{t:.2f}' for t in times)} | {speed:.2f}x | {sum(executed_kernels(path).integer.values())} |"
+                f"{', '.join(f'{t:.2f}' for t in times)} | {speed:.2f}x | "
+                f"{sum(executed_kernels(path).integer.values())} |"
             )
 
 

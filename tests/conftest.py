@@ -1,0 +1,82 @@
+"""Fixtures: a quick comparison step, and one call that quantizes a model and checks what must always hold."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import onnx
+import pytest
+
+import comq_onnx
+from comq_onnx import compare, pipeline
+from models import Arrays, samples_for, signature, worst_sqnr
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _quick_latency(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two timed runs in place of two seconds of them: no test here is about time."""
+    monkeypatch.setattr(pipeline, "latency", functools.partial(compare.latency, seconds=0.0))
+
+
+@dataclass(frozen=True)
+class Done:
+    """A finished quantization: the report, both files, the model written and the samples."""
+
+    report: comq_onnx.Report
+    source: Path
+    out: Path
+    model: onnx.ModelProto
+    samples: Arrays
+    sqnr: float
+
+
+@pytest.fixture
+def quantized(tmp_path: Path) -> Callable[..., Done]:
+    """Quantize a model (8 bits unless told) and check what must hold for every model.
+
+    The source's bytes, the inputs' and outputs' names, types and dimensions and the metadata stay as they were; the
+    file passes ONNX's checker and runs; SQNR to the float model is at least `floor` dB. 8 bits of a channel's range
+    give some 40 dB for one layer of normal weights, 8 bits of an activation's range the same; a few in a row lose up to
+    10 dB, so 25 is the least that a small random net may have. per_item: the samples are complete tensors.
+    """
+
+    def run(
+        model: onnx.ModelProto | Path,
+        samples: Arrays | None = None,
+        floor: float = 25.0,
+        per_item: bool = False,
+        **options: Any,
+    ) -> Done:
+        source = model if isinstance(model, Path) else tmp_path / "source.onnx"
+        if not isinstance(model, Path):
+            onnx.save(model, source)
+        given = onnx.load(source)
+        samples = samples_for(given) if samples is None else samples
+        before = hashlib.sha256(source.read_bytes()).hexdigest()
+        out = tmp_path / "out.onnx"
+        report = comq_onnx.quantize(source, out, samples, **{"bits": 8, "device": "cpu", **options})
+        assert hashlib.sha256(source.read_bytes()).hexdigest() == before
+        written = onnx.load(out)
+        onnx.checker.check_model(written)
+        assert signature(written) == signature(given)
+        kept = {p.key: p.value for p in written.metadata_props}
+        assert {p.key: p.value for p in given.metadata_props}.items() <= kept.items()
+        assert report.layers
+        # with complete tensors each sample is a feed of its own
+        feeds = [{k: a[i] for k, a in samples.items()} for i in range(5)] if per_item else [samples]
+        reached = float(np.mean([worst_sqnr(source, out, f) for f in feeds]))
+        assert reached >= floor
+        return Done(report, source, out, written, samples, reached)
+
+    return run

@@ -1,0 +1,263 @@
+"""Small ONNX models to test with, and the arithmetic to compare two of them.
+
+Graphs are written in ONNX's own text form (onnx.parser); weights are drawn with a fixed seed. A layer wants 128 weights
+or more, so nothing here is smaller than that unless a test is about it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx.parser
+import onnxruntime
+from onnx import numpy_helper
+
+Arrays = dict[str, np.ndarray]
+
+
+def normal(*shape: int, seed: int = 0, scale: float = 1.0, dtype: type = np.float32) -> np.ndarray:
+    """Normal noise of a shape."""
+    return (np.random.default_rng([seed, *shape]).standard_normal(shape) * scale).astype(dtype)
+
+
+def weight(*shape: int, seed: int = 1, fan: int | None = None, dtype: type = np.float32) -> np.ndarray:
+    """A weight of a size that keeps activations near 1: fan inputs each (the first axis where none is given)."""
+    return normal(*shape, seed=seed, scale=(fan or shape[0]) ** -0.5, dtype=dtype)
+
+
+def build(
+    text: str,
+    weights: Mapping[str, np.ndarray] | None = None,
+    *,
+    opset: int = 17,
+    ir_version: int = 8,
+    domains: Sequence[str] = (),
+    metadata: Mapping[str, str] | None = None,
+) -> onnx.ModelProto:
+    """A model from a graph (and functions after it) in ONNX's text form, with initializers by name."""
+    imports = ", ".join([f'"" : {opset}', *(f'"{d}" : 1' for d in domains)])
+    model = onnx.parser.parse_model(f"<ir_version: {ir_version}, opset_import: [{imports}]>\n{text}")
+    for name, array in (weights or {}).items():
+        model.graph.initializer.append(numpy_helper.from_array(np.asarray(array), name))
+    for key, value in (metadata or {}).items():
+        model.metadata_props.add(key=key, value=value)
+    return model
+
+
+def mlp(width: int = 32, opset: int = 17, ir_version: int = 8, seed: int = 1) -> onnx.ModelProto:
+    """x [batch, width] -> Gemm, Relu, MatMul, Add -> y [batch, 10]."""
+    return build(
+        f"""mlp (float[batch, {width}] x) => (float[batch, 10] y) {{
+            [fc1] h = Gemm <transB = 1> (x, w1, b1)
+            [relu] r = Relu (h)
+            [fc2] m = MatMul (r, w2)
+            [bias] y = Add (m, b2)
+        }}""",
+        {
+            "w1": weight(48, width, fan=width, seed=seed),
+            "b1": normal(48, seed=seed, scale=0.1),
+            "w2": weight(48, 10, seed=seed + 1),
+            "b2": normal(10, seed=seed, scale=0.1),
+        },
+        opset=opset,
+        ir_version=ir_version,
+        metadata={"author": "a test", "labels": "zero,one"},
+    )
+
+
+def cnn(
+    opset: int = 17, size: int = 16, batch: str = "batch", channels: int = 3, nhwc: bool = False
+) -> onnx.ModelProto:
+    """image [batch, 3, 16, 16] -> Conv, depthwise Conv, Conv, mean, Gemm -> logits [batch, 10]."""
+    dims, name = (f"{size}, {size}, {channels}", "nchw") if nhwc else (f"{channels}, {size}, {size}", "image")
+    first = "nchw = Transpose <perm = [0, 3, 1, 2]> (image)" if nhwc else ""
+    return build(
+        f"""cnn (float[{batch}, {dims}] image) => (float[{batch}, 10] logits) {{
+            {first}
+            [stem] a = Conv <kernel_shape = [3, 3], pads = [1, 1, 1, 1], strides = [2, 2]> ({name}, w1, b1)
+            ar = Relu (a)
+            [depthwise] d = Conv <kernel_shape = [3, 3], pads = [1, 1, 1, 1], group = 16> (ar, w2, b2)
+            dr = Relu (d)
+            [point] p = Conv <kernel_shape = [1, 1]> (dr, w3, b3)
+            s = Add (p, ar)
+            g = GlobalAveragePool (s)
+            f = Flatten (g)
+            [head] logits = Gemm <transB = 1> (f, w4, b4)
+        }}""",
+        {
+            "w1": weight(16, channels, 3, 3, fan=9 * channels),
+            "b1": normal(16, scale=0.1),
+            "w2": weight(16, 1, 3, 3, fan=9),
+            "b2": normal(16, scale=0.1, seed=2),
+            "w3": weight(16, 16, 1, 1, fan=16),
+            "b3": normal(16, scale=0.1, seed=3),
+            "w4": weight(10, 16, fan=16),
+            "b4": normal(10, scale=0.1),
+        },
+        opset=opset,
+    )
+
+
+def batchnorm_cnn(opset: int = 17) -> onnx.ModelProto:
+    """image -> Conv without a bias, BatchNormalization, Relu, Conv, BatchNormalization -> y [batch, 8, 8, 8]."""
+    weights: Arrays = {"w1": weight(12, 3, 3, 3, fan=27), "w2": weight(8, 12, 3, 3, fan=108)}
+    for i, n in ((1, 12), (2, 8)):
+        weights |= {
+            f"scale{i}": 1 + normal(n, scale=0.2, seed=i),
+            f"shift{i}": normal(n, scale=0.2, seed=i + 10),
+            f"mean{i}": normal(n, scale=0.2, seed=i + 20),
+            f"var{i}": np.abs(1 + normal(n, scale=0.2, seed=i + 30)),
+        }
+    return build(
+        """bn (float[batch, 3, 8, 8] image) => (float[batch, 8, 8, 8] y) {
+            [conv1] a = Conv <kernel_shape = [3, 3], pads = [1, 1, 1, 1]> (image, w1)
+            b = BatchNormalization (a, scale1, shift1, mean1, var1)
+            r = Relu (b)
+            [conv2] c = Conv <kernel_shape = [3, 3], pads = [1, 1, 1, 1]> (r, w2)
+            y = BatchNormalization (c, scale2, shift2, mean2, var2)
+        }""",
+        weights,
+        opset=opset,
+    )
+
+
+def tokens(int_type: str = "int64") -> onnx.ModelProto:
+    """input_ids and attention_mask [batch, seq] -> embedding, masked mean, MatMul -> y [batch, 6]."""
+    return build(
+        f"""tokens ({int_type}[batch, seq] input_ids, {int_type}[batch, seq] attention_mask) => (float[batch, 6] y)
+        <int64[1] one = {{1}}, int64[1] two = {{2}}> {{
+            [embed] e = Gather (table, input_ids)
+            [proj] p = MatMul (e, w1)
+            t = Tanh (p)
+            mf = Cast <to = 1> (attention_mask)
+            m = Unsqueeze (mf, two)
+            tm = Mul (t, m)
+            s = ReduceSum <keepdims = 0> (tm, one)
+            n = ReduceSum <keepdims = 0> (m, one)
+            pooled = Div (s, n)
+            [head] y = MatMul (pooled, w2)
+        }}""",
+        {"table": normal(50, 24), "w1": weight(24, 32), "w2": weight(32, 6)},
+    )
+
+
+def several_inputs() -> onnx.ModelProto:
+    """A picture, a vector, a bool per sample and a count -> y [batch, 8]."""
+    return build(
+        """several (float[batch, 3, 8, 8] image, float[batch, 20] vector, bool[batch, 1] use, int64[batch, 1] count)
+            => (float[batch, 8] y) {
+            [conv] a = Conv <kernel_shape = [3, 3], strides = [2, 2]> (image, w1)
+            f = Flatten (a)
+            [left] l = MatMul (f, w2)
+            [right] r = MatMul (vector, w3)
+            w = Where (use, l, r)
+            c = Cast <to = 1> (count)
+            y = Add (w, c)
+        }""",
+        {"w1": weight(8, 3, 3, 3, fan=27), "w2": weight(72, 8), "w3": weight(20, 8)},
+    )
+
+
+def samples_for(model: onnx.ModelProto, count: int = 40, seed: int = 7, free: int = 12) -> Arrays:
+    """Random samples by input name: `count` along the first axis, `free` for other dimensions that are not fixed."""
+    rng = np.random.default_rng(seed)
+    constants = {i.name for i in model.graph.initializer}
+    made: Arrays = {}
+    for value in model.graph.input:
+        if value.name in constants:
+            continue
+        tensor = value.type.tensor_type
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
+        shape = (count, *(d.dim_value or free for d in tensor.shape.dim[1:]))
+        if dtype.kind == "b":
+            made[value.name] = rng.random(shape) < 0.5
+        elif dtype.kind in "iu":
+            made[value.name] = rng.integers(1, 5, shape).astype(dtype)
+        else:
+            made[value.name] = rng.standard_normal(shape).astype(dtype)
+    return made
+
+
+def infer(model: onnx.ModelProto | Path, feeds: Mapping[str, np.ndarray]) -> Arrays:
+    """Every output by name, from ONNX Runtime on one CPU thread."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 4
+    source = str(model) if isinstance(model, Path) else model.SerializeToString()
+    session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    names = [o.name for o in session.get_outputs()]
+    return dict(zip(names, session.run(names, dict(feeds)), strict=True))
+
+
+def sqnr(before: np.ndarray, after: np.ndarray) -> float:
+    """10 log10 of signal over noise; 200 where the two are equal."""
+    a, b = np.asarray(before, np.float64), np.asarray(after, np.float64)
+    assert a.shape == b.shape
+    noise = ((a - b) ** 2).sum()
+    return 200.0 if noise == 0 else float(10 * np.log10((a**2).sum() / noise))
+
+
+def worst_sqnr(before: onnx.ModelProto | Path, after: onnx.ModelProto | Path, feeds: Mapping[str, np.ndarray]) -> float:
+    """The lowest SQNR over the floating-point outputs that two models give for the same feeds."""
+    first, second = infer(before, feeds), infer(after, feeds)
+    assert list(first) == list(second)
+    return min(sqnr(first[name], second[name]) for name in first if first[name].dtype.kind == "f")
+
+
+def op_types(model: onnx.ModelProto) -> list[str]:
+    """The operators of the main graph in order."""
+    return [node.op_type for node in model.graph.node]
+
+
+def signature(model: onnx.ModelProto) -> list[tuple[str, int, tuple[str | int, ...]]]:
+    """Name, element type and dimensions of every true input and every output."""
+    constants = {i.name for i in model.graph.initializer}
+    values = [v for v in model.graph.input if v.name not in constants] + list(model.graph.output)
+    return [
+        (v.name, v.type.tensor_type.elem_type, tuple(d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim))
+        for v in values
+    ]
+
+
+def attention(masked: bool = True, opset: int = 17) -> onnx.ModelProto:
+    """x [batch, seq, 32] -> LayerNorm, q, k, v, one head of attention (causal by a mask of -inf), two layers -> y."""
+    add = "am = Add (scaled, mask)" if masked else "am = Identity (scaled)"
+    return build(
+        f"""attention (float[batch, 12, 32] x) => (float[batch, 12, 32] y) {{
+            n = LayerNormalization (x, gamma, beta)
+            [q] q0 = MatMul (n, wq)
+            [k] k0 = MatMul (n, wk)
+            [v] v0 = MatMul (n, wv)
+            qb = Add (q0, bq)
+            kt = Transpose <perm = [0, 2, 1]> (k0)
+            scores = MatMul (qb, kt)
+            scaled = Mul (scores, root)
+            {add}
+            a = Softmax <axis = -1> (am)
+            c = MatMul (a, v0)
+            [out] o = MatMul (c, wo)
+            s = Add (x, o)
+            [up] u = MatMul (s, wu)
+            ub = Add (u, bu)
+            g = Relu (ub)
+            [down] d = MatMul (g, wd)
+            y = Add (s, d)
+        }}""",
+        {
+            "gamma": 1 + normal(32, scale=0.1),
+            "beta": normal(32, scale=0.1),
+            "wq": weight(32, 32),
+            "wk": weight(32, 32, seed=2),
+            "wv": weight(32, 32, seed=3),
+            "wo": weight(32, 32, seed=4),
+            "wu": weight(32, 64),
+            "wd": weight(64, 32),
+            "bq": normal(32, scale=0.1, seed=5),
+            "bu": normal(64, scale=0.1),
+            "root": np.float32(32**-0.5),
+            "mask": np.triu(np.full((12, 12), -np.inf, np.float32), 1),
+        },
+        opset=opset,
+    )

@@ -1,0 +1,606 @@
+"""The command line: exit codes, one line for every foreseen error, and what is printed where."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import numpy as np
+import onnx
+import pytest
+from onnx import helper
+from PIL import Image
+
+import comq_onnx
+from comq_onnx import cli, errors, graph, pipeline
+from models import attention, build, cnn, infer, mlp, normal, samples_for, weight, worst_sqnr
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a run of the command left: its exit code, stdout and stderr."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
+    """`main` in this process with these arguments."""
+
+    def call(*arguments: object) -> Said:
+        monkeypatch.setattr(sys, "argv", ["comq-onnx", *map(str, arguments)])
+        capsys.readouterr()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return Said(code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """A directory with mlp.onnx, cnn.onnx and the samples of both."""
+    onnx.save(mlp(), tmp_path / "mlp.onnx")
+    onnx.save(cnn(), tmp_path / "cnn.onnx")
+    np.savez(tmp_path / "mlp.npz", **samples_for(mlp()))
+    np.savez(tmp_path / "cnn.npz", **samples_for(cnn()))
+    return tmp_path
+
+
+def module(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """`python -m comq_onnx` in a process of its own."""
+    command = [sys.executable, "-m", "comq_onnx", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
+
+
+# A run that works
+
+
+def test_a_model_is_quantized_from_a_shell(files: Path) -> None:
+    done = module(files / "mlp.onnx", "--calib", files / "mlp.npz", "--bits", 8, "-o", files / "q.onnx")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "fc1" in done.stdout
+    assert "q.onnx" in done.stdout
+    assert worst_sqnr(files / "mlp.onnx", files / "q.onnx", samples_for(mlp())) >= 25
+
+
+def test_an_error_is_one_line_in_a_shell_too(files: Path) -> None:
+    done = module(files / "none.onnx", "-o", files / "q.onnx")
+    assert done.returncode == 3
+    assert done.stdout == ""
+    assert re.fullmatch(r"comq-onnx: .*none\.onnx: no such file[^\n]*\n", done.stderr)
+
+
+def test_the_installed_command_is_the_module() -> None:
+    command = shutil.which("comq-onnx", path=str(Path(sys.executable).parent))
+    assert command is not None
+    done = subprocess.run([command, "--version"], capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0
+    assert comq_onnx.version() in done.stdout
+
+
+def test_the_version_is_printed(run: Callable[..., Said]) -> None:
+    said = run("--version")
+    assert said.code == 0
+    assert comq_onnx.version() in said.out
+
+
+@pytest.mark.parametrize("option", ["--help", "-h"])
+def test_help_lists_every_option_with_its_meaning(run: Callable[..., Said], option: str) -> None:
+    said = run(option)
+    assert said.code == 0
+    for parameter in cli.command.params:
+        if isinstance(parameter, click.Option):
+            assert all(name in said.out for name in parameter.opts)
+            assert parameter.help
+    words = " ".join(said.out.split())
+    assert "Exit codes: 0 done, 2 the command line, 3 the model, 4 the samples, 5 the runtime" in words
+
+
+def test_the_exit_codes_of_the_help_are_those_of_the_errors() -> None:
+    kinds = (errors.OptionError, errors.ModelError, errors.SamplesError, errors.RuntimeFailure)
+    assert [kind.exit_code for kind in kinds] == [2, 3, 4, 5]
+
+
+def test_a_plan_lists_the_layers_and_writes_nothing(run: Callable[..., Said], files: Path) -> None:
+    before = sorted(files.iterdir())
+    said = run(files / "cnn.onnx", "--plan", "-o", files / "q.onnx")
+    assert said.code == 0
+    for name in ("stem", "depthwise", "point", "head"):
+        assert name in said.out
+    assert sorted(files.iterdir()) == before
+
+
+def test_a_quiet_run_prints_nothing(run: Callable[..., Said], files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # which of two tiny models is faster is chance, and the slower one is warned about
+    monkeypatch.setattr(pipeline, "latency", lambda *_, **__: [1.0, 1.0])
+    said = run(files / "mlp.onnx", "--calib", files / "mlp.npz", "-o", files / "q.onnx", "-q")
+    assert said == Said(0, "", "")
+    assert (files / "q.onnx").exists()
+
+
+def test_a_quiet_run_still_warns(run: Callable[..., Said], files: Path) -> None:
+    said = run(files / "mlp.onnx", "-o", files / "q.onnx", "-q", "--samples", 20)
+    assert (said.code, said.out) == (0, "")
+    assert all(line.startswith("warning: ") for line in said.err.splitlines())
+    assert "synthetic" in said.err
+
+
+def test_a_verbose_run_logs_every_layer(run: Callable[..., Said], files: Path) -> None:
+    said = run(files / "mlp.onnx", "--calib", files / "mlp.npz", "-o", files / "q.onnx", "-v")
+    assert said.code == 0
+    assert "fc1: error" in said.err
+    assert "fc2: error" in said.err
+
+
+def test_the_json_report_holds_every_figure(run: Callable[..., Said], files: Path) -> None:
+    said = run(
+        files / "cnn.onnx", "--calib", files / "cnn.npz", "-o", files / "q.onnx", "--json", files / "report.json",
+        "--exclude", "stem",
+    )  # fmt: skip
+    assert said.code == 0
+    report = json.loads((files / "report.json").read_text(), parse_constant=lambda x: pytest.fail(f"{x} is no JSON"))
+    assert set(report) >= {
+        "model", "output", "version", "target", "bits", "samples", "seconds", "peak_rss_mb", "size", "layers",
+        "skipped", "outputs", "latency_ms",
+    }  # fmt: skip
+    assert report["model"] == str(files / "cnn.onnx")
+    assert report["output"] == str(files / "q.onnx")
+    assert (report["target"], report["bits"]) == ("ort-cpu", 4)
+    assert report["samples"] == {"source": str(files / "cnn.npz"), "used": 35, "held_back": 5}
+    assert set(report["seconds"]) >= {"load", "calibrate", "solve", "emit", "compare", "total"}
+    assert report["size"] == {
+        "before": (files / "cnn.onnx").stat().st_size, "after": (files / "q.onnx").stat().st_size
+    }  # fmt: skip
+    assert [layer["name"] for layer in report["layers"]] == ["depthwise", "point", "head"]
+    assert set(report["layers"][0]) >= {
+        "name", "op", "weight_shape", "bits", "granularity", "error_db", "rtn_error_db", "seconds"
+    }  # fmt: skip
+    assert "--exclude" in report["skipped"]["stem"]
+    assert set(report["outputs"][0]) == {"name", "sqnr_db", "cosine", "top1_agreement"}
+    assert set(report["latency_ms"]) == {"before", "after"}
+    assert report["peak_rss_mb"] > 0
+
+
+def test_a_plan_has_a_json_report_too(run: Callable[..., Said], files: Path) -> None:
+    assert run(files / "mlp.onnx", "--plan", "--json", files / "plan.json").code == 0
+    report = json.loads((files / "plan.json").read_text())
+    assert [layer["error_db"] for layer in report["layers"]] == [None, None]
+
+
+def test_a_perfect_layer_is_json_too(run: Callable[..., Said], files: Path) -> None:
+    # weights on the grid have no error: minus infinity dB has no JSON number
+    model = build(
+        "g (float[batch, 32] x) => (float[batch, 16] y) { [fc] y = MatMul (x, w) }",
+        {"w": np.random.default_rng(0).choice([-7, -3, 0, 5, 7], (32, 16)).astype(np.float32)},
+    )
+    onnx.save(model, files / "m.onnx")
+    said = run(
+        files / "m.onnx", "--calib", files / "mlp.npz", "-o", files / "q.onnx", "--json", files / "r.json",
+        "--activations", "none",
+    )  # fmt: skip
+    assert said.code == 0
+    json.loads((files / "r.json").read_text(), parse_constant=lambda x: pytest.fail(f"{x} is no JSON"))
+    # the weights are exact, but ONNX Runtime's MatMulNBits rounds activations to 8 bits in blocks: some 45 dB
+    assert worst_sqnr(files / "m.onnx", files / "q.onnx", samples_for(mlp())) > 40
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--bits", 3],
+        ["--bits", 8, "--bits-for", "head=4", "--bits-for", "^point$=2"],
+        ["--granularity", "tensor", "--asymmetric"],
+        ["--activations", "none", "--granularity", 16],
+        ["--activations", "16"],
+        ["--solver", "rtn", "--independent", "--batch-size", 3, "--seed", 9],
+        ["--solver", "paper", "--memory", 0, "--samples", 10],
+        ["--include", "head", "--include", "point", "--device", "cpu", "--target", "ort-cpu"],
+    ],
+    ids=lambda options: " ".join(map(str, options)),
+)
+def test_every_option_works(run: Callable[..., Said], files: Path, options: list[object]) -> None:
+    said = run(files / "cnn.onnx", "--calib", files / "cnn.npz", "-o", files / "q.onnx", *options)
+    assert said.code == 0
+    assert infer(files / "q.onnx", samples_for(cnn()))["logits"].shape == (40, 10)
+
+
+def test_a_name_with_brackets_is_printed_as_it_is(run: Callable[..., Said], files: Path) -> None:
+    # rich takes [bold] for markup
+    model = mlp()
+    model.graph.node[0].name = "/block[0]/[bold]fc"
+    onnx.save(model, files / "m.onnx")
+    said = run(files / "m.onnx", "--plan")
+    assert "/block[0]/[bold]fc" in "".join(said.out.split())
+
+
+@pytest.mark.parametrize("name", ["[red]q.onnx", "[", "q[", "x]y.onnx"])
+def test_a_path_with_brackets_is_printed_as_it_is(run: Callable[..., Said], files: Path, name: str) -> None:
+    said = run(files / "mlp.onnx", "--calib", files / "mlp.npz", "-o", files / name)
+    assert said.code == 0
+    assert f"{files / name}\n" in said.out
+    assert (files / name).exists()
+
+
+def test_a_closing_tag_in_a_name_is_no_error(run: Callable[..., Said], files: Path) -> None:
+    model = mlp()
+    model.graph.node[0].name = "a[/b]"
+    onnx.save(model, files / "m.onnx")
+    said = run(files / "m.onnx", "--calib", files / "mlp.npz", "-o", files / "q.onnx")
+    assert said.code == 0
+    assert "a[/b]" in said.out
+
+
+# Runs that do not
+
+
+def text_file(folder: Path) -> None:
+    (folder / "m.onnx").write_text("no model\n" * 100)
+
+
+def truncated(folder: Path) -> None:
+    whole = (folder / "mlp.onnx").read_bytes()
+    (folder / "m.onnx").write_bytes(whole[: len(whole) // 2])
+
+
+def saved(model: onnx.ModelProto) -> Callable[[Path], None]:
+    """A change that writes `model` to m.onnx."""
+    return lambda folder: onnx.save(model, folder / "m.onnx")
+
+
+def edited(**changes: object) -> onnx.ModelProto:
+    """The MLP with another ir_version, opset, node or attribute."""
+    model = mlp()
+    if "ir_version" in changes:
+        model.ir_version = int(str(changes["ir_version"]))
+    if "opset" in changes:
+        model.opset_import[0].version = int(str(changes["opset"]))
+    if "op_type" in changes:
+        model.graph.node[1].op_type = str(changes["op_type"])
+    if "domain" in changes:
+        model.graph.node[1].domain = str(changes["domain"])
+        model.opset_import.append(helper.make_opsetid(str(changes["domain"]), 1))
+    if "input" in changes:
+        model.graph.node[1].input[0] = str(changes["input"])
+    if "cycle" in changes:
+        model.graph.node[0].input[0] = model.graph.node[1].output[0]
+    if "twice" in changes:
+        model.graph.node[1].output[0] = model.graph.node[0].output[0]
+    return model
+
+
+BAD_MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "no such file": (lambda _: None, "no such file"),
+    "an empty file": (lambda folder: (folder / "m.onnx").touch(), "empty"),
+    "a text file": (text_file, "not an ONNX model"),
+    "a picture": (lambda folder: Image.new("RGB", (9, 9)).save(folder / "m.onnx", format="PNG"), "m.onnx"),
+    "a truncated model": (truncated, "m.onnx"),
+    "a directory without a model": (lambda folder: (folder / "m.onnx").mkdir(), "0 .onnx files"),
+    "an IR version of the future": (saved(edited(ir_version=99)), "IR"),
+    "an opset of the future": (saved(edited(opset=999)), "pset"),
+    "an operator that does not exist": (saved(edited(op_type="Frobnicate")), "Frobnicate"),
+    "a domain nobody has": (saved(edited(op_type="Frobnicate", domain="my.ops")), "Frobnicate"),
+    "a value that nobody makes": (saved(edited(input="nowhere")), "nowhere"),
+    "a cycle": (saved(edited(cycle=True)), "m.onnx"),
+    "a value made twice": (saved(edited(twice=True)), "m.onnx"),
+    "a quantized model": (
+        lambda folder: comq_onnx.quantize(mlp(), folder / "m.onnx", samples_for(mlp()), bits=8) and None,
+        "already quantized",
+    ),
+    "a model without layers": (
+        saved(build("g (float[batch, 32] x) => (float[batch, 32] y) { y = Relu (x) }")),
+        "no layer to quantize",
+    ),
+    "an input that is a sequence": (
+        saved(
+            build(
+                "g (seq(float[32]) x, float[batch, 32] z) => (int64 y, float[batch, 32] v) {"
+                "y = SequenceLength (x)\n v = MatMul (z, w) }",
+                {"w": weight(32, 32)},
+            )
+        ),
+        "'x'",
+    ),
+}
+
+
+def assert_one_line(said: Said, code: int, words: str, folder: Path) -> None:
+    """One line on stderr that holds `words`, nothing on stdout, the exit code, no output and nothing half-written."""
+    assert (said.code, said.out) == (code, "")
+    assert len(said.err.splitlines()) == 1
+    assert said.err.endswith("\n")
+    assert "Traceback" not in said.err
+    assert words in said.err
+    assert not [p for p in folder.iterdir() if p.name.startswith((".comq", "q.onnx"))]
+
+
+@pytest.mark.parametrize("case", BAD_MODELS)
+@pytest.mark.parametrize("plan", [False, True], ids=["quantize", "plan"])
+def test_a_model_that_cannot_be_is_one_line_and_code_3(
+    run: Callable[..., Said], files: Path, case: str, plan: bool
+) -> None:
+    make, words = BAD_MODELS[case]
+    make(files)
+    arguments = ["--plan"] if plan else ["--calib", files / "mlp.npz", "-o", files / "q.onnx"]
+    assert_one_line(run(files / "m.onnx", *arguments), 3, words, files)
+
+
+def test_weights_that_are_not_finite_are_code_3(run: Callable[..., Said], files: Path) -> None:
+    model = mlp()
+    model.graph.initializer[0].raw_data = np.full((48, 32), np.nan, np.float32).tobytes()
+    onnx.save(model, files / "m.onnx")
+    said = run(files / "m.onnx", "--calib", files / "mlp.npz", "-o", files / "q.onnx")
+    assert_one_line(said, 3, "fc1", files)
+
+
+def test_activations_that_are_not_finite_are_code_3(run: Callable[..., Said], files: Path) -> None:
+    model = build(
+        """g (float[batch, 32] x) => (float[batch, 16] y) {
+            [fc1] h = MatMul (x, w)
+            l = Log (h)
+            [fc2] y = MatMul (l, w2)
+        }""",
+        {"w": weight(32, 16), "w2": weight(16, 16)},
+    )
+    onnx.save(model, files / "m.onnx")
+    said = run(files / "m.onnx", "--calib", files / "mlp.npz", "-o", files / "q.onnx")
+    assert_one_line(said, 3, "NaN or Inf", files)
+
+
+BAD_SAMPLES: dict[str, tuple[object, str]] = {
+    "another name": ({"y": normal(20, 32)}, "'y'"),
+    "another width": ({"x": normal(20, 31)}, "(20, 31)"),
+    "another dtype": ({"x": np.full((20, 32), "a")}, "<U1"),
+    "one sample": ({"x": normal(1, 32)}, "1 sample"),
+    "no sample": ({"x": normal(0, 32)}, "no samples"),
+    "no array": ({}, "none"),
+    "NaN": ({"x": np.where(np.arange(20)[:, None] == 3, np.nan, normal(20, 32)).astype(np.float32)}, "NaN or Inf in 1"),
+    "Inf": ({"x": np.full((20, 32), np.inf, np.float32)}, "NaN or Inf in 20"),
+    "a text": ("no samples here", "cannot be read"),
+    "nothing there": (None, "no such file"),
+    "pickles": ({"x": np.array([{"a": 1}], dtype=object)}, "pickle"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SAMPLES)
+def test_samples_that_cannot_be_are_one_line_and_code_4(run: Callable[..., Said], files: Path, case: str) -> None:
+    content, words = BAD_SAMPLES[case]
+    if isinstance(content, dict):
+        np.savez(files / "s.npz", **content)
+    elif content is not None:
+        (files / "s.npz").write_text(str(content))
+    said = run(files / "mlp.onnx", "--calib", files / "s.npz", "-o", files / "q.onnx")
+    assert_one_line(said, 4, words, files)
+
+
+def test_token_ids_outside_the_vocabulary_are_code_4(run: Callable[..., Said], files: Path) -> None:
+    model = build(
+        "g (int64[batch, 5] ids) => (float[batch, 5, 8] y) {\n e = Gather (t, ids)\n y = MatMul (e, w) }",
+        {"t": normal(50, 24), "w": weight(24, 8)},
+    )
+    onnx.save(model, files / "m.onnx")
+    np.savez(files / "s.npz", ids=np.full((20, 5), 1000))
+    said = run(files / "m.onnx", "--calib", files / "s.npz", "-o", files / "q.onnx")
+    assert_one_line(said, 4, "indices", files)
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"\x89PNG\r\n\x1a\n"])
+def test_a_picture_that_cannot_be_read_is_code_4(run: Callable[..., Said], files: Path, content: bytes) -> None:
+    (files / "photos").mkdir()
+    for i in range(3):
+        Image.new("RGB", (20, 20), (i, 99, 9)).save(files / "photos" / f"{i}.png")
+    (files / "photos" / "broken.png").write_bytes(content)
+    arguments = ("--calib", files / "photos", "-o", files / "q.onnx", "--preprocess")
+    assert_one_line(run(files / "cnn.onnx", *arguments, "0-1"), 4, "broken.png", files)
+
+
+def test_pictures_need_a_recipe(run: Callable[..., Said], files: Path) -> None:
+    (files / "photos").mkdir()
+    Image.new("RGB", (20, 20)).save(files / "photos" / "a.png")
+    said = run(files / "cnn.onnx", "--calib", files / "photos", "-o", files / "q.onnx")
+    assert_one_line(said, 4, "--preprocess", files)
+    said = run(files / "cnn.onnx", "--calib", files / "photos", "-o", files / "q.onnx", "--preprocess", "imagenot")
+    assert_one_line(said, 2, "imagenot", files)
+
+
+# what click itself refuses
+USAGE_ERRORS: dict[str, tuple[list[str], str]] = {
+    "an option that does not exist": (["--frobnicate"], "--frobnicate"),
+    "a target that does not exist": (["--target", "toaster"], "toaster"),
+    "a solver that does not exist": (["--solver", "magic"], "magic"),
+    "a device that does not exist": (["--device", "abacus"], "abacus"),
+    "activations of 9 bits": (["--activations", "9"], "'9'"),
+    "no bits": (["--bits", "0"], "0"),
+    "99 bits": (["--bits", "99"], "99"),
+    "bits that are no number": (["--bits", "four"], "four"),
+    "no samples": (["--samples", "0"], "0"),
+    "an empty batch": (["--batch-size", "0"], "0"),
+    "less than no memory": (["--memory", "-1"], "-1"),
+    "bits for nothing": (["--bits-for", "fc"], "fc"),
+}
+LATE_ERRORS: dict[str, tuple[list[str], str]] = {
+    "memory that is no number": (["--memory", "nan"], "nan"),
+    "a report that is a directory": (["--json", "."], "--json"),
+}
+BAD_OPTIONS: dict[str, tuple[list[str], str]] = {
+    "a block that is no power of two": (["--granularity", "48"], "48"),
+    "a granularity that does not exist": (["--granularity", "row"], "row"),
+    "bits for a bad pattern": (["--bits-for", "(=4"], "regular expression"),
+    "bits for a layer that is not there": (["--bits-for", "nope=4"], "nope"),
+    "too many bits for a layer": (["--bits-for", "fc1=99"], "99"),
+    "an include that matches nothing": (["--include", "nope"], "nope"),
+    "an exclude that matches nothing": (["--exclude", "nope"], "nope"),
+    "a bad pattern": (["--exclude", "["], "regular expression"),
+    "a report in a directory that is not there": (["--json", "/no/such/directory/report.json"], "--json"),
+}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(case for case in USAGE_ERRORS),
+        *(case for case in LATE_ERRORS),
+        *BAD_OPTIONS,
+    ],
+)
+def test_an_option_that_cannot_be_is_one_line_and_code_2(
+    run: Callable[..., Said], files: Path, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options, words = (USAGE_ERRORS | LATE_ERRORS | BAD_OPTIONS)[case]
+    monkeypatch.chdir(files)
+    said = run(files / "mlp.onnx", "--calib", files / "mlp.npz", "-o", files / "q.onnx", *options)
+    assert_one_line(said, 2, words, files)
+
+
+def test_no_model_and_no_output_are_code_2(run: Callable[..., Said], files: Path) -> None:
+    assert_one_line(run(), 2, "MODEL", files)
+    assert_one_line(run(files / "mlp.onnx"), 2, "-o", files)
+    assert_one_line(run(files / "mlp.onnx", "other.onnx", "-o", files / "q.onnx"), 2, "other.onnx", files)
+
+
+@pytest.mark.parametrize("where", ["directory", "missing", "itself", "symlink", "unwritable"])
+def test_an_output_that_cannot_be_is_one_line_and_code_2(
+    run: Callable[..., Said], files: Path, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (files / "link.onnx").symlink_to(files / "mlp.onnx")
+    if where == "unwritable":
+
+        def refuse(*_: object, **__: object) -> None:
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr(graph.tempfile, "TemporaryFile", refuse)
+    out, words = {
+        "directory": (files, "is a directory"),
+        "missing": (files / "no" / "q.onnx", "no such directory"),
+        "itself": (files / "mlp.onnx", "never modified"),
+        "symlink": (files / "link.onnx", "never modified"),
+        "unwritable": (files / "q.onnx", "Permission denied"),
+    }[where]
+    before = (files / "mlp.onnx").read_bytes()
+    assert_one_line(run(files / "mlp.onnx", "--calib", files / "mlp.npz", "-o", out), 2, words, files)
+    assert (files / "mlp.onnx").read_bytes() == before
+
+
+def test_the_report_may_not_overwrite_the_model_or_the_output(run: Callable[..., Said], files: Path) -> None:
+    before = (files / "mlp.onnx").read_bytes()
+    for name in ("mlp.onnx", "q.onnx", "mlp.npz"):
+        said = run(
+            files / "mlp.onnx", "--calib", files / "mlp.npz", "-o", files / "q.onnx", "--json", files / name
+        )  # fmt: skip
+        assert_one_line(said, 2, "--json", files)
+    assert (files / "mlp.onnx").read_bytes() == before
+
+
+def test_a_full_disk_is_one_line_and_code_2(
+    run: Callable[..., Said], files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(graph.os, "replace", full)
+    said = run(files / "mlp.onnx", "--calib", files / "mlp.npz", "-o", files / "q.onnx")
+    assert_one_line(said, 2, "No space left on device", files)
+
+
+def test_cuda_where_there_is_none_is_one_line_and_code_5(
+    run: Callable[..., Said], files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from comq_onnx import runtime
+
+    monkeypatch.setattr(runtime.ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    said = run(files / "mlp.onnx", "--calib", files / "mlp.npz", "-o", files / "q.onnx", "--device", "cuda")
+    assert_one_line(said, 5, "--device cuda", files)
+
+
+def test_a_missing_runtime_is_one_line_and_code_5(
+    run: Callable[..., Said], files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from comq_onnx import runtime
+
+    monkeypatch.setattr(runtime, "ort", None)
+    said = run(files / "mlp.onnx", "--calib", files / "mlp.npz", "-o", files / "q.onnx")
+    assert_one_line(said, 5, "comq-onnx[cpu]", files)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"), [(KeyboardInterrupt, 130, "interrupted"), (MemoryError, 5, "--batch-size")]
+)
+def test_an_interrupt_and_too_little_memory_are_one_line(
+    run: Callable[..., Said],
+    files: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: type[BaseException],
+    code: int,
+    words: str,
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(pipeline, "walk", stop)
+    said = run(files / "mlp.onnx", "--calib", files / "mlp.npz", "-o", files / "q.onnx")
+    # click ends the line that the terminal's ^C began
+    assert_one_line(Said(said.code, said.out, said.err.removeprefix("\n")), code, words, files)
+
+
+# README.md
+
+
+def readme_blocks() -> list[tuple[str, str]]:
+    """(language, text) of every fenced block of README.md that runs, in order."""
+    text = (ROOT / "README.md").read_text()
+    return re.findall(r"^```(console|bash|sh|python)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def commands(language: str, text: str) -> list[str]:
+    """The commands of a shell block: the lines after `$ ` of a console, else all, with their continuations."""
+    lines = text.replace("\\\n", " ").splitlines()
+    if language == "console":
+        lines = [line[2:] for line in lines if line.startswith("$ ")]
+    skipped = ("pip install", "python -m pip install", "python -m venv", "git clone", "source ", ". ", "cd ", "#")
+    return [line for line in lines if line.strip() and not line.startswith(skipped)]
+
+
+def test_the_commands_of_a_block_are_found() -> None:
+    block = "$ pip install x\n$ comq-onnx a \\\n    -o b\nwrote b\n$ ls\n"
+    assert [shlex.split(c) for c in commands("console", block)] == [["comq-onnx", "a", "-o", "b"], ["ls"]]
+    assert commands("sh", "git clone x\n# why\nls -l\n\n") == ["ls -l"]
+
+
+def test_every_block_of_the_readme_runs(tmp_path: Path) -> None:
+    blocks = readme_blocks()
+    assert any(language != "python" and commands(language, text) for language, text in blocks)
+    for name in ("models", "tools"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**ENVIRONMENT, "PATH": path, "TMPDIR": str(tmp_path)}
+    for language, text in blocks:
+        shell = commands(language, text) if language != "python" else []
+        steps = [["python", "-c", text]] if language == "python" else [["bash", "-c", command] for command in shell]
+        for step in steps:
+            done = subprocess.run(step, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+            assert done.returncode == 0, f"{step[-1]}\n{done.stdout}{done.stderr}"
+
+
+def test_the_attention_model_has_a_plan_with_its_stages(run: Callable[..., Said], files: Path) -> None:
+    onnx.save(attention(), files / "attention.onnx")
+    said = run(files / "attention.onnx", "--plan", "--json", files / "plan.json")
+    assert said.code == 0
+    stages = {layer["name"]: layer["stage"] for layer in json.loads((files / "plan.json").read_text())["layers"]}
+    assert stages["q"] == stages["k"] == stages["v"] < stages["out"] < stages["up"] < stages["down"]

@@ -1,0 +1,376 @@
+"""Models in and out of files: what is read, what is refused and why, and that writing is all or nothing."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+import onnx_ir as ir
+import pytest
+from onnx import external_data_helper
+from PIL import Image
+
+import comq_onnx
+from comq_onnx import graph
+from comq_onnx.errors import ModelError, OptionError
+from models import build, cnn, infer, mlp, samples_for, weight, worst_sqnr
+
+EIGHT = {"bits": 8, "device": "cpu"}
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """An MLP in a directory of its own."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    onnx.save(mlp(), folder / "mlp.onnx")
+    return folder / "mlp.onnx"
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """Where the output goes: a directory that holds nothing else."""
+    (tmp_path / "out").mkdir()
+    return tmp_path / "out" / "q.onnx"
+
+
+def save_external(model: onnx.ModelProto, path: Path, location: str = "weights.bin") -> Path:
+    """Save with every tensor in one external file."""
+    copy = onnx.ModelProto.FromString(model.SerializeToString())
+    onnx.save(copy, path, save_as_external_data=True, location=location, size_threshold=0)
+    return path
+
+
+# Reading
+
+
+def test_a_file_of_its_own_is_quantized(quantized: Callable[..., Any]) -> None:
+    assert quantized(mlp()).report.bits == 8
+
+
+def test_a_directory_with_one_model_is_that_model(source: Path, out: Path) -> None:
+    report = comq_onnx.quantize(source.parent, out, samples_for(mlp()), **EIGHT)
+    assert Path(report.model) == source
+    assert worst_sqnr(source, out, samples_for(mlp())) >= 25
+
+
+def test_of_several_models_the_one_called_model_is_taken(source: Path) -> None:
+    onnx.save(mlp(), source.parent / "model.onnx")
+    assert graph.find_model(source.parent).name == "model.onnx"
+
+
+def test_a_directory_with_several_models_is_refused_by_their_names(source: Path, out: Path) -> None:
+    onnx.save(mlp(), source.parent / "other.onnx")
+    with pytest.raises(ModelError, match=r"2 \.onnx files \(mlp\.onnx, other\.onnx\)"):
+        comq_onnx.quantize(source.parent, out, samples_for(mlp()), **EIGHT)
+    assert not os.listdir(out.parent)
+
+
+def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"0 \.onnx files"):
+        graph.find_model(tmp_path)
+
+
+def test_external_data_is_read_and_counted(tmp_path: Path, out: Path) -> None:
+    (tmp_path / "in").mkdir()
+    path = save_external(cnn(), tmp_path / "in" / "model.onnx")
+    data = path.with_name("weights.bin")
+    before = [hashlib.sha256(p.read_bytes()).digest() for p in (path, data)]
+    report = comq_onnx.quantize(path, out, samples_for(cnn()), **EIGHT)
+    assert report.size["before"] == path.stat().st_size + data.stat().st_size
+    assert [hashlib.sha256(p.read_bytes()).digest() for p in (path, data)] == before
+    assert worst_sqnr(path, out, samples_for(cnn())) >= 25
+    # a small model comes out as one file
+    assert os.listdir(out.parent) == ["q.onnx"]
+
+
+def test_a_model_proto_is_quantized_and_not_modified(out: Path) -> None:
+    model = mlp()
+    before = model.SerializeToString()
+    comq_onnx.quantize(model, out, samples_for(model), **EIGHT)
+    assert model.SerializeToString() == before
+    assert worst_sqnr(model, out.resolve(), samples_for(model)) >= 25
+
+
+def test_a_graphsurgeon_graph_is_quantized(out: Path) -> None:
+    surgeon = gs.import_onnx(mlp())
+    comq_onnx.quantize(surgeon, out, samples_for(mlp()), **EIGHT)
+    assert worst_sqnr(mlp(), out.resolve(), samples_for(mlp())) >= 25
+
+
+def test_anything_else_than_a_model_is_refused(out: Path) -> None:
+    with pytest.raises(OptionError, match="not dict"):
+        comq_onnx.quantize({"not": "a model"}, out)
+
+
+@pytest.mark.parametrize("depth", ["../", "sub/../../"])
+def test_external_data_outside_the_models_directory_is_refused(tmp_path: Path, out: Path, depth: str) -> None:
+    (tmp_path / "in" / "sub").mkdir(parents=True)
+    path = save_external(cnn(), tmp_path / "in" / "model.onnx")
+    path.with_name("weights.bin").rename(tmp_path / "weights.bin")
+    _relocate(path, f"{depth}weights.bin")
+    with pytest.raises(ModelError, match="outside the model's"):
+        comq_onnx.quantize(path, out, samples_for(cnn()), **EIGHT)
+
+
+def test_external_data_at_an_absolute_location_is_refused(tmp_path: Path, out: Path) -> None:
+    path = save_external(cnn(), tmp_path / "model.onnx")
+    _relocate(path, str(tmp_path / "weights.bin"))
+    with pytest.raises(ModelError, match="outside the model's"):
+        comq_onnx.quantize(path, out, samples_for(cnn()), **EIGHT)
+
+
+def test_external_data_behind_a_symlink_to_elsewhere_is_refused(tmp_path: Path, out: Path) -> None:
+    (tmp_path / "in").mkdir()
+    path = save_external(cnn(), tmp_path / "in" / "model.onnx")
+    path.with_name("weights.bin").rename(tmp_path / "weights.bin")
+    path.with_name("weights.bin").symlink_to(tmp_path / "weights.bin")
+    with pytest.raises(ModelError, match="outside the model's"):
+        comq_onnx.quantize(path, out, samples_for(cnn()), **EIGHT)
+
+
+def _relocate(path: Path, location: str) -> None:
+    model = onnx.load(path, load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = location
+    path.write_bytes(model.SerializeToString())
+
+
+def test_missing_external_data_is_named(tmp_path: Path, out: Path) -> None:
+    path = save_external(cnn(), tmp_path / "model.onnx")
+    path.with_name("weights.bin").unlink()
+    with pytest.raises(ModelError, match=r"'weights\.bin'.* is missing"):
+        comq_onnx.quantize(path, out, samples_for(cnn()), **EIGHT)
+
+
+def test_truncated_external_data_is_named(tmp_path: Path, out: Path) -> None:
+    path = save_external(cnn(), tmp_path / "model.onnx")
+    data = path.with_name("weights.bin")
+    data.write_bytes(data.read_bytes()[:-100])
+    with pytest.raises(ModelError, match="truncated"):
+        comq_onnx.quantize(path, out, samples_for(cnn()), **EIGHT)
+
+
+def test_an_empty_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty.onnx").touch()
+    with pytest.raises(ModelError, match="the file is empty"):
+        graph.load(tmp_path / "empty.onnx")
+
+
+def test_a_text_file_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "readme.onnx").write_text("# A model\n\nIt is not.\n" * 20)
+    with pytest.raises(ModelError, match=r"readme\.onnx"):
+        graph.load(tmp_path / "readme.onnx")
+
+
+def test_a_picture_is_no_model(tmp_path: Path) -> None:
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "cat.png")
+    with pytest.raises(ModelError, match=r"cat\.png"):
+        graph.load(tmp_path / "cat.png")
+
+
+def test_a_file_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"nothing\.onnx: no such file"):
+        graph.load(tmp_path / "nothing.onnx")
+
+
+@pytest.mark.parametrize("share", [0.001, 0.1, 0.5, 0.9, 0.999])
+def test_a_truncated_model_is_refused(source: Path, out: Path, share: float) -> None:
+    whole = source.read_bytes()
+    source.write_bytes(whole[: max(1, int(share * len(whole)))])
+    with pytest.raises(ModelError, match=r"mlp\.onnx"):
+        comq_onnx.quantize(source, out, samples_for(mlp()), **EIGHT)
+    assert not os.listdir(out.parent)
+
+
+# Writing
+
+
+@pytest.mark.parametrize("where", ["directory", "missing", "same", "symlink", "hardlink"])
+def test_an_output_that_cannot_be_is_refused_before_any_work(
+    source: Path, tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = tmp_path / "link.onnx"
+    if where == "symlink":
+        link.symlink_to(source)
+    if where == "hardlink":
+        os.link(source, link)
+    path = {"directory": tmp_path, "missing": tmp_path / "no" / "q.onnx", "same": source}.get(where, link)
+    monkeypatch.setattr(graph, "load", lambda _: pytest.fail("the model was read"))
+    before, bytes_before = _tree(tmp_path), source.read_bytes()
+    with pytest.raises(OptionError):
+        comq_onnx.quantize(source, path, samples_for(mlp()), **EIGHT)
+    assert _tree(tmp_path) == before
+    assert source.read_bytes() == bytes_before
+
+
+def _tree(folder: Path) -> list[str]:
+    return sorted(str(p) for p in folder.rglob("*"))
+
+
+def test_a_directory_reached_by_a_symlink_does_not_hide_that_the_output_is_the_model(
+    source: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "way").symlink_to(source.parent)
+    with pytest.raises(OptionError, match="never modified"):
+        comq_onnx.quantize(source, tmp_path / "way" / "mlp.onnx", samples_for(mlp()), **EIGHT)
+
+
+def test_a_directory_that_cannot_be_written_is_refused(
+    source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # chmod would not stop root, as which containers run their tests
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(graph.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(OptionError, match="Permission denied"):
+        comq_onnx.quantize(source, out, samples_for(mlp()), **EIGHT)
+
+
+def test_an_output_that_is_there_already_is_replaced(source: Path, out: Path) -> None:
+    out.write_text("an older result")
+    comq_onnx.quantize(source, out, samples_for(mlp()), **EIGHT)
+    assert worst_sqnr(source, out, samples_for(mlp())) >= 25
+
+
+@pytest.mark.parametrize("step", ["save", "replace"])
+def test_a_full_disk_leaves_nothing_behind(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(*((graph.ir, "save") if step == "save" else (graph.os, "replace")), full)
+    with pytest.raises(OptionError, match="No space left on device"):
+        comq_onnx.quantize(source, out, samples_for(mlp()), **EIGHT)
+    assert not os.listdir(out.parent)
+
+
+def test_a_full_disk_leaves_an_older_output_as_it_was(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def half(_model: object, path: Path, **_: object) -> None:
+        Path(path).write_bytes(b"half of it")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    out.write_text("an older result")
+    monkeypatch.setattr(graph.ir, "save", half)
+    with pytest.raises(OptionError):
+        comq_onnx.quantize(source, out, samples_for(mlp()), **EIGHT)
+    assert out.read_text() == "an older result"
+    assert os.listdir(out.parent) == ["q.onnx"]
+
+
+def test_an_interrupt_leaves_nothing_behind(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(graph.ir, "save", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        comq_onnx.quantize(source, out, samples_for(mlp()), **EIGHT)
+    assert not os.listdir(out.parent)
+
+
+def test_a_model_that_outgrows_one_message_gets_a_data_file_that_loads(
+    source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inline = out.with_name("inline.onnx")
+    comq_onnx.quantize(source, inline, samples_for(mlp()), **EIGHT)
+    monkeypatch.setattr(graph, "INLINE_LIMIT", 100)
+    report = comq_onnx.quantize(source, out, samples_for(mlp()), **EIGHT)
+    data = out.with_name("q.onnx.data")
+    assert sorted(os.listdir(out.parent)) == ["inline.onnx", "q.onnx", "q.onnx.data"]
+    assert report.size["after"] == out.stat().st_size + data.stat().st_size
+    model = onnx.load(out, load_external_data=False)
+    assert any(external_data_helper.uses_external_data(t) for t in model.graph.initializer)
+    feeds = samples_for(mlp())
+    # the same numbers wherever they are stored
+    np.testing.assert_array_equal(infer(out, feeds)["y"], infer(inline, feeds)["y"])
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_same_inputs_and_options_give_the_same_bytes(source: Path, out: Path, bits: int) -> None:
+    again = out.with_name("again.onnx")
+    for path in (out, again):
+        comq_onnx.quantize(source, path, samples_for(mlp()), bits=bits, device="cpu")
+    assert out.read_bytes() == again.read_bytes()
+
+
+def test_the_output_says_what_made_it_from_what(source: Path, out: Path) -> None:
+    report = comq_onnx.quantize(source, out, samples_for(mlp()), **EIGHT)
+    kept = {p.key: p.value for p in onnx.load(out).metadata_props}
+    assert kept["comq_onnx.version"] == report.version == comq_onnx.version()
+    assert kept["comq_onnx.source_sha256"] == hashlib.sha256(source.read_bytes()).hexdigest()
+    assert "bits=8" in kept["comq_onnx.options"]
+
+
+def test_the_source_of_a_plan_is_untouched_and_nothing_is_written(source: Path, tmp_path: Path) -> None:
+    before, tree = source.read_bytes(), _tree(tmp_path)
+    report = comq_onnx.plan(source)
+    assert [layer.name for layer in report.layers] == ["fc1", "fc2"]
+    assert source.read_bytes() == before
+    assert _tree(tmp_path) == tree
+
+
+# The quirks of the graph libraries
+
+
+def test_packed_codes_survive_the_file(tmp_path: Path) -> None:
+    model = ir.from_proto(build("g (float[2] x) => (float[2] y) { y = Relu(x) }", opset=25, ir_version=13))
+    codes = {"INT8": np.arange(-128, 128), "INT4": np.arange(-8, 8), "INT2": np.array([-2, -1, 0, 1])}
+    for container, numbers in codes.items():
+        graph.add_initializer(model.graph, container, graph.pack(numbers.reshape(2, -1), container))
+    ir.save(model, tmp_path / "m.onnx")
+    read = ir.load(tmp_path / "m.onnx").graph.initializers
+    for container, numbers in codes.items():
+        tensor = read[container].const_value
+        assert tensor is not None
+        np.testing.assert_array_equal(tensor.numpy().astype(int).ravel(), numbers)
+        assert tensor.nbytes == -(-numbers.size * int(container[3:]) // 8)
+
+
+def test_a_new_constant_takes_no_name_that_is_taken() -> None:
+    model = ir.from_proto(build("g (float[2] x) => (float[2] y) { y = Add(x, c) }", {"c": np.ones(2, np.float32)}))
+    names = [graph.add_initializer(model.graph, "c", np.zeros(3, np.float32)).name for _ in range(2)]
+    assert len({"c", *names}) == 3
+    kept = graph.constant(model.graph.initializers["c"])
+    assert kept is not None
+    np.testing.assert_array_equal(kept, np.ones(2))
+
+
+def test_a_scalar_stays_a_scalar() -> None:
+    model = ir.from_proto(build("g (float[2] x) => (float[2] y) { y = Relu(x) }"))
+    # a scale of rank 1 makes ONNX Runtime run in float, or fail to load
+    assert graph.add_initializer(model.graph, "scale", np.float32(2) * np.ones(())).shape == ir.Shape(())
+
+
+def clash(first: str, second: str) -> onnx.ModelProto:
+    """Two layers, and between them two values of these names."""
+    model = build(
+        """clash (float[batch, 32] x) => (float[batch, 10] y) {
+            [fc1] h = MatMul (x, w1)
+            first = Relu (h)
+            second = Neg (first)
+            [fc2] y = MatMul (second, w2)
+        }""",
+        {"w1": weight(32, 16), "w2": weight(16, 10)},
+    )
+    for node in model.graph.node:
+        for values in (node.input, node.output):
+            for i, value in enumerate(values):
+                values[i] = {"first": first, "second": second}.get(value, value)
+    return model
+
+
+def test_a_name_that_another_value_has_is_not_given_twice(quantized: Callable[..., Any]) -> None:
+    written = quantized(clash("a", "b")).model
+    # names that emission gives when nobody has them
+    made = {output for node in written.graph.node for output in node.output if output.startswith("fc1")}
+    constants = {tensor.name for tensor in written.graph.initializer if tensor.name.startswith("fc1")}
+    quantized(clash(made.pop(), constants.pop()))

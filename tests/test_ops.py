@@ -1,0 +1,404 @@
+"""The contract of every kind of layer: its rows times its matrix are what ONNX Runtime computes, to the last bit.
+
+Inputs and weights are small whole numbers, so every sum is exact in float32 in whatever order it is added up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from comq_onnx.ops import OP_KINDS, Conv, ConvTranspose, Gather, Gemm, MatMul, MatMulLeft, NotQuantizable, OpKind
+
+ort.set_default_logger_severity(4)
+
+
+class Refused(Exception):
+    """ONNX Runtime does not run this combination of attributes."""
+
+
+def whole(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    return rng.integers(-4, 5, shape).astype(np.float32)
+
+
+def computed(op: str, arrays: list[np.ndarray], attributes: dict[str, Any]) -> np.ndarray:
+    """What ONNX Runtime makes of one operator. Raises Refused."""
+    inputs = [f"in{i}" for i in range(len(arrays))]
+    node = onnx.helper.make_node(op, inputs, ["y"], **attributes)
+    values = [
+        onnx.helper.make_tensor_value_info(n, onnx.helper.np_dtype_to_tensor_dtype(a.dtype), a.shape)
+        for n, a in zip(inputs, arrays, strict=True)
+    ]
+    out = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)
+    graph = onnx.helper.make_graph([node], "one", values, [out])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10)
+    try:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = 1
+        session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        return session.run(None, dict(zip(inputs, arrays, strict=True)))[0]
+    except Exception as error:
+        raise Refused(str(error)) from error
+
+
+def kind_of(factory: Any, op: str, weight: np.ndarray, attributes: dict[str, Any]) -> OpKind:
+    return factory.of(ir.node(op, [], attributes), weight.shape)
+
+
+def product(kind: OpKind, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """rows(x) @ to_matrix(weight)^T, after checking all that else a kind promises about them."""
+    matrix, rows = kind.to_matrix(weight), kind.rows(x)
+    groups, out, inputs = matrix.shape
+    assert (groups, inputs) == (kind.groups, kind.inputs)
+    assert rows.dtype == np.float32
+    assert rows.shape == (groups, kind.positions(x), inputs)
+
+    back = kind.from_matrix(matrix)
+    assert back.dtype == weight.dtype
+    assert back.flags.c_contiguous
+    assert np.array_equal(back, weight)
+
+    scale = np.arange(1, 1 + groups * out, dtype=np.float32).reshape(groups, out)
+    spread = kind.spread_scale(scale)
+    assert np.array_equal(kind.from_matrix(matrix * scale[..., None]), weight * spread)
+    if kind.axis is not None:
+        along = [1] * weight.ndim
+        along[kind.axis] = -1
+        assert np.array_equal(
+            np.broadcast_to(spread, weight.shape), np.broadcast_to(scale.reshape(along), weight.shape)
+        )
+
+    positions = kind.positions(x)
+    pick = np.random.default_rng(0).permutation(positions)[: positions // 2 + 1]
+    assert np.array_equal(kind.rows(x, pick), rows[:, pick])
+    return rows @ matrix.swapaxes(1, 2)
+
+
+def mostly(check: Callable[[Any], None], cases: st.SearchStrategy[Any], examples: int) -> None:
+    """Check all of `cases`; what ONNX Runtime refuses is no example, and must be the exception."""
+    ran, refused = [0], [0]
+
+    @settings(max_examples=examples, deadline=None, derandomize=True)
+    @given(cases)
+    def counted(case: Any) -> None:
+        try:
+            check(case)
+        except Refused:
+            refused[0] += 1
+            assume(False)
+        ran[0] += 1
+
+    counted()
+    assert ran[0] >= examples // 2
+    assert ran[0] >= 3 * refused[0]
+
+
+seeds = st.integers(0, 2**32 - 1)
+
+
+# Matrices -------------------------------------------------------------------------------------------------------------
+
+
+def check_matmul(x: np.ndarray, weight: np.ndarray) -> None:
+    kind = kind_of(MatMul, "MatMul", weight, {})
+    expected = computed("MatMul", [x, weight], {})
+    groups, out = kind.groups, weight.shape[-1]
+    # undo rows(): the weight's own leading axes first, then what x has more, then the positions
+    lead = weight.shape[:-2]
+    full = np.broadcast_shapes(x.shape[:-2], lead)
+    y = expected.reshape(*full, -1, out)
+    wide = [1] * (len(full) - len(lead)) + list(lead)
+    order = [i for i, n in enumerate(wide) if n > 1] + [i for i, n in enumerate(wide) if n == 1]
+    y = y.transpose(*order, len(full), len(full) + 1).reshape(groups, -1, out)
+    found = product(kind, x, weight)
+    assert found.shape == y.shape
+    # which position stands where is no promise, as long as all inputs share it
+    assert np.array_equal(by_row(found), by_row(y))
+
+
+def by_row(rows: np.ndarray) -> np.ndarray:
+    """Rows [groups, positions, out], each group's in lexical order."""
+    return np.stack([group[np.lexsort(group.T[::-1])] for group in rows])
+
+
+@pytest.mark.parametrize("x_shape", [(5,), (3, 5), (1, 5), (2, 3, 5), (2, 1, 3, 5), (0, 5)])
+def test_matmul_with_one_matrix(x_shape: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(0)
+    check_matmul(whole(rng, x_shape), whole(rng, (5, 4)))
+    check_matmul(whole(rng, x_shape if len(x_shape) > 1 else (1, 5)), whole(rng, (1, 5, 4)))
+
+
+@pytest.mark.parametrize(
+    ("x_lead", "lead"),
+    [
+        ((3,), (3,)),
+        ((1,), (3,)),
+        ((), (3,)),
+        ((2, 3), (3,)),
+        ((2, 1), (3,)),
+        ((2, 3), (2, 3)),
+        ((1, 3), (2, 3)),
+        ((4, 2, 3), (2, 3)),
+        ((4, 1, 3), (2, 1)),
+        ((2, 3), (2, 1)),
+        ((1, 3), (1, 3)),
+    ],
+)
+def test_matmul_with_a_stack_of_matrices(x_lead: tuple[int, ...], lead: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(0)
+    check_matmul(whole(rng, (*x_lead, 3, 5)), whole(rng, (*lead, 5, 4)))
+
+
+@pytest.mark.parametrize(
+    ("x_lead", "lead"),
+    [
+        ((2, 3), (1, 3)),
+        ((2, 4, 3), (1, 3)),
+        ((2, 3, 4), (2, 1, 4)),
+        ((2, 3, 4), (1, 3, 1)),
+        ((5, 1, 3), (1, 1, 3)),
+    ],
+)
+def test_a_stack_whose_axes_of_one_are_broadcast(x_lead: tuple[int, ...], lead: tuple[int, ...]) -> None:
+    """Heads [1, heads, in, out] for a batch [batch, heads, m, in]."""
+    rng = np.random.default_rng(0)
+    check_matmul(whole(rng, (*x_lead, 3, 5)), whole(rng, (*lead, 5, 4)))
+
+
+def test_matmul_of_a_vector_with_a_stack_of_matrices() -> None:
+    rng = np.random.default_rng(0)
+    x, weight = whole(rng, (5,)), whole(rng, (3, 5, 4))
+    kind = kind_of(MatMul, "MatMul", weight, {})
+    assert np.array_equal(product(kind, x, weight)[:, 0], computed("MatMul", [x, weight], {}))
+
+
+def test_matmul_by_a_vector_is_no_layer() -> None:
+    with pytest.raises(NotQuantizable, match="vector"):
+        kind_of(MatMul, "MatMul", np.zeros(5, np.float32), {})
+
+
+@pytest.mark.parametrize("x_shape", [(5,), (5, 3), (2, 5, 3), (2, 4, 5, 1)])
+def test_matmul_with_the_weight_on_the_left(x_shape: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(0)
+    x, weight = whole(rng, x_shape), whole(rng, (4, 5))
+    expected = computed("MatMul", [weight, x], {})
+    columns = expected[:, None] if x.ndim == 1 else expected
+    kind = kind_of(MatMulLeft, "MatMul", weight, {})
+    assert np.array_equal(product(kind, x, weight), columns.swapaxes(-1, -2).reshape(1, -1, 4))
+    assert (kind.input_index, kind.weight_index) == (1, 0)
+
+
+def test_a_stack_of_matrices_on_the_left_is_no_layer() -> None:
+    with pytest.raises(NotQuantizable, match="rank 3"):
+        kind_of(MatMulLeft, "MatMul", np.zeros((2, 5, 4), np.float32), {})
+
+
+@pytest.mark.parametrize("trans_a", [0, 1])
+@pytest.mark.parametrize("trans_b", [0, 1])
+@pytest.mark.parametrize(("alpha", "beta"), [(1.0, 1.0), (0.5, 2.0), (-2.0, 0.0), (0.25, -0.5)])
+def test_gemm(trans_a: int, trans_b: int, alpha: float, beta: float) -> None:
+    rng = np.random.default_rng(0)
+    x, weight, bias = (
+        whole(rng, (5, 3) if trans_a else (3, 5)),
+        whole(rng, (4, 5) if trans_b else (5, 4)),
+        whole(rng, (4,)),
+    )
+    attributes = {"transA": trans_a, "transB": trans_b, "alpha": alpha, "beta": beta}
+    kind = kind_of(Gemm, "Gemm", weight, attributes)
+    assert np.array_equal(product(kind, x, weight)[0], computed("Gemm", [x, weight], attributes))
+    assert isinstance(kind, Gemm)
+    with_bias = computed("Gemm", [x, weight, bias], attributes)
+    assert np.array_equal(product(kind, x, weight)[0] + np.float32(kind.beta) * bias, with_bias)
+
+
+def test_gemm_without_attributes_has_the_specifications_defaults() -> None:
+    kind = kind_of(Gemm, "Gemm", np.zeros((5, 4), np.float32), {})
+    assert kind == Gemm((5, 4), False, False, 1.0, 1.0)
+
+
+def test_an_embeddings_rows_are_one_hot() -> None:
+    rng = np.random.default_rng(0)
+    table, indices = whole(rng, (7, 3)), np.asarray([[0, 6, 3], [-1, 2, 2]])
+    kind = kind_of(Gather, "Gather", table, {})
+    rows = kind.rows(indices)
+    assert rows.shape == (1, kind.positions(indices), 7)
+    # a lookup is its one-hot rows times the table: the matrix as it lies, since its rows are what shares a scale
+    found = (rows @ kind.to_matrix(table)).reshape(2, 3, 3)
+    assert np.array_equal(found, computed("Gather", [table, indices], {}))
+    assert np.array_equal(kind.rows(indices, np.asarray([4, 1])), rows[:, [4, 1]])
+    assert np.array_equal(kind.from_matrix(kind.to_matrix(table)), table)
+    scale = np.arange(1, 8, dtype=np.float32)
+    assert np.array_equal(
+        kind.from_matrix(kind.to_matrix(table) * scale[:, None]), table * kind.spread_scale(scale[None])
+    )
+    assert kind.to_matrix(table).shape == (kind.groups, 7, kind.inputs)
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((7,), 0), ((7, 3, 2), 0), ((7, 3), 1)])
+def test_a_lookup_that_is_not_of_rows_is_no_embedding(shape: tuple[int, ...], axis: int) -> None:
+    with pytest.raises(NotQuantizable, match="axis 0"):
+        kind_of(Gather, "Gather", np.zeros(shape, np.float32), {"axis": axis})
+
+
+# Convolutions ---------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def windows(draw: st.DrawFn, rank: int, transposed: bool) -> tuple[tuple[int, ...], tuple[int, ...], int, dict, int]:
+    """Shapes of input and weight, group, attributes, seed; attributes that are defaults are often left out."""
+    group = draw(st.sampled_from([1, 1, 2, 3]))
+    channels, out = group * draw(st.integers(1, 3)), group * draw(st.integers(1, 3))
+    if draw(st.sampled_from([False, False, True])):
+        group = out = channels  # depthwise
+
+    def each(low: int, high: int, count: int = rank) -> list[int]:
+        return draw(st.lists(st.integers(low, high), min_size=count, max_size=count))
+
+    kernel, strides, dilations = each(1, 3), each(1, 3), each(1, 2)
+    size = [draw(st.integers(1 if transposed else (k - 1) * d + 1, 7)) for k, d in zip(kernel, dilations, strict=True)]
+    attributes: dict[str, Any] = {"group": group} if group > 1 or draw(st.booleans()) else {}
+    for name, value in (("kernel_shape", kernel), ("strides", strides), ("dilations", dilations)):
+        if (name != "kernel_shape" and any(v > 1 for v in value)) or draw(st.booleans()):
+            attributes[name] = value
+    auto_pad = draw(st.sampled_from([None, None, "NOTSET", "SAME_UPPER", "SAME_LOWER", "VALID"]))
+    if auto_pad is not None:
+        attributes["auto_pad"] = auto_pad
+    if auto_pad in ("SAME_UPPER", "SAME_LOWER") and not transposed:
+        # ONNX Runtime pads dilated kernels only where the amounts are given
+        attributes.pop("dilations", None)
+    full = [(n - 1) * s + (k - 1) * d + 1 for n, s, k, d in zip(size, strides, kernel, dilations, strict=True)]
+    if transposed:
+        extra = [draw(st.integers(0, max(s, d) - 1)) for s, d in zip(strides, dilations, strict=True)]
+        if any(extra):
+            attributes["output_padding"] = extra
+        full = [f + e for f, e in zip(full, extra, strict=True)]
+        if draw(st.sampled_from([False, False, True])):
+            attributes["output_shape"] = [draw(st.integers(max(1, f - 3), f)) for f in full]
+    if auto_pad in (None, "NOTSET") and "output_shape" not in attributes and draw(st.booleans()):
+        most = min(2, (min(full) - 1) // 2) if transposed else 2
+        attributes["pads"] = each(0, most, 2 * rank)
+    weight = (channels, out // group, *kernel) if transposed else (out, channels // group, *kernel)
+    return (draw(st.integers(1, 2)), channels, *size), weight, group, attributes, draw(seeds)
+
+
+def check_window(factory: Any, case: tuple[tuple[int, ...], tuple[int, ...], int, dict, int]) -> None:
+    x_shape, weight_shape, group, attributes, seed = case
+    rng = np.random.default_rng(seed)
+    x, weight = whole(rng, x_shape), whole(rng, weight_shape)
+    expected = computed(factory.op_type, [x, weight], attributes)
+    found = product(kind_of(factory, factory.op_type, weight, attributes), x, weight)
+    n, out = expected.shape[:2]
+    wanted = expected.reshape(n, group, out // group, -1).transpose(1, 0, 3, 2).reshape(group, -1, out // group)
+    assert np.array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_conv(rank: int) -> None:
+    mostly(lambda case: check_window(Conv, case), windows(rank, False), examples=100)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_conv_transpose(rank: int) -> None:
+    mostly(lambda case: check_window(ConvTranspose, case), windows(rank, True), examples=100)
+
+
+@pytest.mark.parametrize("auto_pad", ["SAME_UPPER", "SAME_LOWER", "VALID"])
+@pytest.mark.parametrize("size", [6, 7])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("kernel", [2, 3])
+def test_automatic_pads(auto_pad: str, size: int, stride: int, kernel: int) -> None:
+    attributes = {"auto_pad": auto_pad, "strides": [stride]}
+    check_window(Conv, ((2, 3, size), (4, 3, kernel), 1, attributes, 0))
+    check_window(ConvTranspose, ((2, 3, size), (3, 4, kernel), 1, attributes, 0))
+
+
+def test_an_output_shape_may_name_batch_and_channels_too() -> None:
+    kind = kind_of(ConvTranspose, "ConvTranspose", np.zeros((3, 4, 2, 2), np.float32), {"output_shape": [1, 4, 9, 8]})
+    assert isinstance(kind, ConvTranspose)
+    assert kind.output_shape == (9, 8)
+
+
+def test_only_a_grouped_transposed_convolution_and_a_stack_have_no_axis_of_channels() -> None:
+    assert kind_of(ConvTranspose, "ConvTranspose", np.zeros((4, 2, 3)), {"group": 2}).axis is None
+    assert kind_of(ConvTranspose, "ConvTranspose", np.zeros((4, 2, 3)), {}).axis == 1
+    assert kind_of(Conv, "Conv", np.zeros((4, 2, 3)), {"group": 2}).axis == 0
+    assert kind_of(MatMul, "MatMul", np.zeros((3, 5, 4)), {}).axis is None
+    assert kind_of(MatMul, "MatMul", np.zeros((1, 5, 4)), {}).axis == 2
+
+
+# Sharing rows ---------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.data())
+def test_kinds_with_equal_keys_have_equal_rows(data: st.DataObject) -> None:
+    """The calibration gathers the moments of such layers once; keys differ where rows do."""
+    rank = data.draw(st.integers(1, 2))
+    transposed = data.draw(st.booleans())
+    op, factory = ("ConvTranspose", ConvTranspose) if transposed else ("Conv", Conv)
+    x_shape, shape, _, attributes, seed = data.draw(windows(rank, transposed))
+    other = dict(attributes)
+    change = data.draw(st.sampled_from(["out", "strides", "dilations", "pads", "auto_pad"]))
+    if change == "strides":
+        other["strides"] = data.draw(st.lists(st.integers(1, 3), min_size=rank, max_size=rank))
+    elif change == "dilations":
+        other["dilations"] = data.draw(st.lists(st.integers(1, 2), min_size=rank, max_size=rank))
+    elif change == "pads":
+        other["pads"] = data.draw(st.lists(st.integers(0, 1), min_size=2 * rank, max_size=2 * rank))
+    elif change == "auto_pad":
+        other["auto_pad"] = data.draw(st.sampled_from(["NOTSET", "SAME_UPPER", "SAME_LOWER", "VALID"]))
+    more = (shape[0], shape[1] * 2) if transposed else (shape[0] * 2, shape[1])
+    wider = (*more, *shape[2:]) if change == "out" else shape
+    x = whole(np.random.default_rng(seed), x_shape)
+    first = kind_of(factory, op, np.zeros(shape), attributes)
+    second = kind_of(factory, op, np.zeros(wider), other)
+    if change == "out":
+        assert first.rows_key() == second.rows_key()
+    if first.rows_key() == second.rows_key():
+        assert np.array_equal(first.rows(x), second.rows(x))
+
+
+def test_other_outputs_do_not_change_the_rows_of_a_matrix_but_its_inputs_do() -> None:
+    def key(factory: Any, op: str, shape: tuple[int, ...], **attributes: Any) -> tuple[object, ...]:
+        return kind_of(factory, op, np.zeros(shape), attributes).rows_key()
+
+    assert key(MatMul, "MatMul", (5, 4)) == key(MatMul, "MatMul", (5, 9))
+    assert key(MatMul, "MatMul", (5, 4)) != key(MatMul, "MatMul", (6, 4))
+    assert key(MatMul, "MatMul", (2, 5, 4)) != key(MatMul, "MatMul", (5, 4))
+    assert key(MatMul, "MatMul", (2, 5, 4)) != key(MatMul, "MatMul", (2, 1, 5, 4))
+    assert key(MatMulLeft, "MatMul", (4, 5)) == key(MatMulLeft, "MatMul", (9, 5))
+    assert key(MatMulLeft, "MatMul", (4, 5)) != key(MatMul, "MatMul", (5, 4))
+    assert key(Gemm, "Gemm", (5, 4)) == key(Gemm, "Gemm", (7, 5), transB=1, beta=0.5)
+    assert key(Gemm, "Gemm", (5, 4)) != key(Gemm, "Gemm", (5, 4), transA=1)
+    assert key(Gemm, "Gemm", (5, 4)) != key(Gemm, "Gemm", (5, 4), alpha=0.5)
+
+
+def equal_keys_mean_equal_rows(first: OpKind, second: OpKind, x: np.ndarray) -> None:
+    assert first.rows_key() == second.rows_key()
+    assert np.array_equal(first.rows(x), second.rows(x))
+
+
+def test_matrices_of_other_outputs_share_their_rows() -> None:
+    x = whole(np.random.default_rng(0), (3, 4))
+    equal_keys_mean_equal_rows(MatMul((4, 5)), MatMul((4, 9)), x)
+    equal_keys_mean_equal_rows(MatMulLeft((5, 3)), MatMulLeft((9, 3)), x)
+    equal_keys_mean_equal_rows(Gemm((4, 5), False, False, 2, 1), Gemm((9, 4), False, True, 2, 0), x)
+    equal_keys_mean_equal_rows(Gemm((3, 5), True, False, 1, 1), Gemm((9, 3), True, True, 1, 1), x)
+
+
+def test_tables_of_other_lengths_do_not_share_their_rows() -> None:
+    assert Gather((7, 3)).rows_key() == Gather((7, 5)).rows_key()
+    assert Gather((7, 3)).rows_key() != Gather((9, 3)).rows_key()
+
+
+def test_every_kind_is_found_by_its_operator() -> None:
+    assert {op: kind.op_type for op, kind in OP_KINDS.items()} == {op: op for op in OP_KINDS}
+    assert set(OP_KINDS) == {"MatMul", "Gemm", "Conv", "ConvTranspose", "Gather"}

@@ -1,0 +1,111 @@
+"""The scripts of tools/: each says what it does, and the evaluation's figures are numpy's."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import comq_onnx
+from models import infer, sqnr
+
+ROOT = Path(__file__).parents[1]
+TOOLS = sorted((ROOT / "tools").glob("*.py"))
+# what the exporters and the training script need beside the package's own requirements
+HEAVY = {"torch", "safetensors", "tokenizers"}
+
+
+def call(*command: object) -> subprocess.CompletedProcess[str]:
+    """A tool in a process of its own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *map(str, command)], capture_output=True, text=True, env=environment, timeout=120, cwd=ROOT
+    )
+
+
+def test_there_are_tools() -> None:
+    assert {"evaluate.py", "make_models.py", "export_zoo.py"} <= {path.name for path in TOOLS}
+
+
+@pytest.mark.parametrize("path", TOOLS, ids=lambda path: path.name)
+def test_every_tool_says_what_it_does(path: Path) -> None:
+    imported = set(re.findall(r"^(?:import|from) (\w+)", path.read_text(), re.MULTILINE))
+    if missing := [name for name in imported & HEAVY if find_spec(name) is None]:
+        pytest.skip(f"{', '.join(missing)} not installed")
+    done = call(path, "--help")
+    assert done.returncode == 0, done.stderr
+    assert "usage" in done.stdout.lower()
+    # more than the list of options
+    assert len(done.stdout.split()) > 20
+
+
+@pytest.fixture(scope="module")
+def quantized_cnn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """fashion_cnn at 2 bits: coarse enough that some images change sides."""
+    out = tmp_path_factory.mktemp("tools") / "cnn_q.onnx"
+    comq_onnx.quantize(
+        ROOT / "models" / "fashion_cnn.onnx", out, ROOT / "models" / "fashion_calib.npz", bits=2, max_samples=64,
+        device="cpu",
+    )  # fmt: skip
+    return out
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """300 of the test images, in the form they are stored in."""
+    path = tmp_path_factory.mktemp("images") / "test.npz"
+    with np.load(ROOT / "models" / "fashion_test.npz") as loaded:
+        np.savez(path, **{name: loaded[name][:300] for name in loaded.files})
+    return path
+
+
+@pytest.mark.parametrize("labels", ["inside", "file", "none"])
+def test_the_evaluations_figures_are_numpys(tmp_path: Path, quantized_cnn: Path, images: Path, labels: str) -> None:
+    source = ROOT / "models" / "fashion_cnn.onnx"
+    with np.load(images) as loaded:
+        image, label = loaded["image"], loaded["label"]
+    arguments: list[object] = ["--samples", images]
+    if labels != "inside":
+        arguments = ["--samples", tmp_path / "plain.npz"]
+        np.savez(tmp_path / "plain.npz", image=image)
+    if labels == "file":
+        np.save(tmp_path / "labels.npy", label)
+        arguments += ["--labels", tmp_path / "labels.npy"]
+    report = tmp_path / "figures.json"
+    done = call(ROOT / "tools" / "evaluate.py", source, quantized_cnn, *arguments, "--json", report)
+    assert done.returncode == 0, done.stderr
+    assert "onnxruntime" in done.stdout
+    figures = json.loads(report.read_text())["logits"]
+    before, after = (infer(path, {"image": image.astype(np.float32)})["logits"] for path in (source, quantized_cnn))
+    # batches of 16 here, one of 300 there: float32 sums in another order
+    assert figures["sqnr_db"] == pytest.approx(sqnr(before, after), abs=0.05)
+    assert figures["agreement"] == pytest.approx((before.argmax(-1) == after.argmax(-1)).mean(), abs=1 / 300)
+    if labels == "none":
+        assert "top1_before" not in figures
+        return
+    right, still = before.argmax(-1) == label, after.argmax(-1) == label
+    # a near tie of two classes may fall the other way in one image
+    assert figures["top1_before"] == pytest.approx(right.mean(), abs=1 / 300)
+    assert figures["top1_after"] == pytest.approx(still.mean(), abs=1 / 300)
+    flips = figures["wrong_to_right"] - figures["right_to_wrong"]
+    assert flips == round(300 * (figures["top1_after"] - figures["top1_before"]))
+    assert figures["right_to_wrong"] == pytest.approx((right & ~still).sum(), abs=1)
+
+
+def test_a_model_compared_with_itself_is_perfect(tmp_path: Path, images: Path) -> None:
+    source = ROOT / "models" / "fashion_cnn.onnx"
+    report = tmp_path / "figures.json"
+    done = call(ROOT / "tools" / "evaluate.py", source, source, "--samples", images, "--json", report)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(report.read_text())["logits"]
+    assert figures["agreement"] == 1
+    assert figures["kl"] == 0
+    assert figures["right_to_wrong"] == figures["wrong_to_right"] == 0
+    assert figures["top1_before"] == figures["top1_after"] > 0.9

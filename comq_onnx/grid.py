@@ -109,6 +109,9 @@ def _scale_and_zero_point(
     if grid.symmetric:
         return np.asarray(scale, np.float32), np.zeros(np.shape(scale), np.int8)
     zero_point = np.clip(np.rint(grid.qmin - low / scale), grid.qmin, grid.qmax)
+    # the furthest code must not overflow
+    furthest = np.maximum(grid.qmax - zero_point, zero_point - grid.qmin)
+    scale = np.minimum(scale, np.float32(np.finfo(np.float32).max) / furthest.astype(np.float32))
     return np.asarray(scale, np.float32), np.asarray(zero_point, np.int8)
 
 

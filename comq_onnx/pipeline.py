@@ -273,7 +273,13 @@ class _Run:
             )
         if dtype == "uint16" and prepared.opset < 21:
             raise OptionError(f"--activations 16 needs opset 21; this model could not be raised above {prepared.opset}")
-        whole = [x for x in walked.layers if grids[x.name].block_size is None and x.name not in specialized.probes]
+        # with scales per block every MatMul is weight-only: one behind it that is not would cost it its kernel
+        blocks = self.options.granularity.isdigit()
+        whole = [
+            layer
+            for layer in walked.layers
+            if layer.name not in specialized.probes and not (blocks and layer.op in ("MatMul", "Gemm"))
+        ]
         activations = plan_activations(walked.model, whole, self.target, dtype)
         return _Planned(prepared, walked, specialized.probes, activations, grids, prepared.skipped)
 

@@ -153,7 +153,6 @@ def _set_bias(
         parts = [
             graphs.add_initializer(model.graph, f"{layer.name}.bias_codes", codes.astype(np.int32)),
             graphs.add_initializer(model.graph, f"{layer.name}.bias_scale", scale),
-            graphs.add_initializer(model.graph, f"{layer.name}.bias_zero_point", np.zeros(scale.shape, np.int32)),
         ]
         value = _insert(adder, "DequantizeLinear", parts, {"axis": 0}, f"{layer.name}.bias")
     if adder.name != layer.name:
@@ -210,8 +209,8 @@ def _container(weight: QuantizedWeight, q: Quantization) -> str:
 
 
 def _dequantize(model: ir.Model, node: ir.Node, layer: Layer, weight: QuantizedWeight, q: Quantization) -> ir.Value:
-    """codes -> Cast to INT8 where packed -> DequantizeLinear along the channels; the zero point always written (without
-    it ONNX Runtime does not fuse a Gemm)."""
+    """codes -> Cast to INT8 where packed -> DequantizeLinear along the channels; the zero point of a matrix always
+    written: without it ONNX Runtime does not fuse a Gemm."""
     codes = _codes(model, layer, layer.kind.from_matrix(weight.codes), _container(weight, q))
     if codes.dtype != ir.DataType.INT8:
         codes = _insert(node, "Cast", [codes], {"to": ir.DataType.INT8}, f"{layer.name}.int8")
@@ -220,8 +219,9 @@ def _dequantize(model: ir.Model, node: ir.Node, layer: Layer, weight: QuantizedW
     parts = [
         codes,
         graphs.add_initializer(model.graph, f"{layer.name}.scale", scale),
-        graphs.add_initializer(model.graph, f"{layer.name}.zero_point", np.asarray(zero, np.int8)),
     ]
+    if weight.zero_point.any() or layer.op in ("MatMul", "Gemm"):
+        parts.append(graphs.add_initializer(model.graph, f"{layer.name}.zero_point", np.asarray(zero, np.int8)))
     attributes = {} if weight.grid.per_tensor else {"axis": layer.kind.axis}
     return _insert(node, "DequantizeLinear", parts, attributes, f"{layer.name}.weight")
 

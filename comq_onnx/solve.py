@@ -32,7 +32,7 @@ that the output channels, which are independent of one another, are the contiguo
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -218,18 +218,16 @@ def solve_comq(weight: Array, statistics: Statistics, grid: Grid) -> QuantizedWe
         return _solve_small(weight, statistics, grid, start_scale, start_zero)
     codes = np.empty(weight.shape, np.int8)
     scale = np.empty_like(start_scale)
-    solved = []
-    for g in range(weight.shape[0]):
-        order = np.argsort(-np.diag(statistics.gram[g]), kind="stable")
-        problem = _pose(weight, statistics, grid, g, order, start_zero)
-        q, s = _start(problem, np.ascontiguousarray(start_scale[g].T))
-        solved.append((order, problem, q, s))
-    if grid.per_tensor:
-        shared = _agree([(problem, q, s) for _, problem, q, s in solved])
-        solved = [(order, problem, q, np.full_like(s, shared)) for order, problem, q, s in solved]
-    for g, (order, problem, q, s) in enumerate(solved):
-        q, s = _descend(problem, q, s)
-        codes[g][:, order] = (q + problem.zero[problem.block]).T
+    orders = [np.argsort(-np.diag(gram), kind="stable") for gram in statistics.gram]
+    problems = (_pose(weight, statistics, grid, g, order, start_zero) for g, order in enumerate(orders))
+    solved: Iterable[tuple[_Problem, Array, Array]]
+    if grid.per_tensor and len(orders) > 1:
+        solved = _solve_shared(list(problems), float(start_scale.flat[0]))
+    else:
+        starts = (np.ascontiguousarray(s.T) for s in start_scale)
+        solved = ((p, *_descend(p, *_start(p, s))) for p, s in zip(problems, starts, strict=True))
+    for g, (problem, q, s) in enumerate(solved):
+        codes[g][:, orders[g]] = (q + problem.zero[problem.block]).T
         scale[g] = s.T
     return QuantizedWeight(codes, scale, start_zero, grid)
 
@@ -316,33 +314,59 @@ def _babai(problem: _Problem, unit: Array, power: Array, scale: Array) -> tuple[
     return codes, loss
 
 
-def _agree(solved: list[tuple[_Problem, Array, Array]]) -> float:
-    """The scale of a per-tensor grid over several groups: the one best for all their codes together."""
-    above = below = 0.0
-    for problem, q, _ in solved:
-        above += float(np.einsum("nm,nm->", q, problem.pull, dtype=np.float64))
-        below += float(np.einsum("nm,nm->", q, problem.h @ q, dtype=np.float64))
-    return above / below if below > 0 and above > 0 else float(solved[0][2].flat[0])
+def _solve_shared(problems: list[_Problem], start: float) -> list[tuple[_Problem, Array, Array]]:
+    """Several groups with one scale between them: every choice of it is made on their sums."""
+
+    def spread(scale: float) -> list[Array]:
+        return [np.full((1, p.optimum.shape[1]), scale, np.float32) for p in problems]
+
+    units = [p.m / np.diag(p.m)[:, None] for p in problems]
+    tried = []
+    for factor in SCALE_CANDIDATES:
+        rounded = [
+            _babai(p, unit, np.diag(p.m) ** 2, s)
+            for p, unit, s in zip(problems, units, spread(start * factor), strict=True)
+        ]
+        tried.append((sum(float(loss.sum()) for _, loss in rounded), factor, [codes for codes, _ in rounded]))
+    _, factor, codes = min(tried, key=lambda one: one[0])
+    scale = start * factor
+    for _ in range(3):
+        scale = _common_scale(problems, codes, scale)
+        for p, q, s in zip(problems, codes, spread(scale), strict=True):
+            _sweep(p, q, s, p.gradient(q, s))
+    scale = _common_scale(problems, codes, scale)
+    scales = spread(scale)
+    for p, q, s in zip(problems, codes, scales, strict=True):
+        _flip(p, q, s)
+    return list(zip(problems, codes, scales, strict=True))
+
+
+def _common_scale(problems: list[_Problem], codes: list[Array], scale: float) -> float:
+    """The one scale that is best for all groups' codes."""
+    above = sum(float(np.einsum("nm,nm->", q, p.pull, dtype=np.float64)) for p, q in zip(problems, codes, strict=True))
+    below = sum(float(np.einsum("nm,nm->", q, p.h @ q, dtype=np.float64)) for p, q in zip(problems, codes, strict=True))
+    return above / below if below > 0 and above > 0 else scale
 
 
 def _descend(problem: _Problem, codes: Array, scale: Array) -> tuple[Array, Array]:
     """Refit the scale and sweep the codes in turn, then flip single codes."""
     v = problem.gradient(codes, scale)
-    refit = not problem.grid.per_tensor
     for _ in range(2):
-        if refit:
-            scale, v = _refit_scale(problem, codes, scale, v)
+        scale, v = _refit_scale(problem, codes, scale, v)
         _sweep(problem, codes, scale, v)
-    if refit:
-        scale, _ = _refit_scale(problem, codes, scale, v)
-    # recomputed: the running gradient drifts
+    scale, _ = _refit_scale(problem, codes, scale, v)
+    _flip(problem, codes, scale)
+    return codes, scale
+
+
+def _flip(problem: _Problem, codes: Array, scale: Array) -> None:
+    """Move single codes, best first, in place; on a gradient computed anew, since the running one drifts."""
     v = np.ascontiguousarray(problem.gradient(codes, scale).T)
     grid = problem.grid
     kernels.flip(
         v, problem.h, scale, problem.zero, problem.block, np.float32(grid.qmin), np.float32(grid.qmax), codes,
         np.float32(FLIP_TOLERANCE),
     )  # fmt: skip
-    return codes, scale
 
 
 def _refit_scale(problem: _Problem, codes: Array, scale: Array, v: Array) -> tuple[Array, Array]:

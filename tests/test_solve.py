@@ -167,7 +167,6 @@ def test_on_an_identity_gram_solving_is_rounding_at_the_mse_scale_or_better(case
     assert cost(solved.dequantize()) == pytest.approx(cost(again), rel=1e-3, abs=1e-9)
 
 
-@pytest.mark.xfail(strict=True, reason="each group starts at its own best scale, then all take one that suits none")
 def test_groups_that_share_a_scale_choose_it_together() -> None:
     weight = np.asarray([[[1.523]], [[-1.524]]], np.float32)
     grid = Grid(2, symmetric=False, per_tensor=True)

@@ -67,7 +67,8 @@ class _Sums:
             self.rows += first.size
 
     def result(self, name: str) -> OutputComparison:
-        sqnr = 200.0 if self.noise == 0 else 10 * float(np.log10(max(self.signal, 1e-300) / self.noise))
+        ratio = max(self.signal, 1e-300) / self.noise if self.noise else 1e20
+        sqnr = 10 * float(np.log10(ratio)) if ratio > 0 else -np.inf
         length = float(np.sqrt(self.signal * self.energy))
         cosine = self.dot / length if length > 0 else float(self.noise == 0)
         return OutputComparison(name, sqnr, cosine, self.agree / self.rows if self.rows else None)

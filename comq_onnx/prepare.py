@@ -418,15 +418,17 @@ def _bias(node: ir.Node, kind: OpKind) -> tuple[str | None, str | None, bool]:
     bias = add.inputs[1 - users[0][1]]
     if not graphs.is_constant(bias) or bias is None or bias.const_value is None:
         return None, None, False
-    shape = bias.const_value.shape
-    if (
-        bias.const_value.size != kind.weight_shape[-1]
-        or not shape
-        or shape[-1] != kind.weight_shape[-1]
-        or len(shape) > 1
-    ):
+    shape, rank = bias.const_value.shape, _rank(node.outputs[0])
+    if bias.const_value.size != kind.weight_shape[-1] or not shape or shape[-1] != kind.weight_shape[-1]:
+        return None, None, False
+    # axes of one in front must not be what gives the sum its rank
+    if len(shape) > (2 if rank is None else rank):
         return None, None, False
     return str(bias.name), str(add.name), True
+
+
+def _rank(value: ir.Value) -> int | None:
+    return None if value.shape is None else len(value.shape)
 
 
 def _outputs(node: ir.Node, kind: OpKind) -> int:

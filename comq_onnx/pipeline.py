@@ -466,12 +466,18 @@ def _token_limits(model: ir.Model) -> dict[str, int]:
 
 
 def _peak_rss_mb() -> float:
+    """The most memory this process held, in MB; NaN where the system does not tell."""
+    try:
+        # getrusage's figure survives exec: a small run started by a large process would show the latter's
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6
+    except (OSError, IndexError, ValueError):
+        pass
     try:
         import resource
     except ImportError:  # not on Windows
         return float("nan")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1e6 if sys.platform == "darwin" else 1e3) * (1.0 if sys.platform == "darwin" else 1.024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
 
 
 def version() -> str:

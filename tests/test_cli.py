@@ -573,14 +573,18 @@ def commands(language: str, text: str) -> list[str]:
     lines = text.replace("\\\n", " ").splitlines()
     if language == "console":
         lines = [line[2:] for line in lines if line.startswith("$ ")]
-    skipped = ("pip install", "python -m pip install", "python -m venv", "git clone", "source ", ". ", "cd ", "#")
-    return [line for line in lines if line.strip() and not line.startswith(skipped)]
+    # set-up has been done where tests run, and the tests are running
+    skipped = ("pip install", "python -m pip", "python -m venv", "git clone", "source ", ". ", "cd ", "#", "pytest")
+    steps = [part.strip().removeprefix(".venv/bin/") for line in lines for part in line.split(" && ")]
+    return [step for step in steps if step and not step.startswith(skipped)]
 
 
 def test_the_commands_of_a_block_are_found() -> None:
     block = "$ pip install x\n$ comq-onnx a \\\n    -o b\nwrote b\n$ ls\n"
     assert [shlex.split(c) for c in commands("console", block)] == [["comq-onnx", "a", "-o", "b"], ["ls"]]
     assert commands("sh", "git clone x\n# why\nls -l\n\n") == ["ls -l"]
+    set_up = "python -m venv .venv && .venv/bin/pip install . && .venv/bin/comq-onnx a"
+    assert commands("sh", set_up) == ["comq-onnx a"]
 
 
 def test_every_block_of_the_readme_runs(tmp_path: Path) -> None:

@@ -153,36 +153,16 @@ class MatMul(OpKind):
 
 
 @dataclass(frozen=True)
-class MatMulLeft(OpKind):
-    """weight [out, in] @ x [..., in, columns]: the columns of x are the rows."""
+class _OutputsFirst(OpKind):
+    """What MatMulLeft and Gather share: a weight [out, in] that is its own matrix."""
 
     weight_shape: tuple[int, ...]
-
-    op_type: ClassVar[str] = "MatMul"
-    input_index: ClassVar[int] = 1
-    weight_index: ClassVar[int] = 0
-
-    @classmethod
-    def of(cls, _node: ir.Node, weight_shape: tuple[int, ...]) -> MatMulLeft:
-        if len(weight_shape) != 2:
-            raise NotQuantizable(f"its weight stands on the left and has rank {len(weight_shape)}, not 2")
-        return cls(weight_shape)
 
     def to_matrix(self, weight: AnyArray) -> AnyArray:
         return weight[None]
 
     def from_matrix(self, matrix: AnyArray) -> AnyArray:
         return np.ascontiguousarray(matrix[0])
-
-    def rows(self, x: Array, pick: npt.NDArray[np.intp] | None = None) -> Array:
-        columns = x[:, None] if x.ndim == 1 else x
-        return _at(columns.swapaxes(-1, -2).reshape(1, -1, self.weight_shape[1]), pick)
-
-    def positions(self, x: Array) -> int:
-        return x.size // self.weight_shape[1]
-
-    def rows_key(self) -> tuple[object, ...]:
-        return "MatMulLeft", self.inputs
 
     @property
     def groups(self) -> int:
@@ -198,6 +178,31 @@ class MatMulLeft(OpKind):
 
     def spread_scale(self, scale: AnyArray) -> AnyArray:
         return scale.reshape(-1, 1)
+
+
+@dataclass(frozen=True)
+class MatMulLeft(_OutputsFirst):
+    """weight [out, in] @ x [..., in, columns]: the columns of x are the rows."""
+
+    op_type: ClassVar[str] = "MatMul"
+    input_index: ClassVar[int] = 1
+    weight_index: ClassVar[int] = 0
+
+    @classmethod
+    def of(cls, _node: ir.Node, weight_shape: tuple[int, ...]) -> MatMulLeft:
+        if len(weight_shape) != 2:
+            raise NotQuantizable(f"its weight stands on the left and has rank {len(weight_shape)}, not 2")
+        return cls(weight_shape)
+
+    def rows(self, x: Array, pick: npt.NDArray[np.intp] | None = None) -> Array:
+        columns = x[:, None] if x.ndim == 1 else x
+        return _at(columns.swapaxes(-1, -2).reshape(1, -1, self.weight_shape[1]), pick)
+
+    def positions(self, x: Array) -> int:
+        return int(x.size // self.weight_shape[1])
+
+    def rows_key(self) -> tuple[object, ...]:
+        return "MatMulLeft", self.inputs
 
 
 @dataclass(frozen=True)
@@ -460,10 +465,8 @@ def _window_attributes(node: ir.Node, rank: int) -> tuple[int, tuple[int, ...], 
 
 
 @dataclass(frozen=True)
-class Gather(OpKind):
+class Gather(_OutputsFirst):
     """Rows of an embedding table [rows, columns] looked up along axis 0: no arithmetic, so no rows to calibrate."""
-
-    weight_shape: tuple[int, ...]
 
     op_type: ClassVar[str] = "Gather"
     input_index: ClassVar[int] = 1
@@ -475,12 +478,6 @@ class Gather(OpKind):
             raise NotQuantizable("only a table [rows, columns] looked up along axis 0 is an embedding")
         return cls(weight_shape)
 
-    def to_matrix(self, weight: AnyArray) -> AnyArray:
-        return weight[None]
-
-    def from_matrix(self, matrix: AnyArray) -> AnyArray:
-        return np.ascontiguousarray(matrix[0])
-
     def rows(self, x: Array, pick: npt.NDArray[np.intp] | None = None) -> Array:
         """Indices as one-hot rows."""
         return _at(np.eye(self.weight_shape[0], dtype=np.float32)[np.asarray(x, np.int64).reshape(-1)][None], pick)
@@ -490,21 +487,6 @@ class Gather(OpKind):
 
     def rows_key(self) -> tuple[object, ...]:
         return self.op_type, self.weight_shape[0]
-
-    @property
-    def groups(self) -> int:
-        return 1
-
-    @property
-    def inputs(self) -> int:
-        return self.weight_shape[1]
-
-    @property
-    def axis(self) -> int | None:
-        return 0
-
-    def spread_scale(self, scale: AnyArray) -> AnyArray:
-        return scale.reshape(-1, 1)
 
 
 OP_KINDS: dict[str, type[MatMul] | type[Gemm] | type[Conv] | type[ConvTranspose] | type[Gather]] = {

@@ -241,7 +241,9 @@ class _Run:
                 f"{everything.source}: {total} sample(s); at least {2 * unit} are needed, one batch to calibrate on "
                 "and one to compare on, and 128 or more are better"
             )
-        held = min(MOST_HELD_BACK, max(unit, min(total, wanted) // HELD_BACK_SHARE // unit * unit))
+        # a share of what calibration takes, and all that it leaves
+        spare = max(min(total, wanted) // HELD_BACK_SHARE, total - wanted)
+        held = max(unit, min(MOST_HELD_BACK, spare) // unit * unit)
         used = min(wanted, total - held) // unit * unit or unit
         if used < 32 and everything.source != "synthetic":
             self.warnings.append(f"only {used} calibration samples: 128 or more give a better model")

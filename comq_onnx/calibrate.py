@@ -9,6 +9,7 @@ runs once, memory is bounded by one segment and the cut tensors, and later layer
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import tempfile
 import time
@@ -91,25 +92,21 @@ def walk(
     result = Calibration()
     for layer in prepared.layers:
         if isinstance(layer.kind, Gather):
-            with _timed(result, "solve", layer.name):
+            with timed(result.seconds, "solve"), timed(result.layer_seconds, layer.name):
                 result.solutions[layer.name] = round_rows(_finite_weight(prepared, layer), grids[layer.name])
     with tempfile.TemporaryDirectory(prefix="comq-") as work:
         _Walk(prepared, plan, grids, samples, target, settings, progress, result, Path(work), probes or {}).run()
     return result
 
 
-class _timed:
-    def __init__(self, result: Calibration, phase: str, layer: str | None = None) -> None:
-        self.result, self.phase, self.layer = result, phase, layer
-
-    def __enter__(self) -> None:
-        self.start = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        spent = time.perf_counter() - self.start
-        self.result.seconds[self.phase] += spent
-        if self.layer is not None:
-            self.result.layer_seconds[self.layer] = spent
+@contextlib.contextmanager
+def timed(seconds: dict[str, float], key: str) -> Iterator[None]:
+    """Add the seconds that the block takes to `seconds[key]`."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[key] = seconds.get(key, 0.0) + time.perf_counter() - start
 
 
 @dataclass
@@ -149,7 +146,7 @@ class _Walk:
 
     def _solve_all(self, layers: Sequence[Layer], x: Tensors, x_hat: Tensors) -> None:
         for layer, statistics in self._moments(layers, x, x_hat):
-            with _timed(self.result, "solve", layer.name):
+            with timed(self.result.seconds, "solve"), timed(self.result.layer_seconds, layer.name):
                 self._solve(layer, statistics)
         self.solved += layers
 
@@ -161,7 +158,7 @@ class _Walk:
             source = self.probes.get(layer.name, layer.input)
             sharing.setdefault((source, quantized, layer.kind.rows_key()), []).append(layer)
         for (source, *_), group in sharing.items():
-            with _timed(self.result, "calibrate"):
+            with timed(self.result.seconds, "calibrate"):
                 statistics = self._statistics(group[0], x[source], x_hat[source])
             for layer in group:
                 yield layer, statistics
@@ -231,7 +228,7 @@ class _Walk:
         stacked = list(dict.fromkeys(self.probes[layer.name] for layer in inner))
         wanted = list(dict.fromkeys([*live, *planned, *stacked]))
         if wanted:
-            with _timed(self.result, "calibrate"):
+            with timed(self.result.seconds, "calibrate"):
                 segment = self._segment(stage, float_cut, wanted)
                 made = self._run(segment, stage, float_cut, wanted, [*live, *stacked], observe=True)
                 self._settle(planned)
@@ -246,7 +243,7 @@ class _Walk:
 
     def _shipped(self, stage: stages.Stage, given: Tensors, wanted: list[str], made: Tensors) -> Tensors:
         """The tensors that the segment makes as it will be shipped, from those of the model quantized so far."""
-        with _timed(self.result, "calibrate"):
+        with timed(self.result.seconds, "calibrate"):
             segment = self._segment(stage, given, wanted)
             emit(segment, self.quantization())
             hat = self._run(segment, stage, given, wanted, wanted, observe=False)

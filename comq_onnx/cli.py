@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +104,7 @@ def command(
     else:
         if output is None:
             raise OptionError("no output: give the quantized model's path with -o, or --plan to only look")
-        with _progress(errors, quiet) as (bar, update):
-            del bar
+        with _progress(errors, quiet) as update:
             report = pipeline.quantize(model, output, calib, progress=update, **options)
     if json_path is not None:
         report.save_json(json_path)
@@ -140,9 +140,9 @@ class _progress:
             self._tasks[what] = self._bar.add_task(what, total=total)
         self._bar.update(self._tasks[what], completed=done, total=total)
 
-    def __enter__(self) -> tuple[Progress, Any]:
+    def __enter__(self) -> Callable[[str, int, int], None]:
         self._bar.start()
-        return self._bar, self._update
+        return self._update
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()

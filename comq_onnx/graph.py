@@ -52,16 +52,9 @@ def find_model(path: Path) -> Path:
 
 
 def load(path: Path) -> tuple[ir.Model, Source]:
-    """Read a model; external data stays on disk. Raises ModelError for what is no readable ONNX model."""
+    """Read a model and what identifies its files. Raises ModelError, also for external data that must not be read."""
     path = find_model(path)
-    if path.stat().st_size == 0:
-        raise ModelError(f"{path}: the file is empty; expected an ONNX model")
-    try:
-        model = ir.load(path)
-    except Exception as error:
-        raise ModelError(f"{path}: not an ONNX model, or a truncated one ({_first_line(error)})") from error
-    if model.graph is None or not len(model.graph):
-        raise ModelError(f"{path}: the file holds no ONNX graph with nodes; expected an ONNX model")
+    model = read(path)
     files = {path, *_external_files(model, path)}
     size, digest = 0, hashlib.sha256()
     for file in sorted(files):
@@ -70,6 +63,19 @@ def load(path: Path) -> tuple[ir.Model, Source]:
             while chunk := handle.read(1 << 24):
                 digest.update(chunk)
     return model, Source(path, size, digest.hexdigest())
+
+
+def read(path: Path) -> ir.Model:
+    """Read a model file; external data stays on disk. Raises ModelError for what is no readable ONNX model."""
+    if path.stat().st_size == 0:
+        raise ModelError(f"{path}: the file is empty; expected an ONNX model")
+    try:
+        model = ir.load(path)
+    except Exception as error:
+        raise ModelError(f"{path}: not an ONNX model, or a truncated one ({_first_line(error)})") from error
+    if model.graph is None or not len(model.graph):
+        raise ModelError(f"{path}: the file holds no ONNX graph with nodes; expected an ONNX model")
+    return model
 
 
 def _external_files(model: ir.Model, path: Path) -> Iterator[Path]:

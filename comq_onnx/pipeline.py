@@ -18,7 +18,7 @@ import onnx_ir as ir
 from comq_onnx import graph as graphs
 from comq_onnx import runtime, stages
 from comq_onnx.activations import ActivationPlan, plan_activations
-from comq_onnx.calibrate import Calibration, Progress, Settings, specialize, walk
+from comq_onnx.calibrate import Calibration, Progress, Settings, specialize, timed, walk
 from comq_onnx.compare import compare_outputs, executed_kernels, latency, sqnr_of
 from comq_onnx.errors import ModelError, OptionError, RuntimeFailure, SamplesError
 from comq_onnx.grid import MAX_BITS, MIN_BITS, Grid
@@ -159,11 +159,12 @@ class _Run:
         self.warnings: list[str] = []
         self.seconds: dict[str, float] = {}
         self.started = time.perf_counter()
+        self.reference: Path | bytes = path  # what the quantized model is compared with
 
     def quantize(self) -> Report:
         assert self.out is not None
         graphs.check_output(self.out, self.path)
-        with self._clock("load"):
+        with timed(self.seconds, "load"):
             self._open()
             planned = self._plan()
         settings = Settings(
@@ -175,20 +176,17 @@ class _Run:
             planned.probes,
         )  # fmt: skip
         self.seconds |= found.seconds
-        with self._clock("emit"):
+        with timed(self.seconds, "emit"):
             size = self._emit(planned, found)
-        with self._clock("compare"):
+        with timed(self.seconds, "compare"):
             compared = self._compare()
         return self._report(planned, found, size, compared)
 
     def plan(self) -> Report:
-        with self._clock("load"):
+        with timed(self.seconds, "load"):
             self._open()
             planned = self._plan()
         return self._report(planned, None, None, {})
-
-    def _clock(self, phase: str) -> _Clock:
-        return _Clock(self.seconds, phase)
 
     # load and prepare
 
@@ -210,8 +208,8 @@ class _Run:
                 "ONNX Runtime cannot run this bfloat16 model here: compared with its float32 form instead"
             )
             prepared = prepare(model, graphs.opset(model), graphs.opset(model), fold=False)
-            self.stand_in = ir.to_proto(prepared.model).SerializeToString()
-            self.float_session = runtime.Session(self.stand_in, self.device, what=str(self.path))
+            self.reference = ir.to_proto(prepared.model).SerializeToString()
+            self.float_session = runtime.Session(self.reference, self.device, what=str(self.path))
             inputs = self.float_session.inputs
             self.half = True
         else:
@@ -288,17 +286,13 @@ class _Run:
     def _prepare(self) -> Prepared:
         least = self.target.min_opset
         lowest = min([self.options.bits, *(n for _, n in self.options.bits_for)])
-        wanted = max(least, self.target.container(lowest)[1], 21 if self.options.granularity.isdigit() else 0)
-        if self.options.activations == "16":
-            wanted = max(wanted, 21)
-        if self.options.activations == "none":
-            # the blocked form of a weight-only MatMul
-            wanted = max(wanted, 21)
+        # uint16 activations, and the blocks of a weight-only MatMul, came with opset 21
+        modern = self.options.granularity.isdigit() or self.options.activations in ("none", "16")
+        wanted = max(least, self.target.container(lowest)[1], 21 if modern else 0)
         failed = []
         for fold, opset in ((True, wanted), (False, wanted), (False, least)):
-            model, _ = graphs.load(self.path)
             try:
-                prepared = prepare(model, opset, least, fold)
+                prepared = prepare(graphs.read(self.path), opset, least, fold)
                 found = self._fidelity(prepared)
             except (Unprepared, ModelError, RuntimeFailure) as error:
                 failed.append(str(error))
@@ -374,8 +368,7 @@ class _Run:
         quantized = runtime.Session(self.out, self.device, what=str(self.out))
         outputs = compare_outputs(self.float_session, quantized, self.held_back, self.options.batch_size)
         self.float_session = None
-        before: Any = self.path if not hasattr(self, "stand_in") else self.stand_in
-        pair = [runtime.Session(x, self.device, threads=1) for x in (before, self.out)]
+        pair = [runtime.Session(x, self.device, threads=1) for x in (self.reference, self.out)]
         times = latency(pair, self.held_back)
         kernels = executed_kernels(self.out, self.device)
         if times[1] > 1.05 * times[0]:
@@ -437,17 +430,6 @@ class _Run:
 
 def _granularity(layer: Layer, grid: Grid) -> str:
     return "row" if isinstance(layer.kind, Gather) else grid.granularity
-
-
-class _Clock:
-    def __init__(self, seconds: dict[str, float], phase: str) -> None:
-        self.seconds, self.phase = seconds, phase
-
-    def __enter__(self) -> None:
-        self.start = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.seconds[self.phase] = self.seconds.get(self.phase, 0.0) + time.perf_counter() - self.start
 
 
 def _token_limits(model: ir.Model) -> dict[str, int]:

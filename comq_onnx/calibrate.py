@@ -15,7 +15,7 @@ import tempfile
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from comq_onnx.prepare import Layer, Prepared, calibrated
 from comq_onnx.qdq import Quantization, emit
 from comq_onnx.runtime import Session
 from comq_onnx.samples import Samples
-from comq_onnx.solve import Solution, Statistics, error_db, round_rows, solve
+from comq_onnx.solve import Method, Solution, Statistics, error_db, round_rows, solve
 from comq_onnx.targets import Target
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ CHUNK_BYTES = 1 << 28
 class Settings:
     """How to calibrate and solve."""
 
-    solver: str = "comq"
+    method: Method = Method()
     independent: bool = False
     batch_size: int = 16
     device: str = "cpu"
@@ -189,7 +189,7 @@ class _Walk:
                 chosen = part if pick is None else pick[part]
                 whole = pick is None and len(part) == positions[i]
                 rows = layer.kind.rows(batch, None if whole else chosen)
-                moments.add(rows, None if same else layer.kind.rows(hat, None if whole else chosen))
+                moments.add(rows, None if same else layer.kind.rows(hat, None if whole else chosen), half=i % 2)
         if moments.count == 0:
             raise SamplesError(f"no sample reaches layer {layer.name!r}: its input is empty for all of them")
         return moments.statistics()
@@ -212,7 +212,7 @@ class _Walk:
             first = self.result.solutions[shared.name]
             self.result.solutions[layer.name] = Solution(first.weight, None, first.error, first.rtn_error)
             return
-        solution = solve(weight, statistics, self.grids[layer.name], self.settings.solver, layer.has_bias)
+        solution = solve(weight, statistics, self.grids[layer.name], self.settings.method, layer.has_bias)
         self.result.solutions[layer.name] = solution
         logger.info(
             "%s: error %.2f dB (rounding %.2f dB)", layer.name, error_db(solution.error), error_db(solution.rtn_error)
@@ -330,41 +330,63 @@ def _parts(positions: int, inputs: int, groups: int) -> Iterator[npt.NDArray[np.
 
 
 class Moments:
-    """Running sums of a layer's input rows: products in float32, sums in float64."""
+    """Running sums of a layer's input rows: products in float32, sums in float64; apart for two halves of the samples."""
+
+    def __init__(self) -> None:
+        self._halves = (_Sums(), _Sums())
+
+    @property
+    def count(self) -> int:
+        """How many positions there were."""
+        return self._halves[0].count + self._halves[1].count
+
+    def add(self, rows: Array, rows_hat: Array | None, half: int = 0) -> None:
+        """Add rows [groups, positions, in] of the float model and of the quantized one (None: the same)."""
+        self._halves[half].add(rows, rows_hat)
+
+    def statistics(self) -> Statistics:
+        """The moments of all rows, with those of the first half beside them where both halves have rows."""
+        first, second = self._halves
+        if first.count == 0 or second.count == 0:
+            return (first if second.count == 0 else second).means()
+        return replace((first + second).means(), half=replace(first.means(), residue=None))
+
+
+class _Sums:
+    """Sums over rows: x^ x^T, x^, x^ e^T, e e^T, e; the last three only where x^ is not x."""
 
     def __init__(self) -> None:
         self.count = 0
-        self._sums: list[npt.NDArray[np.float64]] | None = None
-        self._exact = True
+        self._sums: list[npt.NDArray[np.float64] | None] = [None] * 5
 
     def add(self, rows: Array, rows_hat: Array | None) -> None:
-        """Add rows [groups, positions, in] of the float model and of the quantized one (None: the same)."""
         hat = rows if rows_hat is None else rows_hat
-        new = [_gram(hat, hat), hat.sum(axis=1, dtype=np.float64)]
-        if rows_hat is None:
-            groups, _, n = rows.shape
-            new += (
-                [np.zeros((groups, n, n)), np.zeros((groups, n, n)), np.zeros((groups, n))]
-                if self._sums is None
-                else []
-            )
-        else:
+        self._put(0, _gram(hat, hat))
+        self._put(1, hat.sum(axis=1, dtype=np.float64))
+        if rows_hat is not None:
             error = rows - rows_hat
-            self._exact = False
-            new += [_gram(hat, error), _gram(error, error), error.sum(axis=1, dtype=np.float64)]
+            self._put(2, _gram(hat, error))
+            self._put(3, _gram(error, error))
+            self._put(4, error.sum(axis=1, dtype=np.float64))
         self.count += rows.shape[1]
-        if self._sums is None:
-            self._sums = [np.asarray(a, np.float64) for a in new]
-        else:
-            for total, part in zip(self._sums, new, strict=False):
-                total += part
 
-    def statistics(self) -> Statistics:
-        """The means of the sums."""
-        assert self._sums is not None
-        gram, mean, cross, residue, mean_error = (s / self.count for s in self._sums)
-        if self._exact:
-            return Statistics(gram, mean, self.count)
+    def _put(self, k: int, part: npt.NDArray[Any]) -> None:
+        total = self._sums[k]
+        if total is None:
+            self._sums[k] = np.asarray(part, np.float64)
+        else:
+            total += part
+
+    def __add__(self, other: _Sums) -> _Sums:
+        both = _Sums()
+        both.count = self.count + other.count
+        both._sums = [a if b is None else b if a is None else a + b for a, b in zip(self._sums, other._sums, strict=True)]
+        return both
+
+    def means(self) -> Statistics:
+        gram, mean, cross, residue, mean_error = (None if s is None else s / self.count for s in self._sums)
+        assert gram is not None
+        assert mean is not None
         return Statistics(gram, mean, self.count, cross, residue, mean_error)
 
 

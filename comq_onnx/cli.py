@@ -18,7 +18,7 @@ from comq_onnx import pipeline
 from comq_onnx.errors import ComqError, OptionError
 from comq_onnx.grid import MAX_BITS, MIN_BITS
 from comq_onnx.samples import PREPROCESS
-from comq_onnx.solve import SOLVERS
+from comq_onnx.solve import EFFORTS, METHODS, ORDERS, SWEEPS
 from comq_onnx.targets import TARGETS
 
 EPILOG = """\b
@@ -69,7 +69,7 @@ class _BitsFor(click.ParamType[tuple[str, int]]):
 @click.option(
     "--bits-for", multiple=True, type=_BitsFor(), metavar="RE=N", help="Other bits for the layers that match."
 )
-@click.option("--solver", type=click.Choice(list(SOLVERS)), default="comq",
+@click.option("--solver", type=click.Choice(METHODS), default="comq",
               help="comq; paper: the authors' variant; rtn: plain rounding.")  # fmt: skip
 @click.option("--independent", is_flag=True, help="Calibrate every layer on the float model, as the paper does.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where to calibrate.")

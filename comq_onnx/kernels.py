@@ -1,8 +1,9 @@
-"""The inner loops of the solver, compiled by numba: columns (output channels) are the contiguous axis, in tiles.
+"""The inner loops of the solver, compiled by numba.
 
-Every array is [inputs, columns] in C order. A tile of TILE columns stays in the cache while one input after the other
-is decided; columns do not depend on one another, so the tiles run in parallel and the result does not depend on how
-many threads there are. Compiled code is cached beside the package.
+Output channels do not depend on one another: a kernel works on the channels it is given, in one thread, without
+Python's lock; callers hand parts of a layer's channels to threads. Rounding one input after the other (`babai_block`)
+has the channels as the contiguous axis, in tiles that stay in the cache; what works along one channel's inputs
+(`sweep`, `flip`, `flip_pairs`) has the inputs as the contiguous axis. Compiled code is cached beside the package.
 """
 
 from __future__ import annotations
@@ -19,37 +20,43 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def _compiled(function: F) -> F:
-    return numba.njit(cache=True, parallel=True, error_model="numpy", boundscheck=False)(function)  # type: ignore[no-any-return]
+    # nnan and nsz let a maximum be vectorized; sums keep their order
+    return numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"nnan", "nsz"})(function)  # type: ignore[no-any-return]
 
 
 @_compiled
-def babai_block(target, unit, optimum, scale, zero, block, qmin, qmax, power, codes, gap, loss):  # type: ignore[no-untyped-def]
-    """Round the inputs of one block, each from its target plus what the ones before it in the block left.
+def babai_block(whole, target, unit, scale, zero, block, qmin, qmax, root, codes, wq, sums):  # type: ignore[no-untyped-def]
+    """Round the inputs of one block, each from its target less what the ones before it in the block took.
 
-    target [b, m] holds w* and what earlier blocks contribute, unit [b, b] is M over its diagonal, block [b] the row of
-    scale and zero [blocks, m], power [b] is M_ii^2. Writes codes, gap = w* - wq [b, m] and adds to loss [m].
+    whole [b, m] is M w* over M's diagonal, target [b, m] the same less what earlier blocks took, unit [b, b] M over its
+    diagonal, block [b] the row of scale and zero [blocks, m], root [b] is M_ii. Writes codes and wq [b, m]; adds
+    ||y||^2, <y, M wq> and ||M wq||^2, y = M (w* - wq), to sums [3, m].
     """
-    rows, columns = target.shape
-    for tile in numba.prange((columns + TILE - 1) // TILE):
+    rows, columns = whole.shape
+    for tile in range((columns + TILE - 1) // TILE):
         first = tile * TILE
         width = min(TILE, columns - first)
-        left = np.zeros((rows, TILE), np.float32)  # gap, contiguous
-        t = np.empty(TILE, np.float32)
-        total = np.zeros(TILE, np.float32)
+        taken = np.zeros((rows, TILE), np.float32)  # wq, contiguous
+        t = np.zeros(TILE, np.float32)
+        loss, cross, norm = np.zeros(TILE, np.float32), np.zeros(TILE, np.float32), np.zeros(TILE, np.float32)
         for i in range(rows):
             for c in range(width):
                 t[c] = target[i, first + c]
-            # four at a time: t stays in registers that much longer
-            fours = i // 4 * 4
-            for k in range(0, fours, 4):
+            # eight at a time: t stays in registers that much longer
+            eights = i // 8 * 8
+            for k in range(0, eights, 8):
                 f0, f1, f2, f3 = unit[i, k], unit[i, k + 1], unit[i, k + 2], unit[i, k + 3]
+                f4, f5, f6, f7 = unit[i, k + 4], unit[i, k + 5], unit[i, k + 6], unit[i, k + 7]
                 for c in range(TILE):
-                    t[c] += f0 * left[k, c] + f1 * left[k + 1, c] + f2 * left[k + 2, c] + f3 * left[k + 3, c]
-            for k in range(fours, i):
+                    t[c] -= (
+                        f0 * taken[k, c] + f1 * taken[k + 1, c] + f2 * taken[k + 2, c] + f3 * taken[k + 3, c]
+                        + f4 * taken[k + 4, c] + f5 * taken[k + 5, c] + f6 * taken[k + 6, c] + f7 * taken[k + 7, c]
+                    )  # fmt: skip
+            for k in range(eights, i):
                 factor = unit[i, k]
                 for c in range(TILE):
-                    t[c] += factor * left[k, c]
-            of, own = block[i], power[i]
+                    t[c] -= factor * taken[k, c]
+            of, own = block[i], root[i]
             for c in range(width):
                 step = scale[of, first + c]
                 low, high = qmin - zero[of, first + c], qmax - zero[of, first + c]
@@ -57,87 +64,221 @@ def babai_block(target, unit, optimum, scale, zero, block, qmin, qmax, power, co
                 # not min and max: their care for NaN keeps the loop from being vectorized
                 q = low if q < low else q
                 q = high if q > high else q
-                wq = q * step
                 codes[i, first + c] = q
-                left[i, c] = optimum[i, first + c] - wq
-                total[c] += own * (t[c] - wq) * (t[c] - wq)
-        for i in range(rows):
-            for c in range(width):
-                gap[i, first + c] = left[i, c]
+                taken[i, c] = q * step
+                wq[i, first + c] = q * step
+                y = own * (t[c] - q * step)
+                image = own * whole[i, first + c] - y
+                loss[c] += y * y
+                cross[c] += y * image
+                norm[c] += image * image
         for c in range(width):
-            loss[first + c] += total[c]
+            sums[0, first + c] += loss[c]
+            sums[1, first + c] += cross[c]
+            sums[2, first + c] += norm[c]
 
 
 @_compiled
-def sweep_block(v, h, scale, zero, block, qmin, qmax, codes, delta):  # type: ignore[no-untyped-def]
-    """One pass of coordinate descent over a block of inputs; v [b, m] follows it.
+def sweep(v, h, scale, zero, block, qmin, qmax, codes):  # type: ignore[no-untyped-def]
+    """One pass of coordinate descent over every channel's inputs; a code that stays costs one rounding.
 
-    h [b, b] is the block's part of H. Changes codes [b, m] and writes the change of wq into delta [b, m].
-    """
-    rows, columns = v.shape
-    for tile in numba.prange((columns + TILE - 1) // TILE):
-        first = tile * TILE
-        width = min(TILE, columns - first)
-        local = np.zeros((rows, TILE), np.float32)  # v, contiguous
-        change = np.zeros(TILE, np.float32)
-        for i in range(rows):
-            for c in range(width):
-                local[i, c] = v[i, first + c]
-        for i in range(rows):
-            of, curvature = block[i], h[i, i]
-            moved = np.float32(0)
-            for c in range(width):
-                step = scale[of, first + c]
-                low, high = qmin - zero[of, first + c], qmax - zero[of, first + c]
-                old = codes[i, first + c]
-                q = np.rint(old + local[i, c] / (step * curvature))
-                q = low if q < low else q
-                q = high if q > high else q
-                change[c] = (q - old) * step
-                codes[i, first + c] = q
-                delta[i, first + c] = change[c]
-                moved += abs(q - old)
-            if moved > 0:
-                for j in range(rows):
-                    factor = h[j, i]
-                    for c in range(TILE):
-                        local[j, c] -= factor * change[c]
-        for i in range(rows):
-            for c in range(width):
-                v[i, first + c] = local[i, c]
-
-
-@_compiled
-def flip(v, h, scale, zero, block, qmin, qmax, codes, tolerance):  # type: ignore[no-untyped-def]
-    """Move single codes by one, in each column the one that lowers the objective most, until none does by more than
-    `tolerance` times its own curvature (below that float32 decides by noise, and flips could cycle).
-
-    v [m, n] is the gradient with columns first. Changes codes [n, m].
+    v [m, n] = (W* - Wq) H follows the codes [m, n] (less the zero point); scale and zero [m, blocks]. Returns how many
+    codes changed.
     """
     columns, rows = v.shape
-    for c in numba.prange(columns):
-        for _ in range(rows):
-            best = np.float32(0)
-            at, move = -1, np.float32(0)
+    changed = 0
+    for c in range(columns):
+        for i in range(rows):
+            step = scale[c, block[i]]
+            old = codes[c, i]
+            q = np.rint(old + v[c, i] / (step * h[i, i]))
+            if q == old:
+                continue
+            low, high = qmin - zero[c, block[i]], qmax - zero[c, block[i]]
+            q = low if q < low else q
+            q = high if q > high else q
+            if q == old:
+                continue
+            change = (q - old) * step
+            codes[c, i] = q
+            changed += 1
+            for k in range(rows):
+                v[c, k] -= change * h[i, k]
+    return changed
+
+
+@_compiled
+def flip(v, h, scale, zero, block, qmin, qmax, codes, tolerance, pairs):  # type: ignore[no-untyped-def]
+    """Move codes by one, in each channel first what lowers the objective most, until nothing does by more than
+    `tolerance` times a code's own curvature (below that float32 decides by noise, and moves could cycle).
+
+    A move is one code or, among the `pairs` codes that cost least to move, two. v [m, n] = (W* - Wq) H follows the
+    codes [m, n]; scale and zero [m, blocks].
+    """
+    columns, rows = v.shape
+    step, own, gain = np.empty(rows, np.float32), np.empty(rows, np.float32), np.empty(rows, np.float32)
+    low, high = np.empty(rows, np.float32), np.empty(rows, np.float32)
+    best, at = np.empty(pairs + 1, np.float32), np.empty(pairs + 1, np.intp)
+    for c in range(columns):
+        for i in range(rows):
+            step[i] = scale[c, block[i]]
+            own[i] = h[i, i] * step[i] * step[i]
+            low[i], high[i] = qmin - zero[c, block[i]], qmax - zero[c, block[i]]
+        for _ in range(2 * rows):
+            top = np.float32(-np.inf)
             for i in range(rows):
-                step = scale[block[i], c]
-                own = h[i, i] * step * step
-                slope = 2 * v[c, i] * step
-                direction = np.float32(1) if slope > 0 else np.float32(-1)
-                gain = abs(slope) - own
-                if gain <= tolerance * own or gain <= best:
-                    continue
-                q = codes[i, c] + direction
-                low, high = qmin - zero[block[i], c], qmax - zero[block[i], c]
-                if q < low or q > high:
-                    continue
-                best, at, move = gain, i, direction
-            if at < 0:
+                slope = v[c, i] * step[i]
+                # a code at the end of the grid cannot go further
+                stuck = codes[c, i] >= high[i] if slope > 0 else codes[c, i] <= low[i]
+                one = 2 * abs(slope) - own[i]
+                one = np.float32(-1e30) if stuck else one
+                gain[i] = one
+                top = one if one > top else top
+            first, second = -1, -1
+            if top > 0:
+                for i in range(rows):
+                    if gain[i] == top:
+                        first = i
+                        break
+                if top <= tolerance * own[first]:
+                    first = -1
+            if first < 0 and pairs > 0:
+                found = _least(gain, pairs, best, at)
+                most = np.float32(0)
+                for a in range(found):
+                    i = at[a]
+                    up = step[i] if v[c, i] > 0 else -step[i]
+                    for b in range(a):
+                        k = at[b]
+                        other = step[k] if v[c, k] > 0 else -step[k]
+                        both = gain[i] + gain[k] - 2 * up * other * h[i, k]
+                        if both > most and both > tolerance * (own[i] + own[k]):
+                            most, first, second = both, i, k
+            if first < 0:
                 break
-            codes[at, c] += move
-            change = move * scale[block[at], c]
-            for i in range(rows):
-                v[c, i] -= h[at, i] * change
+            up = step[first] if v[c, first] > 0 else -step[first]
+            other = np.float32(0)
+            if second >= 0:
+                other = step[second] if v[c, second] > 0 else -step[second]
+                codes[c, second] += np.float32(1) if other > 0 else np.float32(-1)
+                for k in range(rows):
+                    v[c, k] -= other * h[second, k]
+            codes[c, first] += np.float32(1) if up > 0 else np.float32(-1)
+            for k in range(rows):
+                v[c, k] -= up * h[first, k]
+
+
+@_compiled
+def _least(gain, count, best, at):  # type: ignore[no-untyped-def]
+    """The `count` codes that cost least to move: how many there are, and in `at` which."""
+    found = 0
+    for i in range(gain.size):
+        if gain[i] <= -1e29:
+            continue
+        cost = gain[i]
+        if found == count and cost <= best[found - 1]:
+            continue
+        k = found if found < count else count - 1
+        while k > 0 and best[k - 1] < cost:
+            best[k], at[k] = best[k - 1], at[k - 1]
+            k -= 1
+        best[k], at[k] = cost, i
+        found = min(found + 1, count)
+    return found
+
+
+@_compiled
+def beam_block(whole, target, unit, scale, zero, block, qmin, qmax, root, codes, wq, loss, origin):  # type: ignore[no-untyped-def]
+    """babai_block with several roundings of each channel kept: the likeliest few of all that the next code allows.
+
+    whole [b, m]; target, codes, wq [b, m, width]; loss [m, width] is ||y||^2 so far, infinite for a rounding not begun;
+    origin [m, width] tells which of the roundings before the block each one goes on from.
+    """
+    rows, columns, width = target.shape
+    taken, number = np.empty((rows, width), np.float32), np.empty((rows, width), np.float32)
+    t = np.empty(width, np.float32)
+    best, parent, choice = np.empty(width, np.float32), np.empty(width, np.intp), np.empty(width, np.float32)
+    line, moved = np.empty(width, np.intp), np.empty(width, np.intp)
+    for c in range(columns):
+        for k in range(width):
+            line[k] = k
+        for i in range(rows):
+            step, own = scale[block[i], c], root[i]
+            low, high = qmin - zero[block[i], c], qmax - zero[block[i], c]
+            # parents share what they took before only by their line: target is of the rounding before the block
+            for k in range(width):
+                t[k] = target[i, c, line[k]]
+            for j in range(i):
+                factor = unit[i, j]
+                for k in range(width):
+                    t[k] -= factor * taken[j, k]
+            for k in range(width):
+                best[k] = np.inf
+                parent[k], choice[k] = 0, 0
+            for k in range(width):
+                if loss[c, k] == np.inf:
+                    continue
+                near = np.float32(np.rint(t[k] / step))
+                near = min(max(near, low), high)
+                beside = near + (np.float32(1) if t[k] > near * step else np.float32(-1))
+                for q in (near, beside):
+                    if q < low or q > high:
+                        continue
+                    y = own * (t[k] - q * step)
+                    total = loss[c, k] + y * y
+                    if total >= best[width - 1]:
+                        continue
+                    a = width - 1
+                    while a > 0 and best[a - 1] > total:
+                        best[a], parent[a], choice[a] = best[a - 1], parent[a - 1], choice[a - 1]
+                        a -= 1
+                    best[a], parent[a], choice[a] = total, k, q
+            for k in range(width):
+                moved[k] = line[parent[k]]
+            for k in range(width):
+                line[k] = moved[k]
+                loss[c, k] = best[k]
+            for j in range(i):
+                for k in range(width):
+                    t[k] = taken[j, parent[k]]
+                for k in range(width):
+                    taken[j, k] = t[k]
+                for k in range(width):
+                    t[k] = number[j, parent[k]]
+                for k in range(width):
+                    number[j, k] = t[k]
+            for k in range(width):
+                number[i, k] = choice[k]
+                taken[i, k] = choice[k] * step
+        for i in range(rows):
+            for k in range(width):
+                codes[i, c, k], wq[i, c, k] = number[i, k], taken[i, k]
+        for k in range(width):
+            origin[c, k] = line[k]
+
+
+@_compiled
+def paper_sweep(v, gram, visits, scale, zero, block, qmin, qmax, codes, wq):  # type: ignore[no-untyped-def]
+    """q_i <- clip(round((V_i + G_ii wq_i) / (scale G_ii))) along each channel's own order, visits [m, n].
+
+    v [m, n] = (W - Wq) G follows; codes and wq [m, n] are written; scale and zero [m, blocks].
+    """
+    columns, rows = v.shape
+    for c in range(columns):
+        for k in range(rows):
+            i = visits[c, k]
+            step, own = scale[c, block[i]], gram[i, i]
+            low, high = qmin - zero[c, block[i]], qmax - zero[c, block[i]]
+            # a dead input: plain rounding
+            target = wq[c, i] + v[c, i] / own if own > 0 else wq[c, i]
+            q = np.rint(target / step)
+            q = low if q < low else q
+            q = high if q > high else q
+            change = q * step - wq[c, i]
+            codes[c, i] = q
+            wq[c, i] += change
+            for j in range(rows):
+                v[c, j] -= change * gram[i, j]
 
 
 @_compiled
@@ -147,7 +288,7 @@ def span_errors(weight, shrinks, qmin, qmax, symmetric, start, stop, least, most
     errors [rows, shrinks] is written. least and most widen every span (0: each row has its own). The arithmetic is
     grid.fit_minmax's.
     """
-    for r in numba.prange(weight.shape[0]):
+    for r in range(weight.shape[0]):
         low, high = least, most
         for i in range(start, stop):
             low, high = min(low, weight[r, i]), max(high, weight[r, i])
@@ -181,7 +322,7 @@ def solve_small(h, unit, optimum, start, zero, qmin, qmax, factors, codes, scale
     [groups, n, m]; start, zero, scale [groups, m].
     """
     groups, n, columns = optimum.shape
-    for g in numba.prange(groups):
+    for g in range(groups):
         gap, q, kept, v = np.empty(n), np.empty(n), np.empty(n), np.empty(n)
         for c in range(columns):
             low, high = qmin - zero[g, c], qmax - zero[g, c]
@@ -217,7 +358,7 @@ def solve_small(h, unit, optimum, start, zero, qmin, qmax, factors, codes, scale
                 codes[g, i, c] = kept[i]
 
 
-@numba.njit(cache=True, error_model="numpy")
+@_compiled
 def _move_codes(h, optimum, s, low, high, q, v):  # type: ignore[no-untyped-def]
     """Single moves, then moves of two codes by one each, the best first, until none lowers the objective; if any
     did."""

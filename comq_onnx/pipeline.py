@@ -27,7 +27,7 @@ from comq_onnx.prepare import Layer, Prepared, Unprepared, calibrated, check_sou
 from comq_onnx.qdq import Quantization, emit, form, grid_for
 from comq_onnx.report import LayerReport, Report
 from comq_onnx.samples import Samples, load_samples
-from comq_onnx.solve import SOLVERS, check_codes, error_db
+from comq_onnx.solve import EFFORTS, METHODS, ORDERS, SWEEPS, Method, check_codes, error_db
 from comq_onnx.targets import TARGETS, Target
 
 logger = logging.getLogger(__name__)
@@ -55,6 +55,10 @@ class Options:
     exclude: tuple[str, ...] = ()
     bits_for: tuple[tuple[str, int], ...] = ()
     solver: str = "comq"
+    effort: str = "default"
+    order: str = "greedy"
+    sweeps: int = SWEEPS
+    shrink: float | None = None
     independent: bool = False
     device: str = "auto"
     seed: int = 0
@@ -65,7 +69,8 @@ class Options:
             if not MIN_BITS <= bits <= MAX_BITS:
                 raise OptionError(f"{bits} bits: {MIN_BITS} to {MAX_BITS} are possible")
         _one_of("--target", self.target, TARGETS)
-        _one_of("--solver", self.solver, SOLVERS)
+        _one_of("--solver", self.solver, METHODS)
+        _one_of("--effort", self.effort, EFFORTS)
         _one_of("--activations", self.activations, ("auto", "none", "8", "16"))
         _one_of("--device", self.device, ("auto", "cpu", "cuda"))
         for option, number in (("--samples", self.max_samples), ("--batch-size", self.batch_size)):
@@ -74,6 +79,11 @@ class Options:
         if self.memory_gb is not None and not self.memory_gb >= 0:
             raise OptionError(f"--memory {self.memory_gb}: must be 0 or more gigabytes")
         self.grid(self.bits)
+
+    @property
+    def method(self) -> Method:
+        """The solver that the options ask for."""
+        return Method(self.solver, self.effort, self.order, self.sweeps, self.shrink)
 
     def grid(self, bits: int) -> Grid:
         """The weight grid that the options ask for, at `bits` bits."""
@@ -168,7 +178,7 @@ class _Run:
             self._open()
             planned = self._plan()
         settings = Settings(
-            self.options.solver, self.options.independent, self.options.batch_size, self.device, self.options.seed,
+            self.options.method, self.options.independent, self.options.batch_size, self.device, self.options.seed,
             self._memory(),
         )  # fmt: skip
         found = walk(

@@ -84,6 +84,8 @@ class Session:
         options.intra_op_num_threads = threads
         # the arena keeps what the largest segment needed for good
         options.enable_cpu_mem_arena = False
+        import os
+        if os.environ.get("ACC"): options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", os.environ["ACC"])
         if level is not None:
             options.graph_optimization_level = runtime.GraphOptimizationLevel(level)
         if optimized is not None:

@@ -1,0 +1,119 @@
+"""The Gram of a convolution's input patches, without the patches.
+
+A kernel [kh, kw] moves one step at a time over padded inputs a, b [n, channels, height, width] of one group. The patch
+at p = (y, x) is the row a[:, p + k] over channels and taps k = (ky, kx), and
+
+    G[c, k; c', k'] = sum_p a[c, p + k] b[c', p + k'] = sum_{q in box(k)} a[c, q] b[c', q + d],    d = k' - k,
+
+with box(k) the places that tap k visits, as many as there are patches. Tap pairs of one lag d differ in their boxes'
+borders alone. So for each lag the boxes are cut into pieces that a tap either visits whole or not at all, each piece
+is one product [channels, places] @ [places, channels], and a pair's block is the sum of its pieces: nothing is
+subtracted. That is (2 kh - 1)(2 kw - 1) products of the size of the input (half of them where a is b) in place of the
+(kh kw)^2 that the patches take, and no array kh kw times the input's size. Places where padding makes a or b zero are
+in no piece, which leaves few pieces.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+from numpy.lib.stride_tricks import sliding_window_view
+
+from comq_onnx.grid import Array
+
+Sums = npt.NDArray[np.float64]
+
+# Inputs are taken in parts: small ones stay in the cache, but each part adds its own [in, in] to the sums, so a part is
+# as large as that matrix where this is larger. Scratch is four times a part (each input twice).
+LEAST_BYTES, MOST_BYTES = 1 << 21, 1 << 26
+
+
+def patch_gram(a: Array, b: Array, kernel: tuple[int, int]) -> Sums:
+    """The sum over all patches of patch(a) patch(b)^T, [in, in], `in` in the order channel, ky, kx.
+
+    a, b [n, channels, height, width]: padded. Where b is a, half the work is done and the result is exactly symmetric.
+    Products are float32, the sums over parts of the input float64.
+    """
+    channels, taps = a.shape[1], kernel[0] * kernel[1]
+    gram = np.zeros((channels, taps, channels, taps))
+    for part in _parts(a.shape, kernel):
+        gram += _blocks(a[part], a[part] if b is a else b[part], kernel, b is a).transpose(1, 0, 3, 2)
+    return gram.reshape(channels * taps, channels * taps)
+
+
+def patch_sum(a: Array, kernel: tuple[int, int]) -> Sums:
+    """The sum over all patches, [in] in the order channel, ky, kx; a [n, channels, height, width]: padded."""
+    total = a.sum(axis=0, dtype=np.float64)
+    for axis, k in enumerate(kernel, start=1):
+        # the windows that the taps see: as long as the output, as many as there are taps
+        total = sliding_window_view(total, total.shape[axis] - k + 1, axis=axis).sum(axis=-1)
+    return np.asarray(total.reshape(-1))
+
+
+def _parts(shape: tuple[int, ...], kernel: tuple[int, int]) -> Iterator[tuple[slice, slice, slice]]:
+    """Index tuples: some images whole, or a band of one image's rows, so that each patch is in one part."""
+    n, channels, height, width = shape
+    inputs, out = channels * kernel[0] * kernel[1], height - kernel[0] + 1
+    budget = min(max(LEAST_BYTES, 4 * inputs * inputs), MOST_BYTES)
+    row = 4 * channels * width
+    images = max(1, budget // (row * height))
+    rows = out if row * height <= budget else max(1, budget // row - kernel[0] + 1)
+    for first, top in itertools.product(range(0, n, images), range(0, out, rows)):
+        yield slice(first, first + images), slice(None), slice(top, top + rows + kernel[0] - 1)
+
+
+def _blocks(a: Array, b: Array, kernel: tuple[int, int], same: bool) -> Array:
+    """The Gram of one part as blocks [taps, channels, taps, channels]."""
+    channels, (kh, kw) = a.shape[1], kernel
+    # places first and images inside: a range of rows is one matrix [places, channels] as it stands
+    left = np.ascontiguousarray(a.transpose(2, 3, 0, 1))
+    right = left if same else np.ascontiguousarray(b.transpose(2, 3, 0, 1))
+    height, width = (_filled([left, right], axis, k - 1) for axis, k in enumerate(kernel))
+    out_h, out_w = left.shape[0] - kh + 1, left.shape[1] - kw + 1
+    blocks = np.zeros((kh, kw, channels, kh, kw, channels), np.float32)
+    for dx in range(1 - kw, kw):
+        for x0, x1, columns in _pieces(dx, kw, out_w, width):
+            near = np.ascontiguousarray(left[:, x0:x1])
+            far = near if same and dx == 0 else np.ascontiguousarray(right[:, x0 + dx : x1 + dx])
+            # where a is b, lags before (0, 0) give the transposes of those after it
+            for dy in range((0 if dx >= 0 else 1) if same else 1 - kh, kh):
+                for y0, y1, lines in _pieces(dy, kh, out_h, height):
+                    product = near[y0:y1].reshape(-1, channels).T @ far[y0 + dy : y1 + dy].reshape(-1, channels)
+                    for ky, kx in itertools.product(lines, columns):
+                        blocks[ky, kx, :, ky + dy, kx + dx] += product
+    blocks = blocks.reshape(kh * kw, channels, kh * kw, channels)
+    if same:
+        for k, later in itertools.combinations(range(kh * kw), 2):
+            blocks[later, :, k] = blocks[k, :, later].T
+    return blocks
+
+
+def _filled(arrays: Sequence[Array], axis: int, most: int) -> tuple[int, int]:
+    """The range of an axis outside of which all arrays are zero; at most `most` places are left out on either side."""
+    low, high = 0, arrays[0].shape[axis]
+
+    def blank(place: int) -> bool:
+        return not any(array.take(place, axis).any() for array in arrays)
+
+    while low < most and blank(low):
+        low += 1
+    while high > arrays[0].shape[axis] - most and blank(high - 1):
+        high -= 1
+    return low, high
+
+
+def _pieces(lag: int, taps: int, out: int, filled: tuple[int, int]) -> Iterator[tuple[int, int, list[int]]]:
+    """The pieces [start, stop) of an axis over which a[q] b[q + lag] is summed, each with the taps that visit it.
+
+    out: how many places a tap visits; filled: the range outside of which a and b are zero.
+    """
+    low, high = max(filled[0], filled[0] - lag), min(filled[1], filled[1] - lag)
+    visits = {k: (max(k, low), min(k + out, high)) for k in range(max(0, -lag), taps - max(0, lag))}
+    ends = sorted({end for visit in visits.values() for end in visit})
+    for start, stop in itertools.pairwise(ends):
+        visiting = [k for k, (first, last) in visits.items() if first <= start and stop <= last]
+        if visiting:
+            yield start, stop, visiting

@@ -1,0 +1,150 @@
+"""COMQ: quantize a weight by coordinate minimization of the layer's output error, on Gram matrices.
+
+For a layer Y = W X (X holds one input position a column) and its quantized weight Wq, COMQ (Zhang, Yang, Liu,
+Kailkhura, Yin, Xin: "COMQ: A Backpropagation-Free Algorithm for Post-Training Quantization", arXiv 2403.07134)
+minimizes
+
+    || Wq X - W X ||^2,    Wq = scale * Q,    Q integer
+
+one coordinate at a time, everything else fixed. With the Gram G = E[x x^T] and V = (W - Wq) G both steps are closed
+forms:
+
+    q_i   <- clip(round(q_i + V_i / (scale G_ii)))            (the paper's eq. for a code)
+    scale <- <q, G w> / <q, G q>                              (the paper's eq. for a scale)
+
+Methods: `comq`, the default, keeps the two closed forms and goes beyond the paper in what surrounds them (comq.py);
+`paper` is the authors' algorithm (paper.py); `gptq` is one Babai pass at the MSE-best scale, without mean, mismatch or
+descent (Frantar et al., arXiv 2210.17323, with inputs in decreasing order of their power); `rtn` is plain rounding.
+
+What the rest of the project adds to every method: inputs of the model quantized so far, and never worse than plain
+rounding, channel by channel.
+
+Shapes: weight [groups, out, in]; gram [groups, in, in].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from comq_onnx.grid import Array, Codes, Grid, QuantizedWeight, fit_mse, round_to_grid, rtn
+from comq_onnx.solve.comq import EFFORTS, solve_comq, solve_gptq
+from comq_onnx.solve.judge import Judge
+from comq_onnx.solve.paper import ORDERS, SWEEPS, solve_paper
+from comq_onnx.solve.statistics import Statistics
+
+__all__ = [
+    "EFFORTS", "METHODS", "ORDERS", "Method", "Solution", "Statistics", "check_codes", "error_db", "round_rows", "solve",
+    "solve_comq", "solve_gptq", "solve_paper",
+]  # fmt: skip
+
+METHODS = ("comq", "paper", "gptq", "rtn")
+
+
+@dataclass(frozen=True)
+class Method:
+    """Which solver, and what it may be told: effort is comq's; order, sweeps and shrink (None: by the bits) are the
+    paper's. Raises ValueError for a name that does not exist."""
+
+    solver: str = "comq"
+    effort: str = "default"
+    order: str = "greedy"
+    sweeps: int = SWEEPS
+    shrink: float | None = None
+
+    def __post_init__(self) -> None:
+        for what, name, names in (
+            ("solver", self.solver, METHODS), ("effort", self.effort, EFFORTS), ("order", self.order, ORDERS)
+        ):  # fmt: skip
+            if name not in names:
+                raise ValueError(f"no {what} {name!r}; there are {', '.join(names)}")
+
+    def __call__(self, weight: Array, statistics: Statistics, grid: Grid) -> QuantizedWeight:
+        """The quantized weight that the solver finds."""
+        if self.solver == "comq":
+            return solve_comq(weight, statistics, grid, self.effort)
+        if self.solver == "paper":
+            return solve_paper(weight, statistics, grid, self.order, self.sweeps, self.shrink)
+        return solve_gptq(weight, statistics, grid) if self.solver == "gptq" else rtn(weight, grid)
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A layer's quantized weight, what to add to its bias, and what it costs.
+
+    error and rtn_error are ||X^ Wq + shift - X W||^2 / ||X W||^2, for plain rounding on the same grid without a shift;
+    shift [groups, out] is None where the layer has no bias to carry it.
+    """
+
+    weight: QuantizedWeight
+    shift: Array | None
+    error: float
+    rtn_error: float
+
+
+def error_db(error: float) -> float:
+    """10 log10 of a relative squared error; -200 for none at all."""
+    return 10 * float(np.log10(max(error, 1e-20)))
+
+
+def solve(
+    weight: Array, statistics: Statistics, grid: Grid, method: Method = Method(), has_bias: bool = False
+) -> Solution:  # fmt: skip
+    """Quantize one layer's weight [groups, out, in] on `grid`.
+
+    has_bias: a shift of the bias may carry the mean of the error (comq's alone).
+    """
+    judge = Judge(weight, statistics)
+    rounded = rtn(weight, grid)
+    variance, offset = judge(rounded)
+    plain = variance + offset**2
+    if method.solver == "rtn":
+        return Solution(rounded, None, float(plain.sum()) / judge.energy, float(plain.sum()) / judge.energy)
+    centre = has_bias and method.solver == "comq"
+    solved = method(weight, statistics.centred() if centre else statistics, grid)
+    ours, shift = judge(solved)
+    theirs = variance if centre else plain
+    ours = ours if centre else ours + shift**2
+    worse = ours > theirs
+    if grid.per_tensor:
+        worse = np.full_like(worse, ours.sum() > theirs.sum())
+    error = float(np.where(worse, theirs, ours).sum()) / judge.energy
+    best = _take_channels(worse, rounded, solved)
+    shipped_shift = np.where(worse, offset, shift).astype(np.float32) if centre else None
+    return Solution(best, shipped_shift, error, float(plain.sum()) / judge.energy)
+
+
+def _take_channels(mask: npt.NDArray[np.bool_], first: QuantizedWeight, second: QuantizedWeight) -> QuantizedWeight:
+    """The channels of `first` where mask [groups, out] holds, of `second` elsewhere."""
+    if not mask.any():
+        return second
+    pick = mask[..., None]
+    return QuantizedWeight(
+        np.where(pick, first.codes, second.codes),
+        np.where(pick, first.scale, second.scale),
+        np.where(pick, first.zero_point, second.zero_point),
+        second.grid,
+    )
+
+
+def round_rows(weight: Array, grid: Grid) -> Solution:
+    """Quantize a table [1, rows, columns] that only gets looked up (an embedding): plain rounding at the MSE-best
+    scale."""
+    best = round_to_grid(weight, *fit_mse(weight, grid), grid)
+    energy = max(float((weight.astype(np.float64) ** 2).sum()), np.finfo(np.float64).tiny)
+
+    def cost(quantized: QuantizedWeight) -> float:
+        return float(((quantized.dequantize().astype(np.float64) - weight) ** 2).sum()) / energy
+
+    return Solution(best, None, cost(best), cost(rtn(weight, grid)))
+
+
+def check_codes(weight: QuantizedWeight) -> Codes:
+    """The codes, after making sure that they lie on the grid and the scales are positive numbers. Raises ValueError."""
+    if weight.codes.min() < weight.grid.qmin or weight.codes.max() > weight.grid.qmax:
+        raise ValueError(f"codes outside [{weight.grid.qmin}, {weight.grid.qmax}]")
+    if not (np.isfinite(weight.scale).all() and (weight.scale > 0).all()):
+        raise ValueError("a scale is not a positive number")
+    return weight.codes

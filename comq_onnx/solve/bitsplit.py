@@ -1,0 +1,55 @@
+"""Bit-split refinement: codes taken apart into bit planes, each optimized in turn with a scale of its own, and stitched.
+
+After Wang, Chen, He, Cheng: "Towards Accurate Post-training Network Quantization via Bit-Split and Stitching", ICML
+2020. With q = sum_b 2^b t_b, t_b in {-1, 0, 1}, plane b by plane b, the highest first,
+
+    alpha_b <- alpha_b + <t_b, V> / <t_b, H t_b>,    t_b,i <- clip(round(t_b,i + V_i / (alpha_b H_ii)))
+
+both of them COMQ's closed forms, for the plane instead of the code. The planes are stitched by leaving the alphas out;
+the caller refits the one scale and keeps what lowers the objective.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from comq_onnx import kernels
+from comq_onnx.grid import Array
+from comq_onnx.solve.problem import Part
+
+
+def refine(part: Part, codes: Array, scale: Array, zero: Array) -> Array:
+    """Codes [channels, in] after one turn of every bit plane, back on the grid; arguments as in comq.Rounding."""
+    problem = part.problem
+    planes = split(codes)
+    v = part.gradient(codes, scale)
+    none = np.zeros_like(zero)
+    for b in reversed(range(len(planes))):
+        plane = planes[b]
+        step = scale * np.float32(2**b)
+        # the closed form of alpha_b, a common factor on the plane's steps
+        part_of = plane * step[:, problem.block]
+        image = part_of @ problem.h
+        norm = np.einsum("cn,cn->c", part_of, image)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            by = np.einsum("cn,cn->c", part_of, v) / norm
+        by = np.where((norm > 0) & (np.abs(by) < 0.5), by, 0).astype(np.float32)[:, None]
+        v -= by * image
+        kernels.sweep(
+            v, problem.h, step * (1 + by), none, problem.block, np.float32(-1), np.float32(1), plane
+        )
+    low, high = (np.float32(bound) - zero[:, problem.block] for bound in problem.bounds)
+    return np.clip(stitch(planes), low, high)
+
+
+def split(codes: Array) -> Array:
+    """The bit planes [planes, ...] of integer codes: t_b is the code's sign where bit b of its magnitude is set."""
+    magnitude = np.abs(codes).astype(np.int32)
+    count = max(int(magnitude.max(initial=0)).bit_length(), 1)
+    bits = magnitude[None] >> np.arange(count).reshape(-1, *[1] * codes.ndim) & 1
+    return np.ascontiguousarray(bits * np.sign(codes), np.float32)
+
+
+def stitch(planes: Array) -> Array:
+    """The codes of bit planes."""
+    return np.asarray(np.tensordot(2.0 ** np.arange(len(planes)), planes, axes=1), np.float32)

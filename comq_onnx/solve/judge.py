@@ -1,0 +1,69 @@
+"""What a quantized weight costs, measured on the moments alone and apart from how any solver sees it."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from comq_onnx.grid import Array, QuantizedWeight
+from comq_onnx.solve.parallel import each, parts
+from comq_onnx.solve.statistics import Matrix, Statistics
+
+
+class Judge:
+    """The output error of one layer's quantized weights, channel by channel.
+
+    With D = W - Wq the error W x - Wq x^ = D x^ + W e has mean D E[x^] + W E[e], which a bias can take away, and
+    variance D G D^T + 2 D E W^T + W S W^T (G, E, S centred): sums of small numbers, no difference of large ones.
+    """
+
+    def __init__(self, weight: Array, statistics: Statistics) -> None:
+        moments = statistics.centred()
+        self._weight, self._mean = weight, moments.mean
+        self._gram = moments.gram.astype(np.float32)
+        self._cross: Array | None = None
+        self._rest = np.zeros(weight.shape[:2])
+        self._offset = np.zeros(weight.shape[:2])
+        mean = moments.mean
+        if moments.cross is not None and moments.residue is not None and moments.mean_error is not None:
+            self._cross = _products(weight, moments.cross.swapaxes(1, 2).astype(np.float32))
+            self._rest = _quadratic(weight, moments.residue.astype(np.float32))
+            self._offset = np.einsum("gmn,gn->gm", weight, moments.mean_error)
+            mean = mean + moments.mean_error
+        # E || W x ||^2 of the whole layer, x in the float model
+        energy = self._variance(weight) + np.einsum("gmn,gn->gm", weight, mean) ** 2
+        self.energy = max(float(energy.sum()), float(np.finfo(np.float64).tiny))
+
+    def __call__(self, quantized: QuantizedWeight) -> tuple[Matrix, Matrix]:
+        """The variance and the mean of the error: [groups, out] each."""
+        difference = self._weight - quantized.dequantize()
+        return self._variance(difference), np.einsum("gmn,gn->gm", difference, self._mean) + self._offset
+
+    def _variance(self, difference: Array) -> Matrix:
+        variance = _quadratic(difference, self._gram) + self._rest
+        if self._cross is not None:
+            variance += 2 * np.einsum("gmn,gmn->gm", difference, self._cross)
+        return np.asarray(np.maximum(variance, 0), np.float64)
+
+
+def _quadratic(rows: Array, matrix: Array) -> Matrix:
+    """r M r^T of every row of rows [groups, out, in]: [groups, out]; no product is kept whole."""
+    found = np.empty(rows.shape[:2])
+
+    def fill(task: tuple[int, slice]) -> None:
+        g, p = task
+        found[g, p] = np.einsum("mn,mn->m", rows[g, p] @ matrix[g], rows[g, p])
+
+    each(fill, [(g, p) for g in range(len(rows)) for p in parts(rows.shape[1])])
+    return found
+
+
+def _products(rows: Array, matrix: Array) -> Array:
+    """rows [groups, out, in] times matrix [groups, in, in]."""
+    found = np.empty_like(rows)
+
+    def fill(task: tuple[int, slice]) -> None:
+        g, p = task
+        found[g, p] = rows[g, p] @ matrix[g]
+
+    each(fill, [(g, p) for g in range(len(rows)) for p in parts(rows.shape[1])])
+    return found

@@ -1,0 +1,46 @@
+"""Threads for the solver: parts of a layer's channels side by side, one thread of BLAS each.
+
+Channels do not depend on one another and the parts are the same however many threads there are, so the result is too.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import numba
+from threadpoolctl import ThreadpoolController
+
+# channels that are solved together: wide enough for matrix products at full speed, narrow enough for several threads
+PART = 192
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@functools.cache
+def _controller() -> ThreadpoolController:
+    return ThreadpoolController()
+
+
+def each(function: Callable[[T], R], tasks: Iterable[T]) -> list[R]:
+    """function of every task, in order; in as many threads as numba is set to (NUMBA_NUM_THREADS)."""
+    todo = list(tasks)
+    threads = min(numba.get_num_threads(), len(todo))
+    with single_threaded_blas():
+        if threads < 2:
+            return [function(task) for task in todo]
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(function, todo))
+
+
+def single_threaded_blas() -> Any:
+    """A context in which a matrix product runs in the thread that asks for it."""
+    return _controller().limit(limits=1, user_api="blas")
+
+
+def parts(channels: int) -> list[slice]:
+    """Consecutive channels, PART at a time."""
+    return [slice(start, min(start + PART, channels)) for start in range(0, channels, PART)]

@@ -1,0 +1,79 @@
+"""The second moments of a layer's input: all that a solver knows of the samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+Matrix = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Second moments of a layer's input: x^ in the model quantized so far, x in the float model, e = x - x^.
+
+    gram E[x^ x^T], cross E[x^ e^T], residue E[e e^T]: [groups, in, in]; mean E[x^], mean_error E[e]: [groups, in];
+    count: how many input positions were seen. `cross` and `residue` are None where x^ is x. half: the same moments of
+    some half of the samples, for cross-validation (its residue is not needed).
+    """
+
+    gram: Matrix
+    mean: Matrix
+    count: int
+    cross: Matrix | None = None
+    residue: Matrix | None = None
+    mean_error: Matrix | None = None
+    half: Statistics | None = None
+
+    def centred(self) -> Statistics:
+        """The same moments about the mean (those of `half` too: about the mean of all)."""
+        return self._about(self.mean, self.mean_error)
+
+    def _about(self, mean: Matrix, mean_error: Matrix | None) -> Statistics:
+        gram = self.gram - _outer(self.mean, mean) - _outer(mean, self.mean - mean)
+        half = None if self.half is None else self.half._about(mean, mean_error)
+        if self.cross is None or self.mean_error is None or mean_error is None:
+            return Statistics(gram, self.mean, self.count, half=half)
+        cross = self.cross - _outer(self.mean, mean_error) - _outer(mean, self.mean_error - mean_error)
+        residue = None
+        if self.residue is not None:
+            own = self.mean_error
+            residue = self.residue - _outer(own, mean_error) - _outer(mean_error, own - mean_error)
+        return Statistics(gram, self.mean, self.count, cross, residue, self.mean_error, half)
+
+    def group(self, g: int) -> Statistics:
+        """The moments of one group, as a stack of one."""
+
+        def one(matrix: Matrix | None) -> Matrix | None:
+            return None if matrix is None else matrix[g : g + 1]
+
+        half = None if self.half is None else self.half.group(g)
+        return Statistics(
+            self.gram[g : g + 1], self.mean[g : g + 1], self.count, one(self.cross), one(self.residue),
+            one(self.mean_error), half,
+        )  # fmt: skip
+
+    def folds(self) -> tuple[Statistics, Statistics] | None:
+        """The moments of the two halves of the samples; None where they were not told apart."""
+        first = self.half
+        if first is None or not 0 < first.count < self.count:
+            return None
+        rest = self.count - first.count
+
+        def other_half(whole: Matrix, half: Matrix) -> Matrix:
+            return (whole * self.count - half * first.count) / rest
+
+        def other(whole: Matrix | None, half: Matrix | None) -> Matrix | None:
+            return None if whole is None or half is None else other_half(whole, half)
+
+        second = Statistics(
+            other_half(self.gram, first.gram), other_half(self.mean, first.mean), rest, other(self.cross, first.cross),
+            None, other(self.mean_error, first.mean_error),
+        )  # fmt: skip
+        return replace(first, residue=None), second
+
+
+def _outer(a: Matrix, b: Matrix) -> Matrix:
+    return a[:, :, None] * b[:, None, :]

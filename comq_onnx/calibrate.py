@@ -30,11 +30,12 @@ from comq_onnx.activations import ActivationGrid, ActivationPlan, Range
 from comq_onnx.errors import ModelError, SamplesError
 from comq_onnx.grid import Array, Grid
 from comq_onnx.ops import Gather
+from comq_onnx.padding import Mask, has_positions, take_kept
 from comq_onnx.prepare import Layer, Prepared, calibrated
 from comq_onnx.qdq import Quantization, emit
 from comq_onnx.runtime import Session
 from comq_onnx.samples import Samples
-from comq_onnx.solve import Method, Solution, Statistics, error_db, round_rows, solve
+from comq_onnx.solve import COMQ, Method, Solution, Statistics, error_db, round_rows, solve_together
 from comq_onnx.targets import Target
 
 logger = logging.getLogger(__name__)
@@ -55,12 +56,13 @@ CHUNK_BYTES = 1 << 28
 class Settings:
     """How to calibrate and solve."""
 
-    method: Method = Method()
+    method: Method = COMQ
     independent: bool = False
     batch_size: int = 16
     device: str = "cpu"
     seed: int = 0
     memory: int = 8 << 30
+    mask: str | None = None  # the input whose zeros mark positions that the model ignores
 
 
 @dataclass
@@ -131,6 +133,8 @@ class _Walk:
         inputs = {str(v.name) for v in graph.inputs}
         batches = list(self.samples.batches(self.settings.batch_size))
         self.counts = self.samples.batch_counts(self.settings.batch_size)
+        mask = self.settings.mask
+        self.kept: list[Mask | None] = [None if mask is None else batch[mask] == 1 for batch in batches]
         float_cut: Tensors = {name: [b[name] for b in batches] for name in inputs}
         quantized_cut: Tensors = {name: list(arrays) for name, arrays in float_cut.items()}
         self._observe(float_cut)
@@ -145,13 +149,26 @@ class _Walk:
     # moments and solutions
 
     def _solve_all(self, layers: Sequence[Layer], x: Tensors, x_hat: Tensors) -> None:
-        for layer, statistics in self._moments(layers, x, x_hat):
-            with timed(self.result.seconds, "solve"), timed(self.result.layer_seconds, layer.name):
-                self._solve(layer, statistics)
-        self.solved += layers
+        for readers, statistics in self._moments(layers, x, x_hat):
+            for together in self._alike(readers):
+                start = time.perf_counter()
+                self._solve(together, statistics)
+                spent = time.perf_counter() - start
+                self.result.seconds["solve"] += spent
+                self.result.layer_seconds |= {layer.name: spent / len(together) for layer in together}
 
-    def _moments(self, layers: Sequence[Layer], x: Tensors, x_hat: Tensors) -> Iterator[tuple[Layer, Statistics]]:
-        """Each layer with the moments of its input, gathered once for the layers that read the same rows."""
+    def _alike(self, readers: Sequence[Layer]) -> list[list[Layer]]:
+        """Layers of one input that are solved as one: their outputs are more channels of the same problem."""
+        alike: dict[object, list[Layer]] = {}
+        for layer in readers:
+            if self._take_shared(layer):
+                continue
+            grid = self.grids[layer.name]
+            alike.setdefault((grid, layer.has_bias, layer.name if grid.per_tensor else None), []).append(layer)
+        return list(alike.values())
+
+    def _moments(self, layers: Sequence[Layer], x: Tensors, x_hat: Tensors) -> Iterator[tuple[list[Layer], Statistics]]:
+        """The layers that read the same rows, with the moments of those."""
         sharing: dict[tuple[str, bool, object], list[Layer]] = {}
         for layer in layers:
             quantized = layer.name in self.plan.integer_layers
@@ -160,15 +177,15 @@ class _Walk:
         for (source, *_), group in sharing.items():
             with timed(self.result.seconds, "calibrate"):
                 statistics = self._statistics(group[0], x[source], x_hat[source])
-            for layer in group:
-                yield layer, statistics
+            yield group, statistics
 
     def _statistics(self, layer: Layer, x: list[Any], x_hat: list[Any]) -> Statistics:
         moments = Moments()
         settings = self.settings
         quantize = layer.name in self.plan.integer_layers and not settings.independent
         grid = self.result.grids[self.plan.root(layer.input)] if quantize else None
-        positions = [layer.kind.positions(batch) for batch in x]
+        kept = [self._kept_positions(layer, batch, i) for i, batch in enumerate(x)]
+        positions = [layer.kind.positions(batch) if k is None else len(k) for batch, k in zip(x, kept, strict=True)]
         inputs = layer.kind.inputs
         affordable = MOST_NUMBERS // (inputs * layer.kind.groups)
         limit = max(min(affordable, MOST_POSITIONS), LEAST_POSITIONS, POSITIONS_PER_INPUT * inputs)
@@ -181,6 +198,9 @@ class _Walk:
             if share < 1:
                 count = max(1, round(share * positions[i]))
                 pick = np.sort(rng.choice(positions[i], count, replace=False))
+            mask = kept[i]
+            if mask is not None:
+                pick = mask if pick is None else mask[pick]
             if not np.isfinite(batch).all():
                 raise ModelError(self._not_finite(layer.input, i))
             same = settings.independent or (batch_hat is batch and grid is None)
@@ -194,6 +214,16 @@ class _Walk:
             raise SamplesError(f"no sample reaches layer {layer.name!r}: its input is empty for all of them")
         return moments.statistics()
 
+    def _kept_positions(self, layer: Layer, batch: Any, i: int) -> npt.NDArray[np.intp] | None:
+        """The positions of batch i of a layer's input that are not padding; None where all count."""
+        kept = self.kept[i] if i < len(self.kept) and layer.name not in self.probes else None
+        if kept is None or layer.kind.groups != 1 or kept.all():
+            return None
+        total = layer.kind.positions(batch)
+        if (layer.op == "Gemm" and total == kept.size) or (layer.op == "MatMul" and has_positions(batch, kept)):
+            return np.flatnonzero(np.repeat(kept.ravel(), total // kept.size))
+        return None
+
     def _not_finite(self, name: str, i: int) -> str:
         where = ""
         if i < len(self.counts):
@@ -204,19 +234,27 @@ class _Walk:
             "--exclude its readers"
         )
 
-    def _solve(self, layer: Layer, statistics: Statistics) -> None:
-        shared = next((x for x in self.solved if x.weight == layer.weight and type(x.kind) is type(layer.kind)), None)
-        weight = _finite_weight(self.prepared, layer)
-        if shared is not None and shared.kind == layer.kind:
-            # one weight in several places is stored once: later places take the first one's codes
-            first = self.result.solutions[shared.name]
-            self.result.solutions[layer.name] = Solution(first.weight, None, first.error, first.rtn_error)
-            return
-        solution = solve(weight, statistics, self.grids[layer.name], self.settings.method, layer.has_bias)
-        self.result.solutions[layer.name] = solution
-        logger.info(
-            "%s: error %.2f dB (rounding %.2f dB)", layer.name, error_db(solution.error), error_db(solution.rtn_error)
-        )
+    def _take_shared(self, layer: Layer) -> bool:
+        """Whether the layer's weight is one that is solved already: it is stored once, so it has the same codes."""
+        first = next((x for x in self.solved if x.weight == layer.weight and x.kind == layer.kind), None)
+        if first is None:
+            return False
+        theirs = self.result.solutions[first.name]
+        self.result.solutions[layer.name] = replace(theirs, shift=None)
+        self.solved.append(layer)
+        return True
+
+    def _solve(self, together: Sequence[Layer], statistics: Statistics) -> None:
+        weights = [_finite_weight(self.prepared, layer) for layer in together]
+        grid, has_bias = self.grids[together[0].name], together[0].has_bias
+        found = solve_together(weights, statistics, grid, self.settings.method, has_bias)
+        for layer, solution in zip(together, found, strict=True):
+            self.result.solutions[layer.name] = solution
+            self.solved.append(layer)
+            logger.info(
+                "%s: error %.2f dB (rounding %.2f dB)",
+                layer.name, error_db(solution.error), error_db(solution.rtn_error),
+            )  # fmt: skip
 
     # the walk itself
 
@@ -274,21 +312,22 @@ class _Walk:
         self, segment: ir.Model, stage: stages.Stage, given: Tensors, wanted: list[str], live: list[str], observe: bool
     ) -> Tensors:
         source = graphs.to_bytes_or_file(segment, self.work, f"stage{stage.index}")
-        session = Session(source, self.settings.device, what=f"stage {stage.index} of the model")
+        session = Session(source, self.settings.device, what=f"stage {stage.index} of the model", exact=True)
         made: Tensors = {name: [] for name in live}
         for i in range(len(self.counts)):
             outputs = session.run({name: given[name][i] for name in stage.reads}, wanted)
             if observe:
-                self._observe({name: [outputs[name]] for name in wanted})
+                self._observe({name: [outputs[name]] for name in wanted}, i)
             for name in live:
                 made[name].append(self.keeper.keep(outputs[name]))
         return made
 
-    def _observe(self, tensors: Tensors) -> None:
+    def _observe(self, tensors: Tensors, first: int = 0) -> None:
+        """Widen the ranges of tensors, one array per batch from batch `first` on."""
         for name, arrays in tensors.items():
             if name in self.ranges:
-                for i, array in enumerate(arrays):
-                    self.ranges[name].observe(array)
+                for i, array in enumerate(arrays, first):
+                    self.ranges[name].observe(take_kept(array, self.kept[i]))
                     span = self.ranges[name].high - self.ranges[name].low
                     if self.ranges[name].low != np.inf and not np.isfinite(span):
                         raise ModelError(self._not_finite(name, i))
@@ -330,7 +369,7 @@ def _parts(positions: int, inputs: int, groups: int) -> Iterator[npt.NDArray[np.
 
 
 class Moments:
-    """Running sums of a layer's input rows: products in float32, sums in float64; apart for two halves of the samples."""
+    """Running sums of a layer's input rows: products in float32, sums in float64; two halves of the samples apart."""
 
     def __init__(self) -> None:
         self._halves = (_Sums(), _Sums())
@@ -380,7 +419,9 @@ class _Sums:
     def __add__(self, other: _Sums) -> _Sums:
         both = _Sums()
         both.count = self.count + other.count
-        both._sums = [a if b is None else b if a is None else a + b for a, b in zip(self._sums, other._sums, strict=True)]
+        both._sums = [
+            a if b is None else b if a is None else a + b for a, b in zip(self._sums, other._sums, strict=True)
+        ]
         return both
 
     def means(self) -> Statistics:

@@ -15,6 +15,8 @@ import numba
 import numpy as np
 
 TILE = 64
+LANES = 16
+WALL = np.float32(1e30)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -112,60 +114,121 @@ def flip(v, h, scale, zero, block, qmin, qmax, codes, tolerance, pairs):  # type
     """Move codes by one, in each channel first what lowers the objective most, until nothing does by more than
     `tolerance` times a code's own curvature (below that float32 decides by noise, and moves could cycle).
 
-    A move is one code or, among the `pairs` codes that cost least to move, two. v [m, n] = (W* - Wq) H follows the
-    codes [m, n]; scale and zero [m, blocks].
+    When no single code is left to move, the `pairs` codes that cost least are moved two at a time. v [m, n] =
+    (W* - Wq) H follows the codes [m, n]; scale and zero [m, blocks].
     """
     columns, rows = v.shape
     step, own, gain = np.empty(rows, np.float32), np.empty(rows, np.float32), np.empty(rows, np.float32)
-    low, high = np.empty(rows, np.float32), np.empty(rows, np.float32)
+    # what a step up or down costs where there is no code to go to
+    above, below = np.empty(rows, np.float32), np.empty(rows, np.float32)
     best, at = np.empty(pairs + 1, np.float32), np.empty(pairs + 1, np.intp)
+    few, near = np.empty((6, pairs + 1), np.float32), np.empty((pairs + 1, pairs + 1), np.float32)
     for c in range(columns):
+        slope, q = v[c], codes[c]
         for i in range(rows):
             step[i] = scale[c, block[i]]
             own[i] = h[i, i] * step[i] * step[i]
-            low[i], high[i] = qmin - zero[c, block[i]], qmax - zero[c, block[i]]
+            above[i] = WALL if q[i] >= qmax - zero[c, block[i]] else np.float32(0)
+            below[i] = WALL if q[i] <= qmin - zero[c, block[i]] else np.float32(0)
         for _ in range(2 * rows):
-            top = np.float32(-np.inf)
-            for i in range(rows):
-                slope = v[c, i] * step[i]
-                # a code at the end of the grid cannot go further
-                stuck = codes[c, i] >= high[i] if slope > 0 else codes[c, i] <= low[i]
-                one = 2 * abs(slope) - own[i]
-                one = np.float32(-1e30) if stuck else one
-                gain[i] = one
-                top = one if one > top else top
-            first, second = -1, -1
+            top = _gains(slope, step, own, above, below, gain)
+            found = 0
             if top > 0:
-                for i in range(rows):
-                    if gain[i] == top:
-                        first = i
-                        break
-                if top <= tolerance * own[first]:
-                    first = -1
-            if first < 0 and pairs > 0:
-                found = _least(gain, pairs, best, at)
-                most = np.float32(0)
-                for a in range(found):
+                at[0] = _find(gain, top)
+                if top > tolerance * own[at[0]]:
+                    found = 1
+                    few[5, 0] = 1 if slope[at[0]] > 0 else -1
+            if found == 0 and pairs > 0:
+                count = _least(gain, pairs, best, at)
+                for a in range(count):
                     i = at[a]
-                    up = step[i] if v[c, i] > 0 else -step[i]
+                    of = block[i]
+                    few[0, a], few[1, a], few[2, a] = slope[i] * step[i], own[i], q[i]
+                    few[3, a], few[4, a] = qmin - zero[c, of], qmax - zero[c, of]
                     for b in range(a):
-                        k = at[b]
-                        other = step[k] if v[c, k] > 0 else -step[k]
-                        both = gain[i] + gain[k] - 2 * up * other * h[i, k]
-                        if both > most and both > tolerance * (own[i] + own[k]):
-                            most, first, second = both, i, k
-            if first < 0:
+                        near[a, b] = near[b, a] = h[i, at[b]] * step[i] * step[at[b]]
+                    near[a, a] = own[i]
+                if _move_pairs(few, near, count, tolerance):
+                    found = count
+            if found == 0:
                 break
-            up = step[first] if v[c, first] > 0 else -step[first]
-            other = np.float32(0)
+            for a in range(found):
+                if few[5, a] != 0:
+                    i = at[a]
+                    q[i] += few[5, a]
+                    above[i] = WALL if q[i] >= qmax - zero[c, block[i]] else np.float32(0)
+                    below[i] = WALL if q[i] <= qmin - zero[c, block[i]] else np.float32(0)
+                    _subtract(slope, few[5, a] * step[i], h[i])
+
+
+@_compiled
+def _move_pairs(few, near, count, tolerance):  # type: ignore[no-untyped-def]
+    """Move one or two of a few codes by one each, what lowers the objective most first; if any moved.
+
+    few: rows of scale * V, scale^2 H_ii, code, its bounds, and, written, what each code changed by; near: scale H
+    scale among them.
+    """
+    few[5, :count] = 0
+    any_moved = False
+    for _ in range(4 * count):
+        most, first, second = np.float32(0), -1, -1
+        for a in range(count):
+            up = np.float32(1) if few[0, a] > 0 else np.float32(-1)
+            if few[2, a] + up < few[3, a] or few[2, a] + up > few[4, a]:
+                continue
+            one = np.float32(2) * abs(few[0, a]) - few[1, a]
+            if one > most and one > tolerance * few[1, a]:
+                most, first, second = one, a, -1
+            for b in range(a):
+                other = np.float32(1) if few[0, b] > 0 else np.float32(-1)
+                both = one + np.float32(2) * (abs(few[0, b]) - up * other * near[a, b]) - few[1, b]
+                if both > most and both > tolerance * (few[1, a] + few[1, b]):
+                    if few[2, b] + other < few[3, b] or few[2, b] + other > few[4, b]:
+                        continue
+                    most, first, second = both, a, b
+        if first < 0:
+            break
+        any_moved = True
+        up = np.float32(1) if few[0, first] > 0 else np.float32(-1)
+        other = np.float32(0)
+        if second >= 0:
+            other = np.float32(1) if few[0, second] > 0 else np.float32(-1)
+            few[2, second] += other
+            few[5, second] += other
+        few[2, first] += up
+        few[5, first] += up
+        for a in range(count):
+            few[0, a] -= up * near[first, a]
             if second >= 0:
-                other = step[second] if v[c, second] > 0 else -step[second]
-                codes[c, second] += np.float32(1) if other > 0 else np.float32(-1)
-                for k in range(rows):
-                    v[c, k] -= other * h[second, k]
-            codes[c, first] += np.float32(1) if up > 0 else np.float32(-1)
-            for k in range(rows):
-                v[c, k] -= up * h[first, k]
+                few[0, a] -= other * near[second, a]
+    return any_moved
+
+
+@_compiled
+def _gains(slope, step, own, above, below, gain):  # type: ignore[no-untyped-def]
+    """What each code's better step lowers the objective by, into `gain`; the most of it."""
+    top = -WALL
+    for i in range(gain.size):
+        double = np.float32(2) * slope[i] * step[i]
+        up, down = double - above[i], -double - below[i]
+        one = (up if up > down else down) - own[i]
+        gain[i] = one
+        top = one if one > top else top
+    return top
+
+
+@_compiled
+def _find(values, wanted):  # type: ignore[no-untyped-def]
+    for i in range(values.size):
+        if values[i] == wanted:
+            return i
+    return -1
+
+
+@_compiled
+def _subtract(v, factor, row):  # type: ignore[no-untyped-def]
+    for k in range(v.size):
+        v[k] -= factor * row[k]
 
 
 @_compiled
@@ -173,7 +236,7 @@ def _least(gain, count, best, at):  # type: ignore[no-untyped-def]
     """The `count` codes that cost least to move: how many there are, and in `at` which."""
     found = 0
     for i in range(gain.size):
-        if gain[i] <= -1e29:
+        if gain[i] <= -0.5 * WALL:
             continue
         cost = gain[i]
         if found == count and cost <= best[found - 1]:
@@ -188,10 +251,10 @@ def _least(gain, count, best, at):  # type: ignore[no-untyped-def]
 
 
 @_compiled
-def beam_block(whole, target, unit, scale, zero, block, qmin, qmax, root, codes, wq, loss, origin):  # type: ignore[no-untyped-def]
+def beam_block(target, unit, scale, zero, block, qmin, qmax, root, codes, wq, loss, origin):  # type: ignore[no-untyped-def]
     """babai_block with several roundings of each channel kept: the likeliest few of all that the next code allows.
 
-    whole [b, m]; target, codes, wq [b, m, width]; loss [m, width] is ||y||^2 so far, infinite for a rounding not begun;
+    target, codes, wq [b, m, width]; loss [m, width] is ||y||^2 so far, infinite for a rounding not begun;
     origin [m, width] tells which of the roundings before the block each one goes on from.
     """
     rows, columns, width = target.shape
@@ -288,6 +351,7 @@ def span_errors(weight, shrinks, qmin, qmax, symmetric, start, stop, least, most
     errors [rows, shrinks] is written. least and most widen every span (0: each row has its own). The arithmetic is
     grid.fit_minmax's.
     """
+    lanes = np.empty(LANES, np.float32)
     for r in range(weight.shape[0]):
         low, high = least, most
         for i in range(start, stop):
@@ -303,14 +367,24 @@ def span_errors(weight, shrinks, qmin, qmax, symmetric, start, stop, least, most
             if not symmetric:
                 zero = np.float32(min(max(np.rint(qmin - lower / scale), qmin), qmax))
             floor, ceiling = np.float32(qmin) - zero, np.float32(qmax) - zero
+            # in steps of the grid: no square overflows
+            lanes[:] = 0
+            whole = start + (stop - start) // LANES * LANES
+            for first in range(start, whole, LANES):
+                for k in range(LANES):
+                    t = weight[r, first + k] / scale
+                    q = np.rint(t)
+                    q = floor if q < floor else q
+                    q = ceiling if q > ceiling else q
+                    lanes[k] += (t - q) * (t - q)
             total = 0.0
-            for i in range(start, stop):
-                q = np.rint(weight[r, i] / scale)
-                q = floor if q < floor else q
-                q = ceiling if q > ceiling else q
-                rest = np.float64(weight[r, i]) - np.float64(q * scale)
-                total += rest * rest
-            errors[r, s] = total
+            for i in range(whole, stop):
+                t = weight[r, i] / scale
+                q = min(max(np.rint(t), floor), ceiling)
+                total += np.float64(t - q) * np.float64(t - q)
+            for k in range(LANES):
+                total += np.float64(lanes[k])
+            errors[r, s] = total * np.float64(scale) * np.float64(scale)
 
 
 @_compiled

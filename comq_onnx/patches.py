@@ -26,25 +26,45 @@ from comq_onnx.grid import Array
 
 Sums = npt.NDArray[np.float64]
 
-# Inputs are taken in parts: small ones stay in the cache, but each part adds its own [in, in] to the sums, so a part is
-# as large as that matrix where this is larger. Scratch is four times a part (each input twice).
+# Inputs are taken in parts: 2 MB stay in the cache (twice as fast as 16 MB where channels are few), but each part adds
+# its own [in, in] to the sums, so a part is as large as that where that is larger. Scratch is at most four parts: each
+# input with places first, and a range of columns of it.
 LEAST_BYTES, MOST_BYTES = 1 << 21, 1 << 26
 
+# Measured over batches of 1 to 16, images of 7 to 56, 1 to 512 channels and kernels 1x2 to 5x5, on one thread: with
+# fewer patches the [in, in] sums outweigh the products, with fewer numbers to a tap the calls do.
+LEAST_CHANNELS, LEAST_PATCHES, LEAST_NUMBERS_PER_TAP = 8, 512, 4000
 
-def patch_gram(a: Array, b: Array, kernel: tuple[int, int]) -> Sums:
+
+def pays(
+    shape: tuple[int, ...], kernel: tuple[int, ...], strides: Sequence[int], dilations: Sequence[int], group: int
+) -> bool:
+    """Whether `patch_gram` serves this convolution and is faster than the product of all patches.
+
+    shape [n, channels, height, width]: the padded input's.
+    """
+    if len(kernel) != 2 or group != 1 or any(step != 1 for step in (*strides, *dilations)):
+        return False
+    n, channels, height, width = shape
+    taps, patches = kernel[0] * kernel[1], n * (height - kernel[0] + 1) * (width - kernel[1] + 1)
+    enough = patches >= LEAST_PATCHES and patches * channels >= LEAST_NUMBERS_PER_TAP * taps
+    return taps > 1 and channels >= LEAST_CHANNELS and enough
+
+
+def patch_gram(a: Array, b: Array, kernel: tuple[int, ...]) -> Sums:
     """The sum over all patches of patch(a) patch(b)^T, [in, in], `in` in the order channel, ky, kx.
 
     a, b [n, channels, height, width]: padded. Where b is a, half the work is done and the result is exactly symmetric.
     Products are float32, the sums over parts of the input float64.
     """
-    channels, taps = a.shape[1], kernel[0] * kernel[1]
+    channels, taps, same = a.shape[1], kernel[0] * kernel[1], b is a
     gram = np.zeros((channels, taps, channels, taps))
     for part in _parts(a.shape, kernel):
-        gram += _blocks(a[part], a[part] if b is a else b[part], kernel, b is a).transpose(1, 0, 3, 2)
+        gram += _blocks(a[part], b[part], kernel, same).transpose(1, 0, 3, 2)
     return gram.reshape(channels * taps, channels * taps)
 
 
-def patch_sum(a: Array, kernel: tuple[int, int]) -> Sums:
+def patch_sum(a: Array, kernel: tuple[int, ...]) -> Sums:
     """The sum over all patches, [in] in the order channel, ky, kx; a [n, channels, height, width]: padded."""
     total = a.sum(axis=0, dtype=np.float64)
     for axis, k in enumerate(kernel, start=1):
@@ -53,7 +73,7 @@ def patch_sum(a: Array, kernel: tuple[int, int]) -> Sums:
     return np.asarray(total.reshape(-1))
 
 
-def _parts(shape: tuple[int, ...], kernel: tuple[int, int]) -> Iterator[tuple[slice, slice, slice]]:
+def _parts(shape: tuple[int, ...], kernel: tuple[int, ...]) -> Iterator[tuple[slice, slice, slice]]:
     """Index tuples: some images whole, or a band of one image's rows, so that each patch is in one part."""
     n, channels, height, width = shape
     inputs, out = channels * kernel[0] * kernel[1], height - kernel[0] + 1
@@ -65,7 +85,7 @@ def _parts(shape: tuple[int, ...], kernel: tuple[int, int]) -> Iterator[tuple[sl
         yield slice(first, first + images), slice(None), slice(top, top + rows + kernel[0] - 1)
 
 
-def _blocks(a: Array, b: Array, kernel: tuple[int, int], same: bool) -> Array:
+def _blocks(a: Array, b: Array, kernel: tuple[int, ...], same: bool) -> Array:
     """The Gram of one part as blocks [taps, channels, taps, channels]."""
     channels, (kh, kw) = a.shape[1], kernel
     # places first and images inside: a range of rows is one matrix [places, channels] as it stands
@@ -84,11 +104,11 @@ def _blocks(a: Array, b: Array, kernel: tuple[int, int], same: bool) -> Array:
                     product = near[y0:y1].reshape(-1, channels).T @ far[y0 + dy : y1 + dy].reshape(-1, channels)
                     for ky, kx in itertools.product(lines, columns):
                         blocks[ky, kx, :, ky + dy, kx + dx] += product
-    blocks = blocks.reshape(kh * kw, channels, kh * kw, channels)
+    by_tap = blocks.reshape(kh * kw, channels, kh * kw, channels)
     if same:
         for k, later in itertools.combinations(range(kh * kw), 2):
-            blocks[later, :, k] = blocks[k, :, later].T
-    return blocks
+            by_tap[later, :, k] = by_tap[k, :, later].T
+    return by_tap
 
 
 def _filled(arrays: Sequence[Array], axis: int, most: int) -> tuple[int, int]:

@@ -16,7 +16,7 @@ import onnx
 import onnx_ir as ir
 
 from comq_onnx import graph as graphs
-from comq_onnx import runtime, stages
+from comq_onnx import padding, runtime, stages
 from comq_onnx.activations import ActivationPlan, plan_activations
 from comq_onnx.calibrate import Calibration, Progress, Settings, specialize, timed, walk
 from comq_onnx.compare import compare_outputs, executed_kernels, latency, sqnr_of
@@ -27,7 +27,7 @@ from comq_onnx.prepare import Layer, Prepared, Unprepared, calibrated, check_sou
 from comq_onnx.qdq import Quantization, emit, form, grid_for
 from comq_onnx.report import LayerReport, Report
 from comq_onnx.samples import Samples, load_samples
-from comq_onnx.solve import EFFORTS, METHODS, ORDERS, SWEEPS, Method, check_codes, error_db
+from comq_onnx.solve import EFFORTS, METHODS, SWEEPS, Method, check_codes, error_db
 from comq_onnx.targets import TARGETS, Target
 
 logger = logging.getLogger(__name__)
@@ -179,7 +179,7 @@ class _Run:
             planned = self._plan()
         settings = Settings(
             self.options.method, self.options.independent, self.options.batch_size, self.device, self.options.seed,
-            self._memory(),
+            self._memory(), self.mask,
         )  # fmt: skip
         found = walk(
             planned.walked, planned.activations, planned.grids, self.calibration, self.target, settings, self.progress,
@@ -241,6 +241,20 @@ class _Run:
         except RuntimeFailure as error:
             raise SamplesError(f"{everything.source}: the model cannot run on these samples: {error}") from error
         self.first_feeds = feeds
+        self.mask = self._find_mask(feeds)
+
+    def _find_mask(self, feeds: Mapping[str, Any]) -> str | None:
+        """The input that masks positions which the model ignores."""
+        assert self.float_session is not None
+        name = None if self.calibration.per_item else padding.find_mask(self.calibration.arrays)
+        if name is None:
+            return None
+        if not padding.is_ignored(self.float_session.run, feeds, name):
+            self.notes.append(f"{name} does not keep what it masks from the outputs: calibrated on all positions")
+            return None
+        share = float((self.calibration.arrays[name] != 1).mean())
+        self.notes.append(f"{share:.0%} of the positions are padding ({name}): not calibrated on")
+        return name
 
     def _split(self, everything: Samples, wanted: int) -> tuple[Samples, Samples]:
         total, unit = len(everything), everything.fixed_batch or 1

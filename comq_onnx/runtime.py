@@ -67,7 +67,8 @@ _DTYPES = {
 
 
 class Session:
-    """One loaded model. `optimized` names a file for the graph that ONNX Runtime made of it; level as in its API."""
+    """One loaded model. `optimized` names a file for the graph that ONNX Runtime made of it; level as in its
+    API; exact keeps activations float where the model has no QuantizeLinear for them."""
 
     def __init__(
         self,
@@ -77,6 +78,7 @@ class Session:
         level: int | None = None,
         optimized: Path | None = None,
         what: str = "the model",
+        exact: bool = False,
     ) -> None:
         runtime = require()
         options = runtime.SessionOptions()
@@ -84,8 +86,9 @@ class Session:
         options.intra_op_num_threads = threads
         # the arena keeps what the largest segment needed for good
         options.enable_cpu_mem_arena = False
-        import os
-        if os.environ.get("ACC"): options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", os.environ["ACC"])
+        if exact:
+            # float activations in weight-only MatMuls: the default rounds them to int8
+            options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         if level is not None:
             options.graph_optimization_level = runtime.GraphOptimizationLevel(level)
         if optimized is not None:

@@ -24,6 +24,7 @@ Shapes: weight [groups, out, in]; gram [groups, in, in].
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,8 +37,8 @@ from comq_onnx.solve.paper import ORDERS, SWEEPS, solve_paper
 from comq_onnx.solve.statistics import Statistics
 
 __all__ = [
-    "EFFORTS", "METHODS", "ORDERS", "Method", "Solution", "Statistics", "check_codes", "error_db", "round_rows", "solve",
-    "solve_comq", "solve_gptq", "solve_paper",
+    "COMQ", "EFFORTS", "METHODS", "ORDERS", "SWEEPS", "Method", "Solution", "Statistics", "check_codes", "error_db",
+    "round_rows", "solve", "solve_comq", "solve_gptq", "solve_paper", "solve_together",
 ]  # fmt: skip
 
 METHODS = ("comq", "paper", "gptq", "rtn")
@@ -70,6 +71,9 @@ class Method:
         return solve_gptq(weight, statistics, grid) if self.solver == "gptq" else rtn(weight, grid)
 
 
+COMQ = Method()
+
+
 @dataclass(frozen=True)
 class Solution:
     """A layer's quantized weight, what to add to its bias, and what it costs.
@@ -90,30 +94,50 @@ def error_db(error: float) -> float:
 
 
 def solve(
-    weight: Array, statistics: Statistics, grid: Grid, method: Method = Method(), has_bias: bool = False
+    weight: Array, statistics: Statistics, grid: Grid, method: Method = COMQ, has_bias: bool = False
 ) -> Solution:  # fmt: skip
     """Quantize one layer's weight [groups, out, in] on `grid`.
 
     has_bias: a shift of the bias may carry the mean of the error (comq's alone).
     """
-    judge = Judge(weight, statistics)
-    rounded = rtn(weight, grid)
-    variance, offset = judge(rounded)
-    plain = variance + offset**2
-    if method.solver == "rtn":
-        return Solution(rounded, None, float(plain.sum()) / judge.energy, float(plain.sum()) / judge.energy)
+    return solve_together([weight], statistics, grid, method, has_bias)[0]
+
+
+def solve_together(
+    weights: Sequence[Array], statistics: Statistics, grid: Grid, method: Method = COMQ, has_bias: bool = False
+) -> list[Solution]:
+    """`solve` for layers that read the same input: what depends on it is computed once.
+
+    weights: [groups, out, in] each, of any outs. Not for a per-tensor grid, unless there is one weight.
+    """
     centre = has_bias and method.solver == "comq"
-    solved = method(weight, statistics.centred() if centre else statistics, grid)
-    ours, shift = judge(solved)
-    theirs = variance if centre else plain
-    ours = ours if centre else ours + shift**2
-    worse = ours > theirs
-    if grid.per_tensor:
-        worse = np.full_like(worse, ours.sum() > theirs.sum())
-    error = float(np.where(worse, theirs, ours).sum()) / judge.energy
-    best = _take_channels(worse, rounded, solved)
-    shipped_shift = np.where(worse, offset, shift).astype(np.float32) if centre else None
-    return Solution(best, shipped_shift, error, float(plain.sum()) / judge.energy)
+    moments = statistics.centred()
+    ends = np.cumsum([w.shape[1] for w in weights])[:-1]
+    whole = np.concatenate(weights, axis=1)
+    rounded = rtn(whole, grid)
+    solved = rounded if method.solver == "rtn" else method(whole, moments if centre else statistics, grid)
+    judge = Judge(whole, moments)
+    ours, theirs = judge(solved), judge(rounded)
+    found = []
+    for k in np.split(np.arange(whole.shape[1]), ends):
+        variance, offset = ours[0][:, k], ours[1][:, k]
+        plain_variance, plain_offset = theirs[0][:, k], theirs[1][:, k]
+        plain = plain_variance + plain_offset**2
+        error, rtn_error = (variance, plain_variance) if centre else (variance + offset**2, plain)
+        worse = error > rtn_error
+        if grid.per_tensor:
+            worse = np.full_like(worse, error.sum() > rtn_error.sum())
+        energy = max(float(judge.energy[:, k].sum()), float(np.finfo(np.float64).tiny))
+        shift = np.where(worse, plain_offset, offset).astype(np.float32) if centre else None
+        best = _take_channels(worse, _channels(rounded, k), _channels(solved, k))
+        total = float(np.where(worse, rtn_error, error).sum())
+        found.append(Solution(best, shift, total / energy, float(plain.sum()) / energy))
+    return found
+
+
+def _channels(weight: QuantizedWeight, k: npt.NDArray[np.intp]) -> QuantizedWeight:
+    """Some of the channels."""
+    return QuantizedWeight(weight.codes[:, k], weight.scale[:, k], weight.zero_point[:, k], weight.grid)
 
 
 def _take_channels(mask: npt.NDArray[np.bool_], first: QuantizedWeight, second: QuantizedWeight) -> QuantizedWeight:

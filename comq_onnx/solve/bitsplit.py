@@ -1,4 +1,4 @@
-"""Bit-split refinement: codes taken apart into bit planes, each optimized in turn with a scale of its own, and stitched.
+"""Bit-split refinement: codes taken apart into bit planes, each optimized in turn with its own scale, and stitched.
 
 After Wang, Chen, He, Cheng: "Towards Accurate Post-training Network Quantization via Bit-Split and Stitching", ICML
 2020. With q = sum_b 2^b t_b, t_b in {-1, 0, 1}, plane b by plane b, the highest first,
@@ -35,9 +35,7 @@ def refine(part: Part, codes: Array, scale: Array, zero: Array) -> Array:
             by = np.einsum("cn,cn->c", part_of, v) / norm
         by = np.where((norm > 0) & (np.abs(by) < 0.5), by, 0).astype(np.float32)[:, None]
         v -= by * image
-        kernels.sweep(
-            v, problem.h, step * (1 + by), none, problem.block, np.float32(-1), np.float32(1), plane
-        )
+        kernels.sweep(v, problem.h, step * (1 + by), none, problem.block, np.float32(-1), np.float32(1), plane)
     low, high = (np.float32(bound) - zero[:, problem.block] for bound in problem.bounds)
     return np.clip(stitch(planes), low, high)
 

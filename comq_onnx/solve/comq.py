@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +24,7 @@ from comq_onnx import kernels
 from comq_onnx.grid import Array, Codes, Grid, QuantizedWeight, fit_mse
 from comq_onnx.solve.bitsplit import refine
 from comq_onnx.solve.parallel import each, parts, single_threaded_blas
-from comq_onnx.solve.problem import BLOCK, RIDGE, Part, Problem, pose, pose_plain, take_part
+from comq_onnx.solve.problem import BLOCK, RIDGE, Arranged, Part, Problem, arrange, pose, take_part, visiting_order
 from comq_onnx.solve.statistics import Statistics
 
 # problems of at most so many inputs are solved near-exactly
@@ -56,7 +55,7 @@ class Effort:
 
 EFFORTS = {
     "fast": Effort((), 0, choose_ridge=False, zero_points=False),
-    "default": Effort((0.8, 0.88, 0.95, 1.06, 1.13), 1, pairs=32),
+    "default": Effort((0.8, 0.88, 0.95, 1.06, 1.13), 1, pairs=24),
     "max": Effort((0.7, 0.76, 0.81, 0.85, 0.89, 0.93, 0.97, 1.03, 1.07, 1.12, 1.18), 3, 64, 8, True),
 }
 
@@ -83,9 +82,9 @@ def solve_comq(weight: Array, statistics: Statistics, grid: Grid, effort: str = 
     channels = parts(weight.shape[1])
     if len(weight) == 1:
         with single_threaded_blas():
-            problems = [pose(statistics, grid, ridge)]
+            problems = [pose(arrange(statistics), grid, ridge)]
     else:
-        problems = each(lambda g: pose(statistics.group(g), grid, ridge), groups)
+        problems = each(lambda g: pose(arrange(statistics.group(g)), grid, ridge), groups)
     tasks = [(g, p) for g in groups for p in channels]
 
     def begin(g: int, p: slice) -> tuple[Part, Array]:
@@ -98,7 +97,12 @@ def solve_comq(weight: Array, statistics: Statistics, grid: Grid, effort: str = 
             taken, scales = zip(*(begin(g, p) for g, p in tasks), strict=True)
             solved = _solve_parts(taken, scales, search)
     else:
-        solved = each(lambda task: _solve_parts(*([one] for one in begin(*task)), search)[0], tasks)
+
+        def alone(task: tuple[int, slice]) -> Rounding:
+            part, own = begin(*task)
+            return _solve_parts([part], [own], search)[0]
+
+        solved = each(alone, tasks)
     return _assemble(weight, grid, [(g, p, problems[g], one) for (g, p), one in zip(tasks, solved, strict=True)])
 
 
@@ -131,7 +135,7 @@ def _solve_parts(taken: Sequence[Part], scales: Sequence[Array], search: Effort)
     return best
 
 
-def _pooled(taken: Sequence[Part], values: Sequence[Array]) -> list[Array]:
+def _pooled(taken: Sequence[Part], values: Sequence[npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
     """A number for each channel [..., channels]; the sum over all channels of all parts where they share a scale."""
     if not taken[0].problem.grid.per_tensor:
         return list(values)
@@ -162,9 +166,7 @@ def _merge(mask: npt.NDArray[np.bool_], one: Rounding, other: Rounding) -> Round
 # The start ------------------------------------------------------------------------------------------------------------
 
 
-def _start(
-    taken: Sequence[Part], wholes: Sequence[Array], scales: Sequence[Array], search: Effort
-) -> list[Rounding]:
+def _start(taken: Sequence[Part], wholes: Sequence[Array], scales: Sequence[Array], search: Effort) -> list[Rounding]:
     """Babai-rounded codes at the best of several zero points and multiples of the scale, each channel choosing."""
     zeros = [part.zero for part in taken]
     best, best_loss = _babai(taken, wholes, scales, zeros)
@@ -200,9 +202,7 @@ def _babai(
     sums = _pooled(taken, [sums for _, sums in rounded])
     for (codes, own), (loss, cross, norm), scale, zero in zip(rounded, sums, scales, zeros, strict=True):
         by = _common_factor(cross, norm)
-        found.append(
-            Rounding(np.ascontiguousarray(codes.T), scale * (1 + by)[:, None], zero, own[2] * (1 + by) ** 2)
-        )
+        found.append(Rounding(np.ascontiguousarray(codes.T), scale * (1 + by)[:, None], zero, own[2] * (1 + by) ** 2))
         losses.append(loss - 2 * by * cross + by * by * norm)
     return found, losses
 
@@ -243,7 +243,7 @@ def _beam(part: Part, whole: Array, best: Rounding, width: int) -> Rounding:
         here = slice(start, min(start + BLOCK, n))
         taken = problem.unit[here, :start] @ wq[:start].reshape(start, channels * width)
         kernels.beam_block(
-            whole[here], whole[here][..., None] - taken.reshape(-1, channels, width),
+            whole[here][..., None] - taken.reshape(-1, channels, width),
             np.ascontiguousarray(problem.unit[here, here]), scale, zero, problem.block[here], *problem.bounds,
             problem.root[here], codes[here], wq[here], loss, origin,
         )  # fmt: skip
@@ -282,9 +282,7 @@ def _refit(taken: Sequence[Part], now: Sequence[Rounding], gradients: Sequence[A
     closed form <q, H w*> / <q, H q> = scale (1 + <wq, V> / <wq, H wq>)."""
     if now[0].scale.shape[1] > 1:
         return [_refit_blocks(part, one, v) for part, one, v in zip(taken, now, gradients, strict=True)]
-    slopes = [
-        np.einsum("cn,cn->c", one.codes * one.scale, v) for one, v in zip(now, gradients, strict=True)
-    ]
+    slopes = [np.einsum("cn,cn->c", one.codes * one.scale, v) for one, v in zip(now, gradients, strict=True)]
     factors = [
         _common_factor(slope, norm)
         for slope, norm in zip(_pooled(taken, slopes), _pooled(taken, [one.norm for one in now]), strict=True)
@@ -327,7 +325,7 @@ def solve_gptq(weight: Array, statistics: Statistics, grid: Grid) -> QuantizedWe
     solved = []
     with single_threaded_blas():
         for g in range(len(weight)):
-            problem = pose(alone.group(g), grid, GPTQ_RIDGE)
+            problem = pose(arrange(alone.group(g)), grid, GPTQ_RIDGE)
             part = take_part(problem, weight[g], zero[g].astype(np.float32))
             codes, _ = _round_all(problem, part.whole(), np.ascontiguousarray(scale[g].T), part.zero.T.copy())
             one = Rounding(codes.T, scale[g], part.zero, np.zeros(len(weight[g]), np.float32))
@@ -351,21 +349,26 @@ def choose_ridge(weight: Array, statistics: Statistics, grid: Grid) -> float:
     rows = _spread(weight.shape[1], -(-RIDGE_CHANNELS // len(some)))
     sample = np.ascontiguousarray(weight[np.ix_(some, rows)])
     scale, zero = fit_mse(sample, grid)
+    trials: list[tuple[int, Arranged, Arranged]] = []
+    for k, g in enumerate(some):
+        # half the samples tell of half the inputs what all tell of all
+        order = visiting_order(statistics.gram[g])[:: 2 if weight.shape[-1] >= 2 * SMALL else 1]
+        halves = [arrange(fold.group(int(g)), order) for fold in folds]
+        trials += [(k, *halves), (k, *halves[::-1])]
+
+    def held_out(trial: tuple[int, Arranged, Arranged], ridge: float) -> float:
+        k, seen, unseen = trial
+        part = take_part(pose(seen, grid, ridge), sample[k], zero[k].astype(np.float32))
+        (one,), _ = _babai([part], [part.whole()], [scale[k]], [part.zero])
+        judge = take_part(replace(part.problem, h=unseen.gram, mismatch=unseen.mismatch), sample[k], part.zero)
+        return float(judge.objective(one.codes, one.scale).sum())
+
     errors: dict[float, float] = {}
 
     def error(ridge: float) -> float:
         if ridge not in errors:
-            tasks = [(g, a, b) for g in range(len(some)) for a, b in (folds, folds[::-1])]
-            errors[ridge] = sum(each(partial(_held_out, ridge), tasks))
+            errors[ridge] = sum(each(lambda trial: held_out(trial, ridge), trials))
         return errors[ridge]
-
-    def _held_out(ridge: float, task: tuple[int, Statistics, Statistics]) -> float:
-        g, seen, unseen = task
-        posed = pose(seen.group(int(some[g])), grid, ridge)
-        part = take_part(posed, sample[g], zero[g].astype(np.float32))
-        (one,), _ = _babai([part], [part.whole()], [scale[g]], [part.zero])
-        return float(take_part(pose_plain(unseen.group(int(some[g])), posed), sample[g], part.zero)
-                     .objective(one.codes, one.scale).sum())  # fmt: skip
 
     k = RIDGES.index(RIDGE)
     for step in (1, -1):
@@ -386,7 +389,7 @@ def _solve_small(
     weight: Array, statistics: Statistics, grid: Grid, ridge: float, start_scale: Array, start_zero: Codes
 ) -> QuantizedWeight:
     """Problems of few inputs, all groups and channels at once: see kernels.solve_small."""
-    posed = [pose(statistics.group(g), grid, ridge) for g in range(len(weight))]
+    posed = [pose(arrange(statistics.group(g)), grid, ridge) for g in range(len(weight))]
     taken = [take_part(p, w, z.astype(np.float32)) for p, w, z in zip(posed, weight, start_zero, strict=True)]
     optimum = np.stack([part.optimum().T for part in taken])
     q, scale = np.empty_like(optimum), np.empty(start_scale.shape[:2], np.float32)

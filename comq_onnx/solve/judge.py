@@ -16,8 +16,8 @@ class Judge:
     variance D G D^T + 2 D E W^T + W S W^T (G, E, S centred): sums of small numbers, no difference of large ones.
     """
 
-    def __init__(self, weight: Array, statistics: Statistics) -> None:
-        moments = statistics.centred()
+    def __init__(self, weight: Array, moments: Statistics) -> None:
+        """weight [groups, out, in]; moments: centred."""
         self._weight, self._mean = weight, moments.mean
         self._gram = moments.gram.astype(np.float32)
         self._cross: Array | None = None
@@ -29,9 +29,8 @@ class Judge:
             self._rest = _quadratic(weight, moments.residue.astype(np.float32))
             self._offset = np.einsum("gmn,gn->gm", weight, moments.mean_error)
             mean = mean + moments.mean_error
-        # E || W x ||^2 of the whole layer, x in the float model
-        energy = self._variance(weight) + np.einsum("gmn,gn->gm", weight, mean) ** 2
-        self.energy = max(float(energy.sum()), float(np.finfo(np.float64).tiny))
+        # E (W x)^2 of each channel, x in the float model
+        self.energy: Matrix = self._variance(weight) + np.einsum("gmn,gn->gm", weight, mean) ** 2
 
     def __call__(self, quantized: QuantizedWeight) -> tuple[Matrix, Matrix]:
         """The variance and the mean of the error: [groups, out] each."""

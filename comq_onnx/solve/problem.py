@@ -11,7 +11,7 @@ the objective is || M (w* - wq) ||^2 plus a constant, where M w* = M w + M^-T b.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -47,31 +47,47 @@ class Problem:
         return np.float32(self.grid.qmin), np.float32(self.grid.qmax)
 
 
-def pose(statistics: Statistics, grid: Grid, ridge: float = RIDGE) -> Problem:
-    """The problem of `statistics` of one group, with `ridge` times the mean of the Gram's diagonal added to it."""
-    gram = statistics.gram[0]
-    diagonal = np.diag(gram)
-    order = np.argsort(-diagonal, kind="stable")
-    # what centring leaves of a constant input is rounding noise: the ridge stands above that too
-    noise = 1e-6 * float((statistics.mean[0] ** 2).sum())
-    added = max(ridge * float(diagonal.mean()), noise)
-    h = _ordered(gram, order)
-    h[np.diag_indices_from(h)] += np.float32(added if added > 0 else 1.0)
-    mismatch = None if statistics.cross is None else np.float32(MISMATCH) * _ordered(statistics.cross[0], order)
-    unit, root = factor(h)
-    return Problem(order, h, unit, root, mismatch, grid.block_of(len(h))[order], grid)
+@dataclass(frozen=True)
+class Arranged:
+    """A group's moments in visiting order, in float32: gram, mismatch E / 2, and the noise that centring leaves."""
+
+    order: npt.NDArray[np.intp]
+    gram: Array
+    mismatch: Array | None
+    noise: float
+    inputs: int  # of the layer: `order` may be some of them
 
 
-def pose_plain(statistics: Statistics, like: Problem) -> Problem:
-    """The problem of other samples in the order of `like`, without a ridge: for its objective only."""
+def visiting_order(gram: npt.NDArray[np.float64]) -> npt.NDArray[np.intp]:
+    """Inputs in decreasing order of their power G_ii."""
+    return np.argsort(-np.diag(gram), kind="stable")
+
+
+def arrange(statistics: Statistics, order: npt.NDArray[np.intp] | None = None) -> Arranged:
+    """The moments of one group in `order` (None: visiting_order)."""
+    if order is None:
+        order = visiting_order(statistics.gram[0])
     mismatch = None
     if statistics.cross is not None:
-        mismatch = np.float32(MISMATCH) * _ordered(statistics.cross[0], like.order)
-    return replace(like, h=_ordered(statistics.gram[0], like.order), mismatch=mismatch)
+        mismatch = np.float32(MISMATCH) * _ordered(statistics.cross[0], order)
+    # what is left of a constant input
+    noise = 1e-6 * float((statistics.mean[0] ** 2).sum())
+    return Arranged(order, _ordered(statistics.gram[0], order), mismatch, noise, len(statistics.gram[0]))
 
 
 def _ordered(matrix: npt.NDArray[np.float64], order: npt.NDArray[np.intp]) -> Array:
     return np.asarray(matrix.astype(np.float32)[np.ix_(order, order)])
+
+
+def pose(arranged: Arranged, grid: Grid, ridge: float = RIDGE) -> Problem:
+    """The problem of a group, with `ridge` times the mean of the Gram's diagonal added to it, and more than noise."""
+    h = arranged.gram.copy()
+    added = max(ridge * float(np.diag(h).mean(dtype=np.float64)), arranged.noise)
+    h[np.diag_indices_from(h)] += np.float32(added if added > 0 else 1.0)
+    unit, root = factor(h)
+    return Problem(
+        arranged.order, h, unit, root, arranged.mismatch, grid.block_of(arranged.inputs)[arranged.order], grid
+    )
 
 
 def factor(h: Array) -> tuple[Array, Array]:
@@ -125,7 +141,8 @@ class Part:
         """D H D^T + 2 D B^T of each channel."""
         d = self.w - codes * scale[:, self.problem.block]
         v = d @ self.problem.h
-        return np.einsum("cn,cn->c", d, v if self.pull is None else v + 2 * self.pull, dtype=np.float64)
+        total = np.einsum("cn,cn->c", d, v if self.pull is None else v + 2 * self.pull, dtype=np.float64)
+        return np.asarray(total)
 
     def optimum(self) -> Array:
         """W* = W + B H^-1, [channels, in]: what the weight would be without a grid."""

@@ -1,0 +1,235 @@
+"""Time the solver on layers of several sizes against a plain torch GPTQ and the paper's algorithm on X.
+
+    python tools/bench_solve.py                 # one thread, 768 x 768 to 4096 x 4096
+    python tools/bench_solve.py --sizes 768x768 --bits 2 --seeds 3
+
+The layers are synthetic: inputs with a power-law spectrum, mixed by a random rotation, with a mean; weights are
+Gaussian. The objective is that of the layer on other inputs of the same kind, 10 log10 (||Wq X - W X||^2 / ||W X||^2),
+after each method's own shift of the bias. Columns:
+
+- ms, median of several runs; `solve` is what the pipeline calls, with plain rounding, the choice of the ridge and the
+  errors for the report around the solver; the solver's own time stands before it;
+- of limit: the time that n^3 / 3 + 3 n^2 m flops, and n^2 m for each further rounding pass (scale candidates, zero
+  points), would take at the sgemm rate measured in the same run, over the solver's own time;
+- torch GPTQ: Frantar et al.'s algorithm as commonly written (inputs by decreasing power, blocks of 128, ridge .01, the
+  inverse's Cholesky factor), on the same grid and clip, in this file. torch is optional: without it the column is empty.
+- paper on X: the authors' algorithm on the samples themselves, float32, one channel part and one sweep measured and
+  the rest extrapolated.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import click
+import numba
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from comq_onnx.calibrate import Moments
+from comq_onnx.grid import Grid, QuantizedWeight, fit_minmax, fit_mse
+from comq_onnx.solve import Method, Statistics, error_db, solve, solve_comq
+from comq_onnx.solve.comq import EFFORTS, ZERO_POINT_BITS
+from comq_onnx.solve.judge import Judge
+
+try:
+    import torch
+except ImportError:
+    torch = None  # type: ignore[assignment]
+
+SIZES = ("768x768", "3072x768", "4608x512", "4096x4096")
+POSITIONS = 3  # positions per input that calibrate
+PAPER_POSITIONS = 2048
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A synthetic layer: weight [1, m, n], moments to calibrate and to measure on, and rows of its input."""
+
+    weight: np.ndarray
+    seen: Statistics
+    unseen: Statistics
+    rows: np.ndarray
+
+
+def make_layer(n: int, m: int, seed: int) -> Layer:
+    """A layer of n inputs and m outputs."""
+    rng = np.random.default_rng(seed)
+    mixing, _ = np.linalg.qr(rng.standard_normal((n, n), dtype=np.float32))
+    mixing *= (np.arange(1, n + 1, dtype=np.float32) ** -0.5)[:, None]
+    mean = (0.1 * rng.standard_normal(n)).astype(np.float32)
+    weight = rng.standard_normal((1, m, n), dtype=np.float32)
+
+    def rows(count: int) -> np.ndarray:
+        return rng.standard_normal((count, n), dtype=np.float32) @ mixing + mean
+
+    seen, unseen = Moments(), Moments()
+    first = rows(1024)
+    for k in range(-(-POSITIONS * n // 1024)):
+        seen.add((first if k == 0 else rows(1024))[None], None, half=k % 2)
+        unseen.add(rows(1024)[None], None)
+    return Layer(weight, seen.statistics(), unseen.statistics(), np.concatenate([first, rows(1024)]))
+
+
+def milliseconds(run: Callable[[], Any], runs: int) -> float:
+    """The median of several runs."""
+    spent = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        run()
+        spent.append(1e3 * (time.perf_counter() - start))
+    return median(spent)
+
+
+def sgemm_rate(n: int = 2048) -> float:
+    """Flops per millisecond of a float32 matrix product."""
+    a = np.random.default_rng(0).standard_normal((n, n), dtype=np.float32)
+    return 2 * n**3 / milliseconds(lambda: a @ a, 5)
+
+
+def limit(n: int, m: int, grid: Grid, effort: str) -> float:
+    """Flops that cannot be avoided, and those of the rounding passes."""
+    search = EFFORTS[effort]
+    passes = len(search.factors) + 2 * (search.zero_points and not grid.symmetric and grid.bits <= ZERO_POINT_BITS)
+    return n**3 / 3 + (3 + passes) * n**2 * m
+
+
+def torch_gptq(weight: np.ndarray, gram: np.ndarray, grid: Grid, scale: np.ndarray, zero: np.ndarray) -> np.ndarray:
+    """GPTQ on one matrix: wq [m, n]. weight [m, n], gram [n, n], scale and zero [m]."""
+    w, h = torch.from_numpy(weight.copy()), torch.from_numpy(gram.astype(np.float32))
+    s, z = torch.from_numpy(scale.copy()), torch.from_numpy(zero.astype(np.float32))
+    order = torch.argsort(torch.diag(h), descending=True)
+    w, h = w[:, order], h[order][:, order]
+    h = h + 0.01 * torch.diag(h).mean() * torch.eye(len(h))
+    inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
+    wq = torch.empty_like(w)
+    for start in range(0, w.shape[1], 128):
+        stop = min(start + 128, w.shape[1])
+        block, errors, factor = w[:, start:stop].clone(), torch.empty(len(w), stop - start), inverse[start:stop]
+        for i in range(stop - start):
+            column = block[:, i]
+            q = torch.clamp(torch.round(column / s) + z, grid.qmin, grid.qmax)
+            wq[:, start + i] = s * (q - z)
+            error = (column - wq[:, start + i]) / factor[i, start + i]
+            block[:, i:] -= error[:, None] * factor[i, start + i : stop]
+            errors[:, i] = error
+        w[:, stop:] -= errors @ factor[:, stop:]
+    return wq[:, torch.argsort(order)].numpy()
+
+
+def paper_seconds(layer: Layer, grid: Grid, sweeps: int = 3, channels: int = 64, inputs: int = 48) -> float:
+    """Seconds of the authors' algorithm on X (the residual X w of all channels follows every code), extrapolated from
+    some channels and inputs."""
+    x = np.resize(layer.rows, (PAPER_POSITIONS, layer.rows.shape[1]))
+    w = layer.weight[0, :channels]
+    scale, zero = (a[0, :channels, 0] for a in fit_minmax(layer.weight, grid))
+    norms, residual = (x**2).sum(axis=0), np.zeros((PAPER_POSITIONS, channels), np.float32)
+    start = time.perf_counter()
+    for i in range(inputs):
+        column = x[:, i]
+        target = (column @ residual + norms[i] * w[:, i]) / norms[i]
+        q = np.clip(np.rint(target / scale), grid.qmin - zero, grid.qmax - zero)
+        residual += column[:, None] * (w[:, i] - q * scale)
+    spent = time.perf_counter() - start
+    return spent * sweeps * layer.weight.shape[2] / inputs * layer.weight.shape[1] / channels
+
+
+def objective(layer: Layer, quantized: QuantizedWeight, centred: bool) -> float:
+    """dB on unseen rows; where centred, after a shift of the bias by what the seen rows' mean lost."""
+    judge = Judge(layer.weight, layer.unseen.centred())
+    variance, offset = judge(quantized)
+    if centred:
+        lost = layer.weight - quantized.dequantize()
+        offset = offset - np.einsum("gmn,gn->gm", lost, layer.seen.mean)
+    return error_db(float((variance + offset**2).sum()) / float(judge.energy.sum()))
+
+
+@dataclass
+class Row:
+    """One line of the table."""
+
+    name: str
+    ms: float
+    db: float
+    share: float | None = None
+    whole_ms: float | None = None
+
+
+def measure(n: int, m: int, grid: Grid, efforts: tuple[str, ...], runs: int, seeds: int) -> list[Row]:
+    """The rows of one size: times from the first seed, objectives as the mean over all."""
+    rate = sgemm_rate()
+    layers = [make_layer(n, m, seed) for seed in range(seeds)]
+    first = layers[0]
+    rows = []
+    for effort in efforts:
+        solve_comq(first.weight[:, :64], first.seen, grid, effort)  # compile
+        centred = first.seen.centred()
+        ms = milliseconds(lambda e=effort, c=centred: solve_comq(first.weight, c, grid, e), runs)  # type: ignore[misc]
+        whole = milliseconds(
+            lambda e=effort: solve(first.weight, first.seen, grid, Method(effort=e), has_bias=True),
+            runs,  # type: ignore[misc]
+        )
+        db = [objective(x, solve_comq(x.weight, x.seen.centred(), grid, effort), True) for x in layers]
+        rows.append(Row(f"comq {effort}", ms, float(np.mean(db)), limit(n, m, grid, effort) / rate / ms, whole))
+    for solver in ("gptq", "paper", "rtn"):
+        method = Method(solver)
+        ms = milliseconds(lambda f=method: f(first.weight, first.seen, grid), 1)  # type: ignore[misc]
+        rows.append(Row(f"{solver} (ours)", ms, float(np.mean([objective(x, method(x.weight, x.seen, grid), False)
+                                                               for x in layers]))))  # fmt: skip
+    if torch is not None:
+        torch.set_num_threads(1)
+        scale, zero = fit_mse(first.weight, grid)
+        gram = first.seen.gram[0]
+        ms = milliseconds(lambda: torch_gptq(first.weight[0], gram, grid, scale[0, :, 0], zero[0, :, 0]), runs)
+        rows.append(Row("torch GPTQ", ms, float(np.mean([_gptq_db(x, grid) for x in layers]))))
+    rows.append(Row("paper on X", 1e3 * paper_seconds(first, grid), float("nan")))
+    return rows
+
+
+def _gptq_db(layer: Layer, grid: Grid) -> float:
+    scale, zero = fit_mse(layer.weight, grid)
+    wq = torch_gptq(layer.weight[0], layer.seen.gram[0], grid, scale[0, :, 0], zero[0, :, 0])
+    codes = np.rint(wq / scale[0]).astype(np.int8)[None] + zero
+    return objective(layer, QuantizedWeight(codes.astype(np.int8), scale, zero, grid), False)
+
+
+@click.command()
+@click.option("--sizes", multiple=True, default=SIZES, show_default=True, help="inputs x outputs")
+@click.option("--bits", default=4, show_default=True)
+@click.option("--granularity", default="channel", show_default=True, help="channel or a block size")
+@click.option("--effort", "efforts", multiple=True, type=click.Choice(list(EFFORTS)), default=("fast", "default"))
+@click.option("--runs", default=3, show_default=True)
+@click.option("--seeds", default=1, show_default=True)
+@click.option("--threads", default=1, show_default=True, help="of the solver; everything else has one")
+def main(
+    sizes: tuple[str, ...], bits: int, granularity: str, efforts: tuple[str, ...], runs: int, seeds: int, threads: int
+) -> None:
+    """Print a table of times and objectives."""
+    numba.set_num_threads(threads)
+    grid = Grid(bits, symmetric=False, block_size=int(granularity) if granularity.isdigit() else None)
+    with threadpool_limits(1):
+        click.echo(
+            f"{platform.machine()}, {threads} thread(s), numpy {np.__version__}, sgemm {sgemm_rate() / 1e6:.0f} GF/s; "
+            f"{bits} bits, asymmetric, per {granularity}; {seeds} seed(s)"
+        )
+        click.echo("| inputs x outputs | method | ms | `solve` ms | of limit | times as long as comq fast | dB |")
+        click.echo("|---|---|---|---|---|---|---|")
+        for size in sizes:
+            n, m = (int(x) for x in size.split("x"))
+            rows = measure(n, m, grid, efforts, runs, seeds)
+            for row in rows:
+                whole = "" if row.whole_ms is None else f"{row.whole_ms:,.0f}"
+                share = "" if row.share is None else f"{row.share:.0%}"
+                db = "" if np.isnan(row.db) else f"{row.db:.2f}"
+                click.echo(
+                    f"| {size} | {row.name} | {row.ms:,.0f} | {whole} | {share} | {row.ms / rows[0].ms:,.1f} | {db} |"
+                )
+
+
+if __name__ == "__main__":
+    main()

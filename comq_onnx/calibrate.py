@@ -31,6 +31,7 @@ from comq_onnx.errors import ModelError, SamplesError
 from comq_onnx.grid import Array, Grid
 from comq_onnx.ops import Gather
 from comq_onnx.padding import Mask, has_positions, take_kept
+from comq_onnx.patches import patch_gram, patch_sum
 from comq_onnx.prepare import Layer, Prepared, calibrated
 from comq_onnx.qdq import Quantization, emit
 from comq_onnx.runtime import Session
@@ -50,6 +51,8 @@ LEAST_POSITIONS, MOST_POSITIONS = 16_384, 65_536
 POSITIONS_PER_INPUT = 24
 MOST_NUMBERS = 1 << 27
 CHUNK_BYTES = 1 << 28
+# how many times as many positions a Gram of patches takes in the same time, at least (see patches.py)
+PATCHES_GAIN = 2
 
 
 @dataclass(frozen=True)
@@ -190,6 +193,8 @@ class _Walk:
         affordable = MOST_NUMBERS // (inputs * layer.kind.groups)
         limit = max(min(affordable, MOST_POSITIONS), LEAST_POSITIONS, POSITIONS_PER_INPUT * inputs)
         share = min(1.0, limit / max(sum(positions), 1))
+        if share > 1 / PATCHES_GAIN and layer.kind.patches(x[0]) is not None:
+            share = 1.0
         rng = np.random.default_rng(settings.seed)
         for i, (batch, batch_hat) in enumerate(zip(x, x_hat, strict=True)):
             if positions[i] == 0:
@@ -205,6 +210,10 @@ class _Walk:
                 raise ModelError(self._not_finite(layer.input, i))
             same = settings.independent or (batch_hat is batch and grid is None)
             hat = batch if same else (grid.fake_quantize(batch_hat) if grid is not None else batch_hat)
+            padded = layer.kind.patches(batch) if pick is None else None
+            if padded is not None:
+                moments.add_patches(padded, None if same else layer.kind.patches(hat), layer.kind.kernel, i % 2)
+                continue
             for part in _parts(positions[i] if pick is None else len(pick), inputs, layer.kind.groups):
                 chosen = part if pick is None else pick[part]
                 whole = pick is None and len(part) == positions[i]
@@ -381,7 +390,18 @@ class Moments:
 
     def add(self, rows: Array, rows_hat: Array | None, half: int = 0) -> None:
         """Add rows [groups, positions, in] of the float model and of the quantized one (None: the same)."""
-        self._halves[half].add(rows, rows_hat)
+        hat = rows if rows_hat is None else rows_hat
+        error = None if rows_hat is None else rows - rows_hat
+        self._halves[half].add(hat, error, _gram, _sum, rows.shape[1])
+
+    def add_patches(self, x: Array, x_hat: Array | None, kernel: tuple[int, ...], half: int = 0) -> None:
+        """Add the rows that are the patches of padded inputs [n, channels, height, width], without building them."""
+        hat = x if x_hat is None else x_hat
+        error = None if x_hat is None else x - x_hat
+        count = len(x) * (x.shape[2] - kernel[0] + 1) * (x.shape[3] - kernel[1] + 1)
+        self._halves[half].add(
+            hat, error, lambda a, b: patch_gram(a, b, kernel)[None], lambda a: patch_sum(a, kernel)[None], count
+        )
 
     def statistics(self) -> Statistics:
         """The moments of all rows, with those of the first half beside them where both halves have rows."""
@@ -398,16 +418,22 @@ class _Sums:
         self.count = 0
         self._sums: list[npt.NDArray[np.float64] | None] = [None] * 5
 
-    def add(self, rows: Array, rows_hat: Array | None) -> None:
-        hat = rows if rows_hat is None else rows_hat
-        self._put(0, _gram(hat, hat))
-        self._put(1, hat.sum(axis=1, dtype=np.float64))
-        if rows_hat is not None:
-            error = rows - rows_hat
-            self._put(2, _gram(hat, error))
-            self._put(3, _gram(error, error))
-            self._put(4, error.sum(axis=1, dtype=np.float64))
-        self.count += rows.shape[1]
+    def add(
+        self,
+        hat: Array,
+        error: Array | None,
+        gram: Callable[[Array, Array], npt.NDArray[Any]],
+        total: Callable[[Array], npt.NDArray[Any]],
+        count: int,
+    ) -> None:
+        """Add `count` rows, given in a form of which `gram` makes products and `total` sums."""
+        self._put(0, gram(hat, hat))
+        self._put(1, total(hat))
+        if error is not None:
+            self._put(2, gram(hat, error))
+            self._put(3, gram(error, error))
+            self._put(4, total(error))
+        self.count += count
 
     def _put(self, k: int, part: npt.NDArray[Any]) -> None:
         total = self._sums[k]
@@ -433,6 +459,10 @@ class _Sums:
 
 def _gram(a: Array, b: Array) -> npt.NDArray[np.float32]:
     return np.asarray(np.matmul(a.swapaxes(1, 2), b), np.float32)
+
+
+def _sum(rows: Array) -> npt.NDArray[np.float64]:
+    return np.asarray(rows.sum(axis=1, dtype=np.float64))
 
 
 class _Keeper:

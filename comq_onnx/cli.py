@@ -70,7 +70,13 @@ class _BitsFor(click.ParamType[tuple[str, int]]):
     "--bits-for", multiple=True, type=_BitsFor(), metavar="RE=N", help="Other bits for the layers that match."
 )
 @click.option("--solver", type=click.Choice(METHODS), default="comq",
-              help="comq; paper: the authors' variant; rtn: plain rounding.")  # fmt: skip
+              help="comq; for comparison paper (the authors' COMQ), gptq, and rtn (plain rounding).")  # fmt: skip
+@click.option("--effort", type=click.Choice(list(EFFORTS)), default="default",
+              help="How long comq searches: max takes some 5 times as long as default, fast half.")  # fmt: skip
+@click.option("--order", type=click.Choice(ORDERS), help="Of the paper's solver.  [default: greedy]")
+@click.option("--sweeps", type=click.IntRange(1), help=f"Of the paper's solver.  [default: {SWEEPS}]")
+@click.option("--shrink", type=click.FloatRange(0, 2, min_open=True),
+              help="Of the paper's solver: factor on the first scale.  [default: by the bits]")  # fmt: skip
 @click.option("--independent", is_flag=True, help="Calibrate every layer on the float model, as the paper does.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where to calibrate.")
 @click.option("--memory", "memory_gb", type=click.FloatRange(min=0.0), metavar="GB",

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from comq_onnx import patches
 from comq_onnx.grid import Array
 
 AnyArray = npt.NDArray[Any]
@@ -50,6 +51,15 @@ class OpKind(ABC):
     @abstractmethod
     def positions(self, x: Array) -> int:
         """How many rows the input has."""
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """The extent on each spatial axis of the window whose patches the rows are; () where there is none."""
+        return ()
+
+    def patches(self, _x: Array) -> Array | None:
+        """The padded input, where the rows are its patches and their Gram is had faster without them (see patches)."""
+        return None
 
     @abstractmethod
     def rows_key(self) -> tuple[object, ...]:
@@ -316,6 +326,10 @@ class _Spatial(OpKind):
             taken = windows[(n, slice(None), *place)]  # type: ignore[arg-type]
         split = taken.reshape(taken.shape[0], self.group, -1)
         return np.ascontiguousarray(split.swapaxes(0, 1))
+
+    def patches(self, x: Array) -> Array | None:
+        padded, strides = self._prepared(x)
+        return padded if patches.pays(padded.shape, self.kernel, strides, self.dilations, self.group) else None
 
     def positions(self, x: Array) -> int:
         windows = self._windows(x)

@@ -56,8 +56,8 @@ class Options:
     bits_for: tuple[tuple[str, int], ...] = ()
     solver: str = "comq"
     effort: str = "default"
-    order: str = "greedy"
-    sweeps: int = SWEEPS
+    order: str | None = None
+    sweeps: int | None = None
     shrink: float | None = None
     independent: bool = False
     device: str = "auto"
@@ -71,6 +71,17 @@ class Options:
         _one_of("--target", self.target, TARGETS)
         _one_of("--solver", self.solver, METHODS)
         _one_of("--effort", self.effort, EFFORTS)
+        if self.order is not None:
+            _one_of("--order", self.order, ORDERS)
+        for option, value in (("--order", self.order), ("--sweeps", self.sweeps), ("--shrink", self.shrink)):
+            if value is not None and self.solver != "paper":
+                raise OptionError(f"{option} {value}: the paper's solver alone has it; add --solver paper")
+        if self.solver != "comq" and self.effort != "default":
+            raise OptionError(f"--effort {self.effort}: comq alone has it, not --solver {self.solver}")
+        if self.sweeps is not None and self.sweeps < 1:
+            raise OptionError(f"--sweeps {self.sweeps}: must be 1 or more")
+        if self.shrink is not None and not 0 < self.shrink <= 2:
+            raise OptionError(f"--shrink {self.shrink}: a factor on the scale, above 0 and at most 2")
         _one_of("--activations", self.activations, ("auto", "none", "8", "16"))
         _one_of("--device", self.device, ("auto", "cpu", "cuda"))
         for option, number in (("--samples", self.max_samples), ("--batch-size", self.batch_size)):
@@ -83,7 +94,7 @@ class Options:
     @property
     def method(self) -> Method:
         """The solver that the options ask for."""
-        return Method(self.solver, self.effort, self.order, self.sweeps, self.shrink)
+        return Method(self.solver, self.effort, self.order or ORDERS[0], self.sweeps or SWEEPS, self.shrink)
 
     def grid(self, bits: int) -> Grid:
         """The weight grid that the options ask for, at `bits` bits."""

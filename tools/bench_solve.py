@@ -12,7 +12,7 @@ after each method's own shift of the bias. Columns:
 - of limit: the time that n^3 / 3 + 3 n^2 m flops, and n^2 m for each further rounding pass (scale candidates, zero
   points), would take at the sgemm rate measured in the same run, over the solver's own time;
 - torch GPTQ: Frantar et al.'s algorithm as commonly written (inputs by decreasing power, blocks of 128, ridge .01, the
-  inverse's Cholesky factor), on the same grid and clip, in this file. torch is optional: without it the column is empty.
+  inverse's Cholesky factor), on the same grid and clip, in this file; torch is optional: without it the row is left out.
 - paper on X: the authors' algorithm on the samples themselves, float32, one channel part and one sweep measured and
   the rest extrapolated.
 """

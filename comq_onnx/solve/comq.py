@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -353,8 +354,8 @@ def choose_ridge(weight: Array, statistics: Statistics, grid: Grid) -> float:
     for k, g in enumerate(some):
         # half the samples tell of half the inputs what all tell of all
         order = visiting_order(statistics.gram[g])[:: 2 if weight.shape[-1] >= 2 * SMALL else 1]
-        halves = [arrange(fold.group(int(g)), order) for fold in folds]
-        trials += [(k, *halves), (k, *halves[::-1])]
+        first, second = (arrange(fold.group(int(g)), order) for fold in folds)
+        trials += [(k, first, second), (k, second, first)]
 
     def held_out(trial: tuple[int, Arranged, Arranged], ridge: float) -> float:
         k, seen, unseen = trial

@@ -10,6 +10,7 @@ runs once, memory is bounded by one segment and the cut tensors, and later layer
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import tempfile
 import time
@@ -53,6 +54,8 @@ MOST_NUMBERS = 1 << 27
 CHUNK_BYTES = 1 << 28
 # how many times as many positions a Gram of patches takes in the same time, at least (see patches.py)
 PATCHES_GAIN = 2
+# the positions are dealt to two halves for cross-validation in so many stretches
+STRETCHES = 16
 
 
 @dataclass(frozen=True)
@@ -196,13 +199,14 @@ class _Walk:
         if share > 1 / PATCHES_GAIN and layer.kind.patches(x[0]) is not None:
             share = 1.0
         rng = np.random.default_rng(settings.seed)
+        counts = [max(1, round(share * n)) if n and share < 1 else n for n in positions]
+        seen, total = 0, sum(counts)
         for i, (batch, batch_hat) in enumerate(zip(x, x_hat, strict=True)):
-            if positions[i] == 0:
+            if counts[i] == 0:
                 continue
             pick = None
             if share < 1:
-                count = max(1, round(share * positions[i]))
-                pick = np.sort(rng.choice(positions[i], count, replace=False))
+                pick = np.sort(rng.choice(positions[i], counts[i], replace=False))
             mask = kept[i]
             if mask is not None:
                 pick = mask if pick is None else mask[pick]
@@ -212,13 +216,20 @@ class _Walk:
             hat = batch if same else (grid.fake_quantize(batch_hat) if grid is not None else batch_hat)
             padded = layer.kind.patches(batch) if pick is None else None
             if padded is not None:
-                moments.add_patches(padded, None if same else layer.kind.patches(hat), layer.kind.kernel, i % 2)
-                continue
-            for part in _parts(positions[i] if pick is None else len(pick), inputs, layer.kind.groups):
-                chosen = part if pick is None else pick[part]
-                whole = pick is None and len(part) == positions[i]
-                rows = layer.kind.rows(batch, None if whole else chosen)
-                moments.add(rows, None if same else layer.kind.rows(hat, None if whole else chosen), half=i % 2)
+                padded_hat = None if same else layer.kind.patches(hat)
+                halves = _halves(seen, counts[i], total)[:: counts[i] // len(padded)]
+                for half in np.unique(halves):
+                    mine = slice(None) if (halves == half).all() else halves == half
+                    moments.add_patches(
+                        padded[mine], None if padded_hat is None else padded_hat[mine], layer.kind.kernel, half
+                    )
+            else:
+                for part, half in _parts(_halves(seen, counts[i], total), inputs, layer.kind.groups):
+                    chosen = part if pick is None else pick[part]
+                    whole = pick is None and len(part) == positions[i]
+                    rows = layer.kind.rows(batch, None if whole else chosen)
+                    moments.add(rows, None if same else layer.kind.rows(hat, None if whole else chosen), half)
+            seen += counts[i]
         if moments.count == 0:
             raise SamplesError(f"no sample reaches layer {layer.name!r}: its input is empty for all of them")
         return moments.statistics()
@@ -370,11 +381,19 @@ def _same(a: Any, b: Any) -> bool:
     return isinstance(a, np.ndarray) and a.shape == b.shape and np.array_equal(a, b)
 
 
-def _parts(positions: int, inputs: int, groups: int) -> Iterator[npt.NDArray[np.intp]]:
-    """Consecutive positions in parts whose rows take at most CHUNK_BYTES."""
+def _halves(first: int, count: int, total: int) -> npt.NDArray[np.intp]:
+    """Which half each of `count` positions from `first` on belongs to, of `total`: stretches of them in turn, so that
+    neighbours are together and either half sees samples from everywhere."""
+    return np.arange(first, first + count) * STRETCHES // total % 2
+
+
+def _parts(halves: npt.NDArray[np.intp], inputs: int, groups: int) -> Iterator[tuple[npt.NDArray[np.intp], int]]:
+    """Consecutive positions of one half, in parts whose rows take at most CHUNK_BYTES, with the half."""
     step = max(1, CHUNK_BYTES // (4 * inputs * groups))
-    for start in range(0, positions, step):
-        yield np.arange(start, min(start + step, positions))
+    edges = [0, *(np.flatnonzero(np.diff(halves)) + 1), len(halves)]
+    for begin, end in itertools.pairwise(edges):
+        for start in range(begin, end, step):
+            yield np.arange(start, min(start + step, end)), int(halves[begin])
 
 
 class Moments:

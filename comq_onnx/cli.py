@@ -18,7 +18,7 @@ from comq_onnx import pipeline
 from comq_onnx.errors import ComqError, OptionError
 from comq_onnx.grid import MAX_BITS, MIN_BITS
 from comq_onnx.samples import PREPROCESS
-from comq_onnx.solve import METHODS
+from comq_onnx.solve import EFFORTS, METHODS, ORDERS, SWEEPS
 from comq_onnx.targets import TARGETS
 
 EPILOG = """\b

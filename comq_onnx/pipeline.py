@@ -27,7 +27,7 @@ from comq_onnx.prepare import Layer, Prepared, Unprepared, calibrated, check_sou
 from comq_onnx.qdq import Quantization, emit, form, grid_for
 from comq_onnx.report import LayerReport, Report
 from comq_onnx.samples import Samples, load_samples
-from comq_onnx.solve import EFFORTS, METHODS, SWEEPS, Method, check_codes, error_db
+from comq_onnx.solve import EFFORTS, METHODS, ORDERS, SWEEPS, Method, check_codes, error_db
 from comq_onnx.targets import TARGETS, Target
 
 logger = logging.getLogger(__name__)

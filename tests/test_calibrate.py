@@ -16,7 +16,7 @@ import comq_onnx
 from comq_onnx import calibrate
 from comq_onnx.errors import ModelError, SamplesError
 from comq_onnx.samples import Samples
-from comq_onnx.solve import SOLVERS
+from comq_onnx.solve import METHODS
 from models import Arrays, attention, build, cnn, infer, mlp, normal, samples_for, sqnr, tokens, weight
 
 Run = Callable[..., Any]
@@ -200,7 +200,7 @@ def test_progress_counts_every_layer_and_every_stage(tmp_path: Path) -> None:
 # Solvers
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", METHODS)
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 def test_every_solver_gives_a_model_that_runs(quantized: Run, make: Callable[[], onnx.ModelProto], solver: str) -> None:
     # the paper's variant updates scales with its own rule, and 8 bits leave it room: all reach 25 dB

@@ -15,7 +15,6 @@ import numba
 import numpy as np
 
 TILE = 64
-LANES = 16
 WALL = np.float32(1e30)
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -351,7 +350,6 @@ def span_errors(weight, shrinks, qmin, qmax, symmetric, start, stop, least, most
     errors [rows, shrinks] is written. least and most widen every span (0: each row has its own). The arithmetic is
     grid.fit_minmax's.
     """
-    lanes = np.empty(LANES, np.float32)
     for r in range(weight.shape[0]):
         low, high = least, most
         for i in range(start, stop):
@@ -368,23 +366,21 @@ def span_errors(weight, shrinks, qmin, qmax, symmetric, start, stop, least, most
                 zero = np.float32(min(max(np.rint(qmin - lower / scale), qmin), qmax))
             floor, ceiling = np.float32(qmin) - zero, np.float32(qmax) - zero
             # in steps of the grid: no square overflows
-            lanes[:] = 0
-            whole = start + (stop - start) // LANES * LANES
-            for first in range(start, whole, LANES):
-                for k in range(LANES):
-                    t = weight[r, first + k] / scale
-                    q = np.rint(t)
-                    q = floor if q < floor else q
-                    q = ceiling if q > ceiling else q
-                    lanes[k] += (t - q) * (t - q)
-            total = 0.0
-            for i in range(whole, stop):
-                t = weight[r, i] / scale
-                q = min(max(np.rint(t), floor), ceiling)
-                total += np.float64(t - q) * np.float64(t - q)
-            for k in range(LANES):
-                total += np.float64(lanes[k])
-            errors[r, s] = total * np.float64(scale) * np.float64(scale)
+            steps = _rounding_error(weight[r, start:stop], np.float32(1) / scale, floor, ceiling)
+            errors[r, s] = np.float64(steps) * np.float64(scale) * np.float64(scale)
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"nnan", "nsz", "reassoc", "contract"})
+def _rounding_error(weight, inverse, floor, ceiling):  # type: ignore[no-untyped-def]
+    """The sum of (t - clip(round(t)))^2, t = weight * inverse; its order is the compiler's, to be vectorized."""
+    total = np.float32(0)
+    for i in range(weight.size):
+        t = weight[i] * inverse
+        q = np.rint(t)
+        q = floor if q < floor else q
+        q = ceiling if q > ceiling else q
+        total += (t - q) * (t - q)
+    return total
 
 
 @_compiled

@@ -48,7 +48,7 @@ from comq_onnx.samples import Samples, load_samples
 from comq_onnx.solve import EFFORTS, METHODS, Method, Statistics, error_db, solve
 from comq_onnx.targets import TARGETS
 
-REPOSITORY = Path(__file__).parents[1] / "models"
+OWN_FOLDER = Path(__file__).parents[1] / "models"
 OWN = ("fashion_cnn", "fashion_vit")
 ZOO = ("minilm", "efficientnet_lite0", "vit_s_saliency", "squeezenet")
 TARGET = TARGETS["ort-cpu"]
@@ -100,7 +100,7 @@ class Subject:
 def find(zoo: Path, name: str) -> tuple[Path, Path, Path]:
     """The paths of a model, of its calibration samples and of its test samples."""
     if name in OWN:
-        return REPOSITORY / f"{name}.onnx", REPOSITORY / "fashion_calib.npz", REPOSITORY / "fashion_test.npz"
+        return OWN_FOLDER / f"{name}.onnx", OWN_FOLDER / "fashion_calib.npz", OWN_FOLDER / "fashion_test.npz"
     return zoo / name / "model.onnx", zoo / name / "calib.npz", zoo / name / "test.npz"
 
 

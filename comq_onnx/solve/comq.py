@@ -56,7 +56,7 @@ class Effort:
 
 EFFORTS = {
     "fast": Effort((), 0, choose_ridge=False, zero_points=False),
-    "default": Effort((0.8, 0.88, 0.95, 1.06, 1.13), 1, pairs=24),
+    "default": Effort((0.8, 0.88, 0.95, 1.06, 1.13), 0, pairs=24),
     "max": Effort((0.7, 0.76, 0.81, 0.85, 0.89, 0.93, 0.97, 1.03, 1.07, 1.12, 1.18), 3, 64, 8, True),
 }
 
@@ -257,25 +257,35 @@ def _beam(part: Part, whole: Array, best: Rounding, width: int) -> Rounding:
 
 
 def _descend(taken: Sequence[Part], start: Sequence[Rounding], search: Effort) -> list[Rounding]:
-    """Sweep the codes, refit the scales, and at the end move single codes and pairs. `start` keeps its arrays."""
+    """Sweep the codes and refit the scales in turn, at the end move single codes and pairs, best first. `start` keeps
+    its arrays.
+
+    One scale a channel is the best for the start's codes already, and is refitted once more at the end, where it costs
+    no product; several scales are refitted together before.
+    """
     now = [replace(one, codes=one.codes.copy()) for one in start]
-    for _ in range(search.rounds):
-        gradients = [part.gradient(one.codes, one.scale) for part, one in zip(taken, now, strict=True)]
-        for part, one, v in zip(taken, now, gradients, strict=True):
-            for _ in range(2):
-                kernels.sweep(
-                    v, part.problem.h, one.scale, one.zero, part.problem.block, *part.problem.bounds, one.codes
-                )
+    several = now[0].scale.shape[1] > 1
+    for _ in range(search.rounds + several):
+        gradients = _sweep(taken, now)
         now = _refit(taken, now, gradients)
-    gradients = [part.gradient(one.codes, one.scale) for part, one in zip(taken, now, strict=True)]
+    gradients = _sweep(taken, now)
     for part, one, v in zip(taken, now, gradients, strict=True):
         problem = part.problem
-        kernels.sweep(v, problem.h, one.scale, one.zero, problem.block, *problem.bounds, one.codes)
         kernels.flip(
             v, problem.h, one.scale, one.zero, problem.block, *problem.bounds, one.codes, np.float32(FLIP_TOLERANCE),
             search.pairs,
         )  # fmt: skip
-    return now
+    return now if several else _refit(taken, now, gradients)
+
+
+def _sweep(taken: Sequence[Part], now: Sequence[Rounding]) -> list[Array]:
+    """Two sweeps over the codes, in place; the gradients after them."""
+    gradients = [part.gradient(one.codes, one.scale) for part, one in zip(taken, now, strict=True)]
+    for part, one, v in zip(taken, now, gradients, strict=True):
+        for _ in range(2):
+            problem = part.problem
+            kernels.sweep(v, problem.h, one.scale, one.zero, problem.block, *problem.bounds, one.codes)
+    return gradients
 
 
 def _refit(taken: Sequence[Part], now: Sequence[Rounding], gradients: Sequence[Array]) -> list[Rounding]:

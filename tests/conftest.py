@@ -1,4 +1,5 @@
-"""Fixtures: a quick comparison step, and one call that quantizes a model and checks what must always hold."""
+"""Fixtures: a quick comparison step, what the walk solves, and one call that quantizes a model and checks what must
+always hold."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import functools
 import hashlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ import onnx
 import pytest
 
 import comq_onnx
-from comq_onnx import compare, pipeline
+from comq_onnx import calibrate, compare, pipeline
+from comq_onnx.solve import Statistics
 from models import Arrays, samples_for, signature, worst_sqnr
 
 ROOT = Path(__file__).parents[1]
@@ -39,6 +41,28 @@ class Done:
     model: onnx.ModelProto
     samples: Arrays
     sqnr: float
+
+
+@dataclass
+class Solved:
+    """What the walk solved: the statistics of each layer by its name, and the names of those solved as one."""
+
+    on: dict[str, Statistics] = field(default_factory=dict)
+    together: list[list[str]] = field(default_factory=list)
+
+
+@pytest.fixture
+def solved(monkeypatch: pytest.MonkeyPatch) -> Solved:
+    """What the walks of this test solve; a later walk overwrites layers of the same name."""
+    seen, solve = Solved(), calibrate._Walk._solve
+
+    def spy(walk: Any, together: Any, statistics: Statistics) -> None:
+        seen.together.append([layer.name for layer in together])
+        seen.on.update({layer.name: statistics for layer in together})
+        solve(walk, together, statistics)
+
+    monkeypatch.setattr(calibrate._Walk, "_solve", spy)
+    return seen
 
 
 @pytest.fixture

@@ -124,8 +124,12 @@ def batchnorm_cnn(opset: int = 17) -> onnx.ModelProto:
     )
 
 
-def tokens(int_type: str = "int64") -> onnx.ModelProto:
-    """input_ids and attention_mask [batch, seq] -> embedding, masked mean, MatMul -> y [batch, 6]."""
+def tokens(int_type: str = "int64", masked: bool = True, width: int = 24) -> onnx.ModelProto:
+    """input_ids and attention_mask [batch, seq] -> embedding, masked mean, MatMul -> y [batch, 6].
+
+    masked False: the mask is read and makes no difference.
+    """
+    used = "mu = Identity (mf)" if masked else "mu = Max (mf, unit)"
     return build(
         f"""tokens ({int_type}[batch, seq] input_ids, {int_type}[batch, seq] attention_mask) => (float[batch, 6] y)
         <int64[1] one = {{1}}, int64[1] two = {{2}}> {{
@@ -133,15 +137,83 @@ def tokens(int_type: str = "int64") -> onnx.ModelProto:
             [proj] p = MatMul (e, w1)
             t = Tanh (p)
             mf = Cast <to = 1> (attention_mask)
-            m = Unsqueeze (mf, two)
+            {used}
+            m = Unsqueeze (mu, two)
             tm = Mul (t, m)
             s = ReduceSum <keepdims = 0> (tm, one)
             n = ReduceSum <keepdims = 0> (m, one)
             pooled = Div (s, n)
             [head] y = MatMul (pooled, w2)
         }}""",
-        {"table": normal(50, 24), "w1": weight(24, 32), "w2": weight(32, 6)},
+        {"table": normal(50, width), "w1": weight(width, 32), "w2": weight(32, 6), "unit": np.float32(1)},
     )
+
+
+def encoder() -> onnx.ModelProto:
+    """input_ids and attention_mask [batch, seq] -> embedding, one head of attention to what is not masked, a Gemm over
+    [batch * seq, 32], MatMul -> y [batch, seq, 8]."""
+    return build(
+        """encoder (int64[batch, seq] input_ids, int64[batch, seq] attention_mask) => (float[batch, seq, 8] y)
+        <int64[1] one = {1}, int64[2] flat = {-1, 32}, int64[1] wide = {24}> {
+            [embed] e = Gather (table, input_ids)
+            n = LayerNormalization (e, gamma, beta)
+            [q] q0 = MatMul (n, wq)
+            [k] k0 = MatMul (n, wk)
+            [v] v0 = MatMul (n, wv)
+            qb = Add (q0, bq)
+            kb = Add (k0, bk)
+            vb = Add (v0, bv)
+            kt = Transpose <perm = [0, 2, 1]> (kb)
+            scores = MatMul (qb, kt)
+            scaled = Mul (scores, root)
+            mf = Cast <to = 1> (attention_mask)
+            unseen = Sub (unit, mf)
+            far = Mul (unseen, minus)
+            am = Unsqueeze (far, one)
+            masked = Add (scaled, am)
+            a = Softmax <axis = -1> (masked)
+            c = MatMul (a, vb)
+            [out] o = MatMul (c, wo)
+            s = Add (e, o)
+            rows = Reshape (s, flat)
+            [up] g = Gemm (rows, wu, bu)
+            r = Relu (g)
+            size = Shape (input_ids)
+            whole = Concat <axis = 0> (size, wide)
+            back = Reshape (r, whole)
+            [head] y = MatMul (back, wh)
+        }""",
+        {
+            "table": normal(50, 32),
+            "gamma": 1 + normal(32, scale=0.1),
+            "beta": normal(32, scale=0.1),
+            "wq": weight(32, 32),
+            "wk": weight(32, 32, seed=2),
+            "wv": weight(32, 32, seed=3),
+            "wo": weight(32, 32, seed=4),
+            "wu": weight(32, 24),
+            "wh": weight(24, 8),
+            "bq": normal(32, scale=0.1, seed=5),
+            "bk": normal(32, scale=0.1, seed=6),
+            "bv": normal(32, scale=0.1, seed=7),
+            "bu": normal(24, scale=0.1),
+            "root": np.float32(32**-0.5),
+            "unit": np.float32(1),
+            # as exporters write it: e^-10000 is no float32 but 0
+            "minus": np.float32(-10000),
+        },
+    )
+
+
+def sentences(count: int = 40, longest: int = 12, pad: int = 0, seed: int = 7) -> Arrays:
+    """input_ids and attention_mask [count, longest] for `tokens` and `encoder`: 3 to `longest` tokens from 1 to 39,
+    `pad` behind them."""
+    rng = np.random.default_rng(seed)
+    kept = np.arange(longest) < rng.integers(3, longest + 1, (count, 1))
+    return {
+        "input_ids": np.where(kept, rng.integers(1, 40, kept.shape), pad),
+        "attention_mask": kept.astype(np.int64),
+    }
 
 
 def several_inputs() -> onnx.ModelProto:
@@ -181,14 +253,22 @@ def samples_for(model: onnx.ModelProto, count: int = 40, seed: int = 7, free: in
     return made
 
 
-def infer(model: onnx.ModelProto | Path, feeds: Mapping[str, np.ndarray]) -> Arrays:
-    """Every output by name, from ONNX Runtime on one CPU thread."""
+def infer(model: onnx.ModelProto | Path, feeds: Mapping[str, np.ndarray], exact: bool = False) -> Arrays:
+    """Every output by name, from ONNX Runtime on one CPU thread; exact: activations that are float stay float."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 4
+    if exact:
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     source = str(model) if isinstance(model, Path) else model.SerializeToString()
     session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     names = [o.name for o in session.get_outputs()]
     return dict(zip(names, session.run(names, dict(feeds)), strict=True))
+
+
+def codes(path: Path) -> Arrays:
+    """The weight codes in a file, by the initializer's name."""
+    tensors = (t for t in onnx.load(path).graph.initializer if t.name.endswith(".codes"))
+    return {t.name: numpy_helper.to_array(t).astype(int) for t in tensors}
 
 
 def sqnr(before: np.ndarray, after: np.ndarray) -> float:

@@ -2,6 +2,7 @@
 
     python tools/bench_solve.py                 # one thread, 768 x 768 to 4096 x 4096
     python tools/bench_solve.py --sizes 768x768 --bits 2 --seeds 3
+    python tools/bench_solve.py --steps --sizes 768x768 --seeds 3    # what each step of the solver adds
 
 The layers are synthetic: inputs with a power-law spectrum, mixed by a random rotation, with a mean; weights are
 Gaussian. The objective is that of the layer on other inputs of the same kind, 10 log10 (||Wq X - W X||^2 / ||W X||^2),
@@ -12,7 +13,7 @@ after each method's own shift of the bias. Columns:
 - of limit: the time that n^3 / 3 + 3 n^2 m flops, and n^2 m for each further rounding pass (scale candidates, zero
   points), would take at the sgemm rate measured in the same run, over the solver's own time;
 - torch GPTQ: Frantar et al.'s algorithm as commonly written (inputs by decreasing power, blocks of 128, ridge .01, the
-  inverse's Cholesky factor), on the same grid and clip, in this file; torch is optional: without it the row is left out.
+  inverse's Cholesky factor), on the same grid and clip, in this file; without torch the row is left out.
 - paper on X: the authors' algorithm on the samples themselves, float32, one channel part and one sweep measured and
   the rest extrapolated.
 """
@@ -22,7 +23,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -34,7 +35,7 @@ from threadpoolctl import threadpool_limits
 from comq_onnx.calibrate import Moments
 from comq_onnx.grid import Grid, QuantizedWeight, fit_minmax, fit_mse
 from comq_onnx.solve import Method, Statistics, error_db, solve, solve_comq
-from comq_onnx.solve.comq import EFFORTS, ZERO_POINT_BITS
+from comq_onnx.solve.comq import EFFORTS, ZERO_POINT_BITS, Effort
 from comq_onnx.solve.judge import Judge
 
 try:
@@ -191,6 +192,44 @@ def measure(n: int, m: int, grid: Grid, efforts: tuple[str, ...], runs: int, see
     return rows
 
 
+# from a single rounding pass on, each with what stands before it
+STEPS = {
+    "one rounding pass": Effort((), 0, descend=False, choose_ridge=False, zero_points=False),
+    "+ sweeps and moves of single codes": Effort((), 0, choose_ridge=False, zero_points=False),
+    "+ zero points": Effort((), 0, choose_ridge=False),
+    "+ 5 more scales": replace(EFFORTS["default"], pairs=0, choose_ridge=False),
+    "+ pair moves": replace(EFFORTS["default"], choose_ridge=False),
+    "+ a chosen ridge (default)": EFFORTS["default"],
+    "default with bit-split": replace(EFFORTS["default"], bit_split=True),
+    "default with a beam of 8": replace(EFFORTS["default"], beam=8),
+    "default with both": replace(EFFORTS["default"], beam=8, bit_split=True),
+    "max": EFFORTS["max"],
+}
+
+
+def print_steps(sizes: tuple[str, ...], granularity: str, seeds: int) -> None:
+    """A table of what each step adds: dB on unseen inputs, and ms."""
+    click.echo("| inputs x outputs | step | ms | 4 bits | 3 bits | 2 bits |")
+    click.echo("|---|---|---|---|---|---|")
+    for size in sizes:
+        layers = [make_layer(*(int(x) for x in size.split("x")), seed) for seed in range(seeds)]
+        for name, effort in STEPS.items():
+            spent, found = [], []
+            for bits in (4, 3, 2):
+                grid = make_grid(bits, granularity)
+                solve_comq(layers[0].weight[:, :64], layers[0].seen, grid, effort)  # compile
+                start = time.perf_counter()
+                solved = [solve_comq(x.weight, x.seen.centred(), grid, effort) for x in layers]
+                spent.append(1e3 * (time.perf_counter() - start) / seeds)
+                found.append(np.mean([objective(x, q, True) for x, q in zip(layers, solved, strict=True)]))
+            click.echo(f"| {size} | {name} | {median(spent):,.0f} | " + " | ".join(f"{db:.2f}" for db in found) + " |")
+
+
+def make_grid(bits: int, granularity: str) -> Grid:
+    """The asymmetric grid of `bits` per channel or per block."""
+    return Grid(bits, symmetric=False, block_size=int(granularity) if granularity.isdigit() else None)
+
+
 def _gptq_db(layer: Layer, grid: Grid) -> float:
     scale, zero = fit_mse(layer.weight, grid)
     wq = torch_gptq(layer.weight[0], layer.seen.gram[0], grid, scale[0, :, 0], zero[0, :, 0])
@@ -206,17 +245,22 @@ def _gptq_db(layer: Layer, grid: Grid) -> float:
 @click.option("--runs", default=3, show_default=True)
 @click.option("--seeds", default=1, show_default=True)
 @click.option("--threads", default=1, show_default=True, help="of the solver; everything else has one")
+@click.option("--steps", is_flag=True, help="What each step adds, in place of the comparison.")
 def main(
-    sizes: tuple[str, ...], bits: int, granularity: str, efforts: tuple[str, ...], runs: int, seeds: int, threads: int
-) -> None:
+    sizes: tuple[str, ...], bits: int, granularity: str, efforts: tuple[str, ...], runs: int, seeds: int, threads: int,
+    steps: bool,
+) -> None:  # fmt: skip
     """Print a table of times and objectives."""
     numba.set_num_threads(threads)
-    grid = Grid(bits, symmetric=False, block_size=int(granularity) if granularity.isdigit() else None)
+    grid = make_grid(bits, granularity)
     with threadpool_limits(1):
         click.echo(
             f"{platform.machine()}, {threads} thread(s), numpy {np.__version__}, sgemm {sgemm_rate() / 1e6:.0f} GF/s; "
             f"{bits} bits, asymmetric, per {granularity}; {seeds} seed(s)"
         )
+        if steps:
+            print_steps(sizes, granularity, seeds)
+            return
         click.echo("| inputs x outputs | method | ms | `solve` ms | of limit | times as long as comq fast | dB |")
         click.echo("|---|---|---|---|---|---|---|")
         for size in sizes:

@@ -42,8 +42,8 @@ ZERO_POINT_BITS = 4
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to search: factors on the scale beside 1, rounds of sweeps and refits, codes among which pairs are
-    sought, width of the beam."""
+    """How long to search: factors on the scale beside 1, further rounds of sweeps and refits, codes among which pairs
+    are sought (0: none), width of the beam (0: none); descend False stops at the start."""
 
     factors: tuple[float, ...]
     rounds: int
@@ -52,6 +52,7 @@ class Effort:
     bit_split: bool = False
     choose_ridge: bool = True
     zero_points: bool = True
+    descend: bool = True
 
 
 EFFORTS = {
@@ -72,10 +73,10 @@ class Rounding:
     norm: Array
 
 
-def solve_comq(weight: Array, statistics: Statistics, grid: Grid, effort: str = "default") -> QuantizedWeight:
-    """Quantize a weight [groups, out, in]: see the module. effort: a name in EFFORTS."""
+def solve_comq(weight: Array, statistics: Statistics, grid: Grid, effort: str | Effort = "default") -> QuantizedWeight:
+    """Quantize a weight [groups, out, in]: see the module. effort: a name in EFFORTS, or one of another make."""
     scale, zero = fit_mse(weight, grid)
-    search = EFFORTS[effort]
+    search = EFFORTS[effort] if isinstance(effort, str) else effort
     ridge = choose_ridge(weight, statistics, grid) if search.choose_ridge else RIDGE
     if weight.shape[-1] <= SMALL and not grid.per_tensor and scale.shape[-1] == 1:
         return _solve_small(weight, statistics, grid, ridge, scale, zero)
@@ -263,6 +264,8 @@ def _descend(taken: Sequence[Part], start: Sequence[Rounding], search: Effort) -
     One scale a channel is the best for the start's codes already, and is refitted once more at the end, where it costs
     no product; several scales are refitted together before.
     """
+    if not search.descend:
+        return list(start)
     now = [replace(one, codes=one.codes.copy()) for one in start]
     several = now[0].scale.shape[1] > 1
     for _ in range(search.rounds + several):

@@ -96,7 +96,7 @@ def factor(h: Array) -> tuple[Array, Array]:
     M is the Cholesky factor of H in reversed order, read backwards. Raises numpy.linalg.LinAlgError where H is not
     positive definite.
     """
-    reverse = np.ascontiguousarray(h[::-1, ::-1])
+    reverse = h[::-1, ::-1].copy()  # ascontiguousarray would not copy a single number, and it is overwritten
     try:
         lower = _cholesky(reverse)
     except scipy.linalg.LinAlgError:
@@ -149,7 +149,8 @@ class Part:
         if self.pull is None:
             return self.w
         m = np.tril(self.problem.unit) * self.problem.root[:, None]
-        return self.w + np.asarray(scipy.linalg.cho_solve((m.T, False), self.pull.T, check_finite=False).T, np.float32)
+        half = scipy.linalg.solve_triangular(m, self.pull.T, trans=1, lower=True, check_finite=False)
+        return self.w + np.asarray(scipy.linalg.solve_triangular(m, half, lower=True, check_finite=False).T, np.float32)
 
     def whole(self) -> Array:
         """M w* over M's diagonal, [in, channels]."""

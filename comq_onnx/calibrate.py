@@ -30,11 +30,11 @@ from comq_onnx import stages
 from comq_onnx.activations import ActivationGrid, ActivationPlan, Range
 from comq_onnx.errors import ModelError, SamplesError
 from comq_onnx.grid import Array, Grid
-from comq_onnx.ops import Gather
+from comq_onnx.ops import Gather, Gemm, MatMul
 from comq_onnx.padding import Mask, has_positions, take_kept
 from comq_onnx.patches import patch_gram, patch_sum
 from comq_onnx.prepare import Layer, Prepared, calibrated
-from comq_onnx.qdq import Quantization, emit
+from comq_onnx.qdq import Quantization, emit, may_add_bias
 from comq_onnx.runtime import Session
 from comq_onnx.samples import Samples
 from comq_onnx.solve import COMQ, Method, Solution, Statistics, error_db, round_rows, solve_together
@@ -170,7 +170,7 @@ class _Walk:
             if self._take_shared(layer):
                 continue
             grid = self.grids[layer.name]
-            alike.setdefault((grid, layer.has_bias, layer.name if grid.per_tensor else None), []).append(layer)
+            alike.setdefault((grid, self._has_bias(layer), layer.name if grid.per_tensor else None), []).append(layer)
         return list(alike.values())
 
     def _moments(self, layers: Sequence[Layer], x: Tensors, x_hat: Tensors) -> Iterator[tuple[list[Layer], Statistics]]:
@@ -240,7 +240,8 @@ class _Walk:
         if kept is None or layer.kind.groups != 1 or kept.all():
             return None
         total = layer.kind.positions(batch)
-        if (layer.op == "Gemm" and total == kept.size) or (layer.op == "MatMul" and has_positions(batch, kept)):
+        along = isinstance(layer.kind, MatMul) and has_positions(batch, kept, least_rank=3)
+        if along or (isinstance(layer.kind, Gemm) and total == kept.size):
             return np.flatnonzero(np.repeat(kept.ravel(), total // kept.size))
         return None
 
@@ -254,9 +255,14 @@ class _Walk:
             "--exclude its readers"
         )
 
+    def _has_bias(self, layer: Layer) -> bool:
+        """Whether a bias can carry what a layer's output loses of its mean, its own or one that emission adds."""
+        return layer.has_bias or may_add_bias(layer, self.plan)
+
     def _take_shared(self, layer: Layer) -> bool:
         """Whether the layer's weight is one that is solved already: it is stored once, so it has the same codes."""
-        first = next((x for x in self.solved if x.weight == layer.weight and x.kind == layer.kind), None)
+        mine = (layer.weight, layer.kind, self.grids[layer.name])
+        first = next((x for x in self.solved if (x.weight, x.kind, self.grids[x.name]) == mine), None)
         if first is None:
             return False
         theirs = self.result.solutions[first.name]
@@ -266,7 +272,7 @@ class _Walk:
 
     def _solve(self, together: Sequence[Layer], statistics: Statistics) -> None:
         weights = [_finite_weight(self.prepared, layer) for layer in together]
-        grid, has_bias = self.grids[together[0].name], together[0].has_bias
+        grid, has_bias = self.grids[together[0].name], self._has_bias(together[0])
         found = solve_together(weights, statistics, grid, self.settings.method, has_bias)
         for layer, solution in zip(together, found, strict=True):
             self.result.solutions[layer.name] = solution
@@ -347,7 +353,7 @@ class _Walk:
         for name, arrays in tensors.items():
             if name in self.ranges:
                 for i, array in enumerate(arrays, first):
-                    self.ranges[name].observe(take_kept(array, self.kept[i]))
+                    self.ranges[name].observe(take_kept(array, self.kept[i], least_rank=3))
                     span = self.ranges[name].high - self.ranges[name].low
                     if self.ranges[name].low != np.inf and not np.isfinite(span):
                         raise ModelError(self._not_finite(name, i))

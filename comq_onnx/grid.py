@@ -75,6 +75,13 @@ class QuantizedWeight:
     zero_point: Codes
     grid: Grid
 
+    def part(self, group: int, channels: slice | npt.NDArray[np.intp]) -> QuantizedWeight:
+        """Some channels of one group, as a stack of one."""
+        own = slice(group, group + 1)
+        return QuantizedWeight(
+            self.codes[own, channels], self.scale[own, channels], self.zero_point[own, channels], self.grid
+        )
+
     def dequantize(self) -> Array:
         """(codes - zero_point) * scale in float32, as DequantizeLinear computes it: [groups, out, in]."""
         block = self.grid.block_of(self.codes.shape[-1])

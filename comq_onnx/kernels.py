@@ -80,6 +80,12 @@ def babai_block(whole, target, unit, scale, zero, block, qmin, qmax, root, codes
 
 
 @_compiled
+def _subtract(v, factor, row):  # type: ignore[no-untyped-def]
+    for k in range(v.size):
+        v[k] -= factor * row[k]
+
+
+@_compiled
 def sweep(v, h, scale, zero, block, qmin, qmax, codes):  # type: ignore[no-untyped-def]
     """One pass of coordinate descent over every channel's inputs; a code that stays costs one rounding.
 
@@ -103,8 +109,7 @@ def sweep(v, h, scale, zero, block, qmin, qmax, codes):  # type: ignore[no-untyp
             change = (q - old) * step
             codes[c, i] = q
             changed += 1
-            for k in range(rows):
-                v[c, k] -= change * h[i, k]
+            _subtract(v[c], change, h[i])
     return changed
 
 
@@ -225,12 +230,6 @@ def _find(values, wanted):  # type: ignore[no-untyped-def]
 
 
 @_compiled
-def _subtract(v, factor, row):  # type: ignore[no-untyped-def]
-    for k in range(v.size):
-        v[k] -= factor * row[k]
-
-
-@_compiled
 def _least(gain, count, best, at):  # type: ignore[no-untyped-def]
     """The `count` codes that cost least to move: how many there are, and in `at` which."""
     found = 0
@@ -339,8 +338,7 @@ def paper_sweep(v, gram, visits, scale, zero, block, qmin, qmax, codes, wq):  # 
             change = q * step - wq[c, i]
             codes[c, i] = q
             wq[c, i] += change
-            for j in range(rows):
-                v[c, j] -= change * gram[i, j]
+            _subtract(v[c], change, gram[i])
 
 
 @_compiled

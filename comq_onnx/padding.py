@@ -31,7 +31,7 @@ def is_ignored(run: Callable[[Arrays], Arrays], feeds: Arrays, mask: str, seed: 
     """Whether the outputs that `run` gives for `feeds` stay as they are when what is masked changes.
 
     Every other input with an axis for the samples and one for the positions gets, where it is masked, values that it
-    has elsewhere. False where no input has such axes.
+    has elsewhere. False where that changes nothing: then nothing is known.
     """
     kept = np.asarray(feeds[mask]) == 1
     rng = np.random.default_rng(seed)
@@ -40,7 +40,7 @@ def is_ignored(run: Callable[[Arrays], Arrays], feeds: Arrays, mask: str, seed: 
         if name != mask and has_positions(array, kept):
             changed[name] = array.copy()
             changed[name][~kept] = rng.permutation(np.resize(array[kept], array[~kept].shape))
-    if all(changed[name] is array for name, array in feeds.items()):
+    if all(np.array_equal(changed[name], array) for name, array in feeds.items()):
         return False
     before, after = run(feeds), run(changed)
     return all(_same(take_kept(before[name], kept), take_kept(after[name], kept)) for name in before)
@@ -49,15 +49,23 @@ def is_ignored(run: Callable[[Arrays], Arrays], feeds: Arrays, mask: str, seed: 
 def _same(a: Any, b: Any) -> bool:
     if not isinstance(a, np.ndarray) or a.shape != b.shape:
         return False
+    if a.dtype.kind != "f":
+        return np.array_equal(a, b)
     # masks add large negative numbers, so what is masked still weighs some rounding errors
     return bool(np.allclose(a, b, rtol=1e-3, atol=1e-4 * float(np.abs(a).max(initial=0))))
 
 
-def has_positions(array: Any, kept: Mask) -> bool:
-    """Whether the first two axes of an array are the mask's."""
-    return isinstance(array, np.ndarray) and array.shape[:2] == kept.shape
+def has_positions(array: Any, kept: Mask, least_rank: int = 2) -> bool:
+    """Whether an array has the mask's two axes first; least_rank 3: and one of features behind them, since the features
+    of a pooled [batch, features] may be as many as the positions."""
+    return isinstance(array, np.ndarray) and array.ndim >= least_rank and array.shape[:2] == kept.shape
 
 
-def take_kept(array: Any, kept: Mask | None) -> Any:
-    """The positions of an array that are not masked, where it has positions; otherwise the array."""
-    return array[kept] if kept is not None and has_positions(array, kept) else array
+def take_kept(array: Any, kept: Mask | None, least_rank: int = 2) -> Any:
+    """The positions of an array that are not masked, where it has positions, also along one axis [batch * positions,
+    ...]; otherwise the array."""
+    if kept is None:
+        return array
+    if has_positions(array, kept, least_rank):
+        return array[kept]
+    return array[kept.ravel()] if isinstance(array, np.ndarray) and array.shape[:1] == (kept.size,) else array

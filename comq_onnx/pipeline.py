@@ -252,14 +252,17 @@ class _Run:
         except RuntimeFailure as error:
             raise SamplesError(f"{everything.source}: the model cannot run on these samples: {error}") from error
         self.first_feeds = feeds
-        self.mask = self._find_mask(feeds)
+        self.mask = self._find_mask()
 
-    def _find_mask(self, feeds: Mapping[str, Any]) -> str | None:
+    def _find_mask(self) -> str | None:
         """The input that masks positions which the model ignores."""
         assert self.float_session is not None
         name = None if self.calibration.per_item else padding.find_mask(self.calibration.arrays)
         if name is None:
             return None
+        # the first batch may be without padding, and so without a test
+        batches = self.calibration.batches(self.options.batch_size)
+        feeds = next(batch for batch in batches if (batch[name] != 1).any())
         if not padding.is_ignored(self.float_session.run, feeds, name):
             self.notes.append(f"{name} does not keep what it masks from the outputs: calibrated on all positions")
             return None

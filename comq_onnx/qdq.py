@@ -105,13 +105,36 @@ def _emit_layer(model: ir.Model, nodes: dict[str, ir.Node], layer: Layer, quanti
             node = _gemm_as_matmul(model, node, layer, bias, quantization.plan)
         else:
             _set_bias(model, nodes, layer, bias, None, None)
-            if layer.bias_node is not None:
-                adder = nodes[layer.bias_node]
+            adder = nodes[layer.bias_node] if layer.bias_node is not None else None
+            if adder is None and bias is not None:
+                adder = _add_bias(model, node, layer, bias)
+            if adder is not None:
                 adder.op_type = _adding(adder, quantization.plan)
         _set_weight(node, layer, _dequantize_blocks(model, node, layer, solution.weight, quantization), matmul=True)
         return
     _set_bias(model, nodes, layer, bias, None, None)
     _set_weight(node, layer, _unpack_at_load(model, node, layer, solution.weight, quantization))
+
+
+def may_add_bias(layer: Layer, plan: ActivationPlan) -> bool:
+    """Whether a layer without a bias can be given one: a weight-only MatMul, whose kernel takes it in."""
+    return isinstance(layer.kind, MatMul) and form(layer, plan) == "blocked"
+
+
+def _add_bias(model: ir.Model, node: ir.Node, layer: Layer, bias: Array) -> ir.Node:
+    """Add a bias behind a MatMul that has none; the sum takes the product's name."""
+    product = node.outputs[0]
+    adder = ir.node("Add", [], name=f"{layer.name}.add_bias")
+    total = adder.outputs[0]
+    total.name, total.type, total.shape = product.name, product.type, product.shape
+    product.replace_all_uses_with(total, replace_graph_outputs=True)
+    product.name = f"{layer.name}.product"
+    adder.resize_inputs(2)
+    adder.replace_input_with(0, product)
+    adder.replace_input_with(1, graphs.add_initializer(model.graph, f"{layer.name}.bias", bias))
+    assert node.graph is not None
+    node.graph.insert_after(node, adder)
+    return adder
 
 
 def _set_weight(node: ir.Node, layer: Layer, value: ir.Value, matmul: bool = False) -> None:

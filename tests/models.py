@@ -267,7 +267,7 @@ def infer(model: onnx.ModelProto | Path, feeds: Mapping[str, np.ndarray], exact:
 
 def codes(path: Path) -> Arrays:
     """The weight codes in a file, by the initializer's name."""
-    tensors = (t for t in onnx.load(path).graph.initializer if t.name.endswith(".codes"))
+    tensors = (t for t in onnx.load(path).graph.initializer if ".codes" in t.name)
     return {t.name: numpy_helper.to_array(t).astype(int) for t in tensors}
 
 

@@ -98,7 +98,9 @@ def gptq(weight: np.ndarray, gram: np.ndarray, grid: Grid) -> tuple[np.ndarray, 
 def round_clipped(t: np.ndarray, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """clip(round(t)), and how far t is from where that becomes another number."""
     q = np.clip(np.rint(t), low, high)
-    return q, np.minimum(np.where(q < high, np.abs(q + 0.5 - t), np.inf), np.where(q > low, np.abs(t - q + 0.5), np.inf))
+    return q, np.minimum(
+        np.where(q < high, np.abs(q + 0.5 - t), np.inf), np.where(q > low, np.abs(t - q + 0.5), np.inf)
+    )
 
 
 # COMQ -----------------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from comq_onnx.solve import (
     solve_gptq,
     solve_together,
 )
-from comq_onnx.solve.comq import choose_ridge
+from comq_onnx.solve.comq import Rounding, choose_ridge
 from comq_onnx.solve.problem import RIDGE
 
 SOME = settings(max_examples=15, deadline=None, derandomize=True)
@@ -85,9 +85,10 @@ def test_on_an_identity_gram_solving_is_rounding_at_the_mse_scale_or_better(meth
 
         # float32 decides between codes of nearly the same error
         assert cost(solved.dequantize()) <= cost(rounded.dequantize()) * (1 + 1e-4) + 1e-10
-        # nothing couples the inputs, so at the solver's own scale its codes are plain rounding
+        # nothing couples the inputs, so at the solver's own scale its codes are plain rounding, but for what the last
+        # fit of the scale, after the last code has moved, may leave to win: some 2% were found
         again = round_to_grid(case.weight, solved.scale, solved.zero_point, case.grid).dequantize()
-        assert cost(solved.dequantize()) == pytest.approx(cost(again), rel=1e-3, abs=1e-9)
+        assert cost(solved.dequantize()) == pytest.approx(cost(again), rel=0.05, abs=1e-9)
 
     check()
 
@@ -203,9 +204,7 @@ def test_permuting_the_inputs_permutes_the_answer(method: Method, grid: Grid) ->
     )  # fmt: skip
     if method.order == "cyclic":
         return  # it visits the inputs as they lie
-    straight, permuted = (
-        solve(w, s, grid, method).weight for w, s in ((weight, moments), (weight[..., order], moved))
-    )
+    straight, permuted = (solve(w, s, grid, method).weight for w, s in ((weight, moments), (weight[..., order], moved)))
     assert np.array_equal(permuted.codes, straight.codes[..., order])
     assert np.array_equal(permuted.zero_point, straight.zero_point)
     # sums over the inputs are taken in another order
@@ -330,27 +329,44 @@ def test_solving_leaves_its_arguments_alone(inputs: int) -> None:
 
 
 @EFFORTS
-def test_no_single_code_of_a_solution_can_move_for_the_better(method: Method) -> None:
+def test_no_single_code_can_move_for_the_better_before_the_last_scale_is_fit(
+    method: Method, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # where a channel has one scale it is refitted after the last move: see the next test
+    monkeypatch.setattr("comq_onnx.solve.comq._refit", keep_scale)
+
     @SOME
     @given(cases(shapes=(2, 6, 40), conditions=["white", "offset", "dead", "duplicate"]), st.booleans())
     def check(case: Case, centred: bool) -> None:
-        # groups that share a scale get it after their sweeps, and then flip a bounded number of codes
-        assume(len(case.weight) == 1 or not case.grid.per_tensor)
-        no_single_step_helps(case.weight, case.statistics.centred() if centred else case.statistics, case.grid, method)
+        moments = case.statistics.centred() if centred else case.statistics
+        # below 1e-4 of a code's own curvature flips stop
+        assert most_by_one_step(case.weight, moments, case.grid, method, 2e-4) <= 0
 
     check()
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 6])
 @pytest.mark.parametrize("block", [None, 32])
-def test_no_single_code_can_move_where_two_sweeps_are_not_enough(bits: int, block: int | None) -> None:
+def test_no_single_code_can_move_where_two_sweeps_are_not_enough(
+    bits: int, block: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Many correlated inputs: single flips finish the descent."""
     rng = np.random.default_rng(0)
     weight = rng.standard_normal((1, 64, 200)).astype(np.float32)
-    no_single_step_helps(weight, oracle.statistics(walk(rng, 600, 200)), Grid(bits, block_size=block), Method())
+    moments, grid = oracle.statistics(walk(rng, 600, 200)), Grid(bits, block_size=block)
+    # after the last fit of the scale a single code would still win 2.4% of a channel's objective at most
+    assert most_by_one_step(weight, moments, grid, Method(), 2e-4) <= (0 if block else 0.05)
+    monkeypatch.setattr("comq_onnx.solve.comq._refit", keep_scale)
+    assert most_by_one_step(weight, moments, grid, Method(), 2e-4) <= 0
 
 
-def no_single_step_helps(weight: np.ndarray, moments: Statistics, grid: Grid, method: Method) -> None:
+def keep_scale(_taken: object, now: list[Rounding], _gradients: object) -> list[Rounding]:
+    return now
+
+
+def most_by_one_step(weight: np.ndarray, moments: Statistics, grid: Grid, method: Method, tolerance: float) -> float:
+    """The most by which a single step of one code lowers the objective of its channel, as a share of that objective;
+    what is below `tolerance` of the code's curvature does not count."""
     solved = method(weight, moments, grid)
     ridge = RIDGE if method.effort == "fast" else choose_ridge(weight, moments, grid)
     objective = oracle.Objective(weight, moments, ridge)
@@ -359,12 +375,13 @@ def no_single_step_helps(weight: np.ndarray, moments: Statistics, grid: Grid, me
     for g, c, i in np.argwhere(np.ones(values.shape))[:: max(1, values.size // 10)]:
         one = objective.after_one_step(values, (g, c), i, step[g, c, i])
         # a difference of objectives, of which float64 keeps 15 digits
-        assert changes[1, g, c, i] == pytest.approx(one, rel=1e-9, abs=1e-9 * np.abs(objective(values)).max())
-    # below 1e-4 of a code's own curvature flips stop; float32 gradients of the whole channel's sums decide
-    tolerance = 2e-4 * step**2 * np.einsum("gii->gi", objective.h)[:, None]
-    tolerance = tolerance + 1e-5 * np.abs(objective(values))[..., None] + 1e-12
+        assert changes[1, g, c, i] == pytest.approx(one, rel=1e-9, abs=1e-9 * objective.terms(values).max())
+    # float32 gradients of the whole channel's sums decide
+    within = tolerance * step**2 * np.einsum("gii->gi", objective.h)[:, None]
+    within = within + 1e-5 * np.abs(objective(values))[..., None] + 1e-12
     possible = np.stack([solved.codes > grid.qmin, solved.codes < grid.qmax])
-    assert not (possible & (changes < -tolerance)).any()
+    gains = np.where(possible & (changes < -within), -changes, 0).max(axis=(0, 3))
+    return float((gains / (np.abs(objective(values)) + 1e-30)).max())
 
 
 @EFFORTS
@@ -490,7 +507,10 @@ def test_more_bits_cost_less(method: Method, bits: int) -> None:
     weight, moments = coupled()
     for sharing in ({}, {"block_size": 16}, {"per_tensor": True}):
         for symmetric in (True, False):
-            errors = [solve(weight, moments, Grid(b, symmetric, **sharing), method).error for b in (bits - 1, bits)[bits == 2 :]]
+            errors = [
+                solve(weight, moments, Grid(b, symmetric, **sharing), method).error
+                for b in (bits - 1, bits)[bits == 2 :]
+            ]
             on_grid(solve(weight, moments, Grid(bits, symmetric, **sharing), method).weight)
             if len(errors) == 2:
                 assert error_db(errors[1]) < error_db(errors[0]) - 2

@@ -113,7 +113,7 @@ def solve_together(
     centre = has_bias and method.solver == "comq"
     moments = statistics.centred()
     ends = np.cumsum([w.shape[1] for w in weights])[:-1]
-    whole = np.concatenate(weights, axis=1)
+    whole = weights[0] if len(weights) == 1 else np.concatenate(weights, axis=1)
     rounded = rtn(whole, grid)
     solved = rounded if method.solver == "rtn" else method(whole, moments if centre else statistics, grid)
     judge = Judge(whole, moments)

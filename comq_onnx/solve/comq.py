@@ -30,7 +30,7 @@ from comq_onnx.solve.statistics import Statistics
 
 # problems of at most so many inputs are solved near-exactly
 SMALL = 32
-SMALL_SCALE_CANDIDATES = np.linspace(0.6, 1.3, 24)
+SMALL_SCALE_CANDIDATES = np.append(np.linspace(0.6, 1.3, 24), 1.0)
 FLIP_TOLERANCE = 1e-4
 GPTQ_RIDGE = 0.01
 # the ridges that are tried: from the middle outwards as long as the error on the other half falls
@@ -356,9 +356,9 @@ def choose_ridge(weight: Array, statistics: Statistics, grid: Grid) -> float:
     A few channels of a few groups, Babai-rounded at the MSE-best scale; every other ridge of RIDGES from RIDGE on,
     outwards as long as the error falls. weight [groups, out, in].
     """
-    folds = statistics.folds()
-    if folds is None:
+    if not statistics.has_folds:
         return RIDGE
+    inputs = weight.shape[-1]
     some = _spread(len(weight), RIDGE_GROUPS)
     rows = _spread(weight.shape[1], -(-RIDGE_CHANNELS // len(some)))
     sample = np.ascontiguousarray(weight[np.ix_(some, rows)])
@@ -366,8 +366,10 @@ def choose_ridge(weight: Array, statistics: Statistics, grid: Grid) -> float:
     trials: list[tuple[int, Arranged, Arranged]] = []
     for k, g in enumerate(some):
         # half the samples tell of half the inputs what all tell of all
-        order = visiting_order(statistics.gram[g])[:: 2 if weight.shape[-1] >= 2 * SMALL else 1]
-        first, second = (arrange(fold.group(int(g)), order) for fold in folds)
+        order = visiting_order(statistics.gram[g])[:: 2 if inputs >= 2 * SMALL else 1]
+        halves = statistics.group(int(g)).take(order).folds()
+        assert halves is not None
+        first, second = (replace(arrange(half, np.arange(len(order))), order=order, inputs=inputs) for half in halves)
         trials += [(k, first, second), (k, second, first)]
 
     def held_out(trial: tuple[int, Arranged, Arranged], ridge: float) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from comq_onnx.grid import Array, QuantizedWeight
@@ -26,33 +28,44 @@ class Judge:
         mean = moments.mean
         if moments.cross is not None and moments.residue is not None and moments.mean_error is not None:
             self._cross = _products(weight, moments.cross.swapaxes(1, 2).astype(np.float32))
-            self._rest = _quadratic(weight, moments.residue.astype(np.float32))
+            residue = moments.residue.astype(np.float32)
+            self._rest = _by_parts(weight, lambda g, w, _: _dot(w @ residue[g], w))
             self._offset = np.einsum("gmn,gn->gm", weight, moments.mean_error)
             mean = mean + moments.mean_error
         # E (W x)^2 of each channel, x in the float model
-        self.energy: Matrix = self._variance(weight) + np.einsum("gmn,gn->gm", weight, mean) ** 2
+        self.energy: Matrix = _by_parts(weight, self._variance) + np.einsum("gmn,gn->gm", weight, mean) ** 2
 
     def __call__(self, quantized: QuantizedWeight) -> tuple[Matrix, Matrix]:
         """The variance and the mean of the error: [groups, out] each."""
-        difference = self._weight - quantized.dequantize()
-        return self._variance(difference), np.einsum("gmn,gn->gm", difference, self._mean) + self._offset
+        offset = self._offset.copy()
 
-    def _variance(self, difference: Array) -> Matrix:
-        variance = _quadratic(difference, self._gram) + self._rest
+        def variance(g: int, w: Array, p: slice) -> Matrix:
+            d = w - quantized.part(g, p).dequantize()[0]
+            offset[g, p] += d @ self._mean[g]
+            return self._variance(g, d, p)
+
+        return _by_parts(self._weight, variance), offset
+
+    def _variance(self, g: int, difference: Array, p: slice) -> Matrix:
+        variance = _dot(difference @ self._gram[g], difference) + self._rest[g, p]
         if self._cross is not None:
-            variance += 2 * np.einsum("gmn,gmn->gm", difference, self._cross)
+            variance += 2 * _dot(difference, self._cross[g, p])
         return np.asarray(np.maximum(variance, 0), np.float64)
 
 
-def _quadratic(rows: Array, matrix: Array) -> Matrix:
-    """r M r^T of every row of rows [groups, out, in]: [groups, out]; no product is kept whole."""
-    found = np.empty(rows.shape[:2])
+def _dot(left: Array, right: Array) -> Matrix:
+    return np.asarray(np.einsum("mn,mn->m", left, right), np.float64)
+
+
+def _by_parts(weight: Array, function: Callable[[int, Array, slice], Matrix]) -> Matrix:
+    """A number for each channel [groups, out]: function(group, weight of some channels, which) a part at a time."""
+    found = np.empty(weight.shape[:2])
 
     def fill(task: tuple[int, slice]) -> None:
         g, p = task
-        found[g, p] = np.einsum("mn,mn->m", rows[g, p] @ matrix[g], rows[g, p])
+        found[g, p] = function(g, weight[g, p], p)
 
-    each(fill, [(g, p) for g in range(len(rows)) for p in parts(rows.shape[1])])
+    each(fill, [(g, p) for g in range(len(weight)) for p in parts(weight.shape[1])])
     return found
 
 

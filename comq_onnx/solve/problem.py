@@ -82,9 +82,16 @@ def _ordered(matrix: npt.NDArray[np.float64], order: npt.NDArray[np.intp]) -> Ar
 def pose(arranged: Arranged, grid: Grid, ridge: float = RIDGE) -> Problem:
     """The problem of a group, with `ridge` times the mean of the Gram's diagonal added to it, and more than noise."""
     h = arranged.gram.copy()
-    added = max(ridge * float(np.diag(h).mean(dtype=np.float64)), arranged.noise)
-    h[np.diag_indices_from(h)] += np.float32(added if added > 0 else 1.0)
-    unit, root = factor(h)
+    diagonal = np.diag(h).copy()
+    added = max(ridge * float(diagonal.mean(dtype=np.float64)), arranged.noise) or 1.0
+    while True:
+        np.fill_diagonal(h, diagonal + np.float32(added))
+        try:
+            unit, root = factor(h)
+            break
+        except scipy.linalg.LinAlgError:
+            # moments that are off by more than the ridge: sums of huge and tiny inputs
+            added *= 10
     return Problem(
         arranged.order, h, unit, root, arranged.mismatch, grid.block_of(arranged.inputs)[arranged.order], grid
     )

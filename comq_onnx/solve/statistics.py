@@ -32,16 +32,14 @@ class Statistics:
         return self._about(self.mean, self.mean_error)
 
     def _about(self, mean: Matrix, mean_error: Matrix | None) -> Statistics:
-        gram = self.gram - _outer(self.mean, mean) - _outer(mean, self.mean - mean)
+        gram = _centred(self.gram, self.mean, self.mean, mean, mean)
         half = None if self.half is None else self.half._about(mean, mean_error)
         if self.cross is None or self.mean_error is None or mean_error is None:
             return Statistics(gram, self.mean, self.count, half=half)
-        cross = self.cross - _outer(self.mean, mean_error) - _outer(mean, self.mean_error - mean_error)
-        residue = None
-        if self.residue is not None:
-            own = self.mean_error
-            residue = self.residue - _outer(own, mean_error) - _outer(mean_error, own - mean_error)
-        return Statistics(gram, self.mean, self.count, cross, residue, self.mean_error, half)
+        own = self.mean_error
+        cross = _centred(self.cross, self.mean, own, mean, mean_error)
+        residue = None if self.residue is None else _centred(self.residue, own, own, mean_error, mean_error)
+        return Statistics(gram, self.mean, self.count, cross, residue, own, half)
 
     def group(self, g: int) -> Statistics:
         """The moments of one group, as a stack of one."""
@@ -55,10 +53,28 @@ class Statistics:
             one(self.mean_error), half,
         )  # fmt: skip
 
+    def take(self, inputs: npt.NDArray[np.intp]) -> Statistics:
+        """The moments of some of the inputs."""
+
+        def some(matrix: Matrix | None) -> Matrix | None:
+            return None if matrix is None else matrix[:, inputs[:, None], inputs]
+
+        mean_error = None if self.mean_error is None else self.mean_error[:, inputs]
+        half = None if self.half is None else self.half.take(inputs)
+        gram = self.gram[:, inputs[:, None], inputs]
+        return Statistics(
+            gram, self.mean[:, inputs], self.count, some(self.cross), some(self.residue), mean_error, half
+        )
+
+    @property
+    def has_folds(self) -> bool:
+        """Whether there are two halves."""
+        return self.half is not None and 0 < self.half.count < self.count
+
     def folds(self) -> tuple[Statistics, Statistics] | None:
         """The moments of the two halves of the samples; None where they were not told apart."""
         first = self.half
-        if first is None or not 0 < first.count < self.count:
+        if first is None or not self.has_folds:
             return None
         rest = self.count - first.count
 
@@ -75,5 +91,9 @@ class Statistics:
         return replace(first, residue=None), second
 
 
-def _outer(a: Matrix, b: Matrix) -> Matrix:
-    return a[:, :, None] * b[:, None, :]
+def _centred(moment: Matrix, left: Matrix, right: Matrix, a: Matrix, b: Matrix) -> Matrix:
+    """E[(l - a)(r - b)^T] from E[l r^T], left E[l] and right E[r]; row by row, so that there is one such matrix."""
+    centred = moment.copy()
+    for g, i in np.ndindex(moment.shape[:2]):
+        centred[g, i] -= left[g, i] * b[g] + a[g, i] * (right[g] - b[g])
+    return centred

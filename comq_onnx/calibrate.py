@@ -369,7 +369,8 @@ class _Walk:
 
 
 def _finite_weight(prepared: Prepared, layer: Layer) -> Array:
-    weight = prepared.weight(layer)
+    # a copy: numba compiles again for arrays that are read-only or lie otherwise
+    weight = np.array(prepared.weight(layer), np.float32, order="C")
     if not np.isfinite(weight).all():
         count = int(weight.size - np.isfinite(weight).sum())
         raise ModelError(

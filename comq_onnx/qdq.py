@@ -259,6 +259,8 @@ def _dequantize_blocks(
     inputs = weight.codes.shape[-1]
     grid = weight.grid
     container = _container(weight, q)
+    if container == "INT2" and weight.codes.shape[1] % q.target.int2_columns:
+        container = "INT4"
     if q.opset < 21:
         return _dequantize_columns(model, node, layer, weight)
     block = grid.block_size or max(16, min(q.target.block, 1 << max(inputs - 1, 1).bit_length()))

@@ -31,6 +31,7 @@ class Target:
     containers: tuple[tuple[int, str, int], ...]
     min_opset: int
     block: int
+    int2_columns: int
 
     def container(self, bits: int, opset: int = 99) -> tuple[str, int]:
         """The smallest weight dtype that holds `bits` at `opset`, and the opset that it needs."""
@@ -57,6 +58,8 @@ ORT_CPU = Target(
     containers=((2, "INT2", 25), (4, "INT4", 21), (8, "INT8", 13)),
     min_opset=13,
     block=128,
+    # ONNX Runtime 1.31: MatMulNBits of INT2 codes gives garbage for other numbers of outputs
+    int2_columns=4,
 )
 
 TARGETS: dict[str, Target] = {target.name: target for target in (ORT_CPU,)}

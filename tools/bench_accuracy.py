@@ -19,12 +19,11 @@ does not; "all shifted" lets every method do so.
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import os
 import platform
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ import onnxruntime
 from comq_onnx import graph as graphs
 from comq_onnx import padding
 from comq_onnx.activations import ActivationPlan, plan_activations
-from comq_onnx.calibrate import Moments, Settings, specialize, walk
+from comq_onnx.calibrate import Settings, specialize, walk
 from comq_onnx.compare import compare_outputs
 from comq_onnx.grid import Array, Grid, QuantizedWeight, rtn
 from comq_onnx.pipeline import Options, version
@@ -158,16 +157,13 @@ def mean_cosine(before: Session, after: Session, output: str, samples: Samples) 
     return float(np.mean(found))
 
 
-def warm_up(methods: Methods, grids: Iterable[Grid]) -> None:
-    """Let every method solve a little, so that no row's seconds hold the compilation of kernels."""
-    rng = np.random.default_rng(0)
-    for grid, inputs in itertools.product(grids, (24, 72)):
-        some = Moments()
-        for half in (0, 1):
-            rows = rng.standard_normal((1, 100, inputs), np.float32)
-            some.add(rows, rows * np.float32(0.99), half)
+def warm_up(methods: Methods) -> None:
+    """Let every method solve two small models, so that no row's seconds hold the compilation of kernels."""
+    for name in OWN:
+        subject = open_subject(name, find(OWN_FOLDER, name), bits=[4])
+        grids, few = subject.grids(Grid(4)), subject.calib.take(range(BATCH))
         for method in methods.values():
-            solve(rng.standard_normal((1, 8, inputs), np.float32), some.statistics(), grid, method, has_bias=True)
+            measure(subject, grids, method, few, few)
 
 
 def _quiet(_what: str, _done: int, _total: int) -> None:
@@ -330,7 +326,7 @@ def main(
         if json_path:
             json_path.write_text(json.dumps(said, indent=2) + "\n")
 
-    warm_up(chosen, asked.values())
+    warm_up(chosen)
     second = []
     for subject in subjects(zoo, models, bits):
         samples = f"{len(subject.calib)} + {len(subject.test)}"

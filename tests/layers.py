@@ -13,7 +13,9 @@ from comq_onnx.grid import Array, Grid, QuantizedWeight
 from comq_onnx.solve import Method, Statistics, check_codes
 from comq_onnx.solve.problem import Part, arrange, pose, take_part
 
-CONDITIONS = ["white", "correlated", "dead", "duplicate", "singular", "few", "offset", "tiny", "huge", "all dead"]
+CONDITIONS = [
+    "white", "correlated", "dead", "duplicate", "singular", "few", "offset", "tiny", "huge", "spread", "all dead",
+]  # fmt: skip
 QUICK = settings(max_examples=25, deadline=None, derandomize=True)
 METHODS = {
     "comq": Method(), "comq fast": Method(effort="fast"), "comq max": Method(effort="max"), "paper": Method("paper"),
@@ -52,6 +54,8 @@ def rows(rng: np.random.Generator, condition: str, groups: int, positions: int, 
         x = np.broadcast_to(x[..., :1], x.shape) * rng.standard_normal(inputs) + 1e-4 * x
     elif condition == "offset":
         x += 5
+    elif condition == "spread":
+        x *= np.geomspace(1e-4, 1e4, inputs)
     elif condition in ("tiny", "huge"):
         x *= 1e-6 if condition == "tiny" else 1e6
     return x.astype(np.float32)
@@ -66,8 +70,12 @@ def walk(rng: np.random.Generator, positions: int, inputs: int) -> np.ndarray:
 
 
 @st.composite
-def cases(draw: st.DrawFn, shapes: tuple[int, int, int] = (3, 9, 40), conditions: list[str] = CONDITIONS) -> Case:
-    groups, out, inputs = (draw(st.integers(1, most)) for most in shapes)
+def cases(
+    draw: st.DrawFn, shapes: tuple[int, int, int] = (3, 9, 40), conditions: list[str] = CONDITIONS, least: int = 1
+) -> Case:
+    """Layers of at most `shapes` (groups, out, in) and of at least `least` inputs."""
+    groups, out = (draw(st.integers(1, most)) for most in shapes[:2])
+    inputs = draw(st.integers(least, shapes[2]))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     x = rows(rng, draw(st.sampled_from(conditions)), groups, 60, inputs)
     weight = rng.standard_normal((groups, out, inputs)).astype(np.float32)
@@ -83,10 +91,16 @@ def cases(draw: st.DrawFn, shapes: tuple[int, int, int] = (3, 9, 40), conditions
 
 
 @st.composite
-def posed(draw: st.DrawFn, inputs: int = 40, conditions: list[str] = CONDITIONS) -> tuple[Part, Array]:
-    """One group's channels as the solver has them, and scales [channels, blocks] for them; never per tensor."""
-    case = draw(cases((1, 9, inputs), conditions))
-    grid = Grid(case.grid.bits, case.grid.symmetric, block_size=case.grid.block_size)
+def posed(
+    draw: st.DrawFn, inputs: int = 40, conditions: list[str] = CONDITIONS, blocked: bool | None = None
+) -> tuple[Part, Array]:
+    """One group's channels as the solver has them, and scales [channels, blocks] for them; never per tensor.
+
+    blocked: of several blocks or of one (None: either).
+    """
+    case = draw(cases((1, 9, inputs), conditions, 17 if blocked else 1))
+    size = case.grid.block_size if blocked is None else 16 if blocked else None
+    grid = Grid(case.grid.bits, case.grid.symmetric, block_size=size)
     problem = pose(arrange(case.statistics), grid, draw(st.sampled_from([0.01, 0.1, 1.0])))
     weight = case.weight[0]
     rng = np.random.default_rng(case.weight.size)

@@ -78,12 +78,13 @@ def paper(
 # GPTQ -----------------------------------------------------------------------------------------------------------------
 
 
-def gptq(weight: np.ndarray, gram: np.ndarray, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
-    """GPTQ (arXiv 2210.17323, algorithm 1) as commonly written, of one matrix [out, in] with its Gram [in, in], inputs
-    in decreasing order of power: codes less the zero point, and how near each came to a tie."""
-    scale, zero = (a[0].astype(np.float64) for a in fit_mse(weight[None], grid))
+def gptq(weight: np.ndarray, gram: np.ndarray, grid: Grid, group: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """GPTQ (arXiv 2210.17323, algorithm 1) as commonly written, of one group's matrix of weight [groups, out, in] with
+    its Gram [in, in], inputs in decreasing order of power: codes less the zero point, and how near each came to a tie.
+    """
+    scale, zero = (a[group].astype(np.float64) for a in fit_mse(weight, grid))
     order, block = np.argsort(-np.diag(gram), kind="stable"), grid.block_of(len(gram))
-    w = weight.astype(np.float64)[:, order]
+    w = weight[group].astype(np.float64)[:, order]
     damped = gram[np.ix_(order, order)] + GPTQ_RIDGE * np.diag(gram).mean() * np.eye(len(gram))
     u = np.linalg.cholesky(np.linalg.inv(damped)).T  # upper, U^T U = H^-1
     codes, near = np.empty_like(w), np.empty_like(w)

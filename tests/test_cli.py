@@ -22,7 +22,7 @@ from PIL import Image
 
 import comq_onnx
 from comq_onnx import cli, errors, graph, pipeline
-from models import attention, build, cnn, infer, mlp, normal, samples_for, weight, worst_sqnr
+from models import attention, build, cnn, codes, infer, mlp, normal, samples_for, weight, worst_sqnr
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -212,6 +212,11 @@ def test_a_perfect_layer_is_json_too(run: Callable[..., Said], files: Path) -> N
         ["--activations", "16"],
         ["--solver", "rtn", "--independent", "--batch-size", 3, "--seed", 9],
         ["--solver", "paper", "--memory", 0, "--samples", 10],
+        ["--solver", "paper", "--order", "cyclic", "--sweeps", 1, "--shrink", 0.9],
+        ["--solver", "gptq", "--bits", 3],
+        ["--effort", "fast"],
+        ["--effort", "default", "--solver", "gptq"],
+        ["--effort", "max", "--granularity", 16],
         ["--include", "head", "--include", "point", "--device", "cpu", "--target", "ort-cpu"],
     ],
     ids=lambda options: " ".join(map(str, options)),
@@ -220,6 +225,47 @@ def test_every_option_works(run: Callable[..., Said], files: Path, options: list
     said = run(files / "cnn.onnx", "--calib", files / "cnn.npz", "-o", files / "q.onnx", *options)
     assert said.code == 0
     assert infer(files / "q.onnx", samples_for(cnn()))["logits"].shape == (40, 10)
+
+
+def test_every_solver_and_effort_gives_another_model_that_runs(run: Callable[..., Said], files: Path) -> None:
+    ways = {
+        "fast": ["--effort", "fast"], "default": [], "max": ["--effort", "max"], "gptq": ["--solver", "gptq"],
+        "rtn": ["--solver", "rtn"], "greedy": ["--solver", "paper"],
+        "cyclic": ["--solver", "paper", "--order", "cyclic"], "one sweep": ["--solver", "paper", "--sweeps", 1],
+        "shrunk": ["--solver", "paper", "--shrink", 0.7],
+    }  # fmt: skip
+    found = {}
+    for name, options in ways.items():
+        said = run(
+            files / "mlp.onnx", "--calib", files / "mlp.npz", "--bits", 3, "-o", files / f"{name}.onnx", *options
+        )
+        assert said.code == 0
+        found[name] = b"".join(array.tobytes() for _, array in sorted(codes(files / f"{name}.onnx").items()))
+        # 3 bits of normal weights: 15 dB a layer, two layers, little less
+        assert worst_sqnr(files / "mlp.onnx", files / f"{name}.onnx", samples_for(mlp())) > 8
+    assert len(set(found.values())) == len(ways)
+
+
+@pytest.mark.parametrize(
+    ("told", "default"),
+    [
+        (["--effort", "default"], []),
+        (["--solver", "comq"], []),
+        (["--solver", "paper", "--order", "greedy"], ["--solver", "paper"]),
+        (["--solver", "paper", "--sweeps", 3], ["--solver", "paper"]),
+        (["--solver", "paper", "--shrink", 0.8], ["--solver", "paper"]),
+    ],
+    ids=lambda options: " ".join(map(str, options)),
+)
+def test_the_defaults_are_what_help_and_the_paper_say(
+    run: Callable[..., Said], files: Path, told: list[object], default: list[object]
+) -> None:
+    for name, options in (("told", told), ("default", default)):
+        arguments = ("--calib", files / "mlp.npz", "--bits", 3, "-o", files / f"{name}.onnx")
+        assert run(files / "mlp.onnx", *arguments, *options).code == 0
+    one, other = codes(files / "told.onnx"), codes(files / "default.onnx")
+    assert list(one) == list(other)
+    assert all(np.array_equal(one[name], other[name]) for name in one)
 
 
 def test_a_name_with_brackets_is_printed_as_it_is(run: Callable[..., Said], files: Path) -> None:
@@ -434,10 +480,26 @@ USAGE_ERRORS: dict[str, tuple[list[str], str]] = {
     "an empty batch": (["--batch-size", "0"], "0"),
     "less than no memory": (["--memory", "-1"], "-1"),
     "bits for nothing": (["--bits-for", "fc"], "fc"),
+    "an effort that does not exist": (["--effort", "heroic"], "heroic"),
+    "an order that does not exist": (["--solver", "paper", "--order", "random"], "random"),
+    "no sweeps": (["--solver", "paper", "--sweeps", "0"], "0"),
+    "half a sweep": (["--solver", "paper", "--sweeps", "0.5"], "0.5"),
+    "shrunk to nothing": (["--solver", "paper", "--shrink", "0"], "0"),
+    "shrunk to more than twice": (["--solver", "paper", "--shrink", "2.1"], "2.1"),
 }
 LATE_ERRORS: dict[str, tuple[list[str], str]] = {
     "memory that is no number": (["--memory", "nan"], "nan"),
     "a report that is a directory": (["--json", "."], "--json"),
+    "a factor that is no number": (["--solver", "paper", "--shrink", "nan"], "nan"),
+    "an order without the paper": (
+        ["--order", "cyclic"],
+        "--order cyclic: the paper's solver alone has it; add --solver paper",
+    ),
+    "sweeps without the paper": (["--sweeps", "2"], "add --solver paper"),
+    "a factor without the paper": (["--shrink", "0.9"], "add --solver paper"),
+    "an order for rounding": (["--solver", "rtn", "--order", "greedy"], "add --solver paper"),
+    "an effort for rounding": (["--solver", "rtn", "--effort", "max"], "not --solver rtn"),
+    "an effort for the paper": (["--solver", "paper", "--effort", "fast"], "not --solver paper"),
 }
 BAD_OPTIONS: dict[str, tuple[list[str], str]] = {
     "a block that is no power of two": (["--granularity", "48"], "48"),

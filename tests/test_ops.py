@@ -16,6 +16,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from comq_onnx import patches
 from comq_onnx.ops import OP_KINDS, Conv, ConvTranspose, Gather, Gemm, MatMul, MatMulLeft, NotQuantizable, OpKind
 
 ort.set_default_logger_severity(4)
@@ -308,6 +309,50 @@ def test_conv(rank: int) -> None:
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_conv_transpose(rank: int) -> None:
     mostly(lambda case: check_window(ConvTranspose, case), windows(rank, True), examples=100)
+
+
+@pytest.mark.parametrize(("op", "factory"), [("Conv", Conv), ("ConvTranspose", ConvTranspose)])
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_where_rows_are_patches_their_gram_is_that_of_the_padded_input(op: str, factory: Any, data: Any) -> None:
+    """Whatever pads, automatic pads or zeros between the elements the input got, and in the order of the rows."""
+    x_shape, weight_shape, _, attributes, seed = data.draw(windows(2, op == "ConvTranspose"))
+    kind = kind_of(factory, op, np.zeros(weight_shape), attributes)
+    x = whole(np.random.default_rng(seed), x_shape)
+    seen = []
+
+    def pays(*call: Any) -> bool:
+        seen.append(call)
+        _, kernel, strides, dilations, group = call
+        return len(kernel) == 2 and group == 1 and all(step == 1 for step in (*strides, *dilations))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(patches, "pays", pays)
+        padded = kind.patches(x)
+    assert len(seen) == 1
+    assert seen[0][1] == kind.kernel == weight_shape[2:]
+    if op == "Conv" and (attributes.get("strides", [1, 1]) != [1, 1] or kind.groups > 1):
+        assert padded is None
+    if padded is not None:
+        rows = kind.rows(x)[0].astype(np.float64)
+        assert np.array_equal(patches.patch_gram(padded, padded, kind.kernel), rows.T @ rows)
+        assert np.array_equal(patches.patch_sum(padded, kind.kernel), rows.sum(axis=0))
+        assert len(rows) == len(x) * np.prod([n - k + 1 for n, k in zip(padded.shape[2:], kind.kernel, strict=True)])
+
+
+@pytest.mark.parametrize(
+    ("kind", "x_shape"),
+    [
+        (MatMul((5, 4)), (9, 5)),
+        (MatMulLeft((4, 5)), (5, 9)),
+        (Gemm((5, 4), False, False, 1.0, 1.0), (9, 5)),
+        (Gather((7, 5)), (9,)),
+    ],
+    ids=["MatMul", "MatMulLeft", "Gemm", "Gather"],
+)
+def test_what_is_no_convolution_has_no_patches(kind: OpKind, x_shape: tuple[int, ...]) -> None:
+    assert kind.patches(np.zeros(x_shape, np.float32)) is None
+    assert kind.kernel == ()
 
 
 @pytest.mark.parametrize("auto_pad", ["SAME_UPPER", "SAME_LOWER", "VALID"])

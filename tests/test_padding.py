@@ -312,6 +312,21 @@ def test_leaving_out_padding_is_better_for_what_counts(tmp_path: Path, monkeypat
     assert reached[0] > reached[1] + 10
 
 
+def test_positions_are_drawn_among_those_that_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, solved: Solved
+) -> None:
+    for limit in ("LEAST_POSITIONS", "MOST_POSITIONS"):
+        monkeypatch.setattr(calibrate, limit, 64)
+    monkeypatch.setattr(calibrate, "POSITIONS_PER_INPUT", 1)
+    model, samples = with_garbage(tokens()), sentences(pad=GARBAGE)
+    report = quantize(model, tmp_path / "q.onnx", samples)
+    # a share of each batch, rounded
+    assert solved.on["proj"].count == pytest.approx(64, abs=1)
+    assert solved.on["proj"].count < used(report, samples)["attention_mask"].sum()
+    # squares of normal numbers; a huge token's are 1e8
+    assert solved.on["proj"].gram.max() < 100
+
+
 def test_features_that_are_as_many_as_positions_are_no_positions(tmp_path: Path, solved: Solved) -> None:
     # pooled [batch, 32] looks like [batch, positions] of a mask [batch, 32]
     samples = sentences(longest=32)

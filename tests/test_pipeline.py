@@ -13,7 +13,9 @@ import onnx
 import pytest
 
 import comq_onnx
-from comq_onnx import cli, pipeline, runtime
+from comq_onnx import Options, cli, pipeline, runtime
+from comq_onnx.errors import OptionError
+from comq_onnx.solve import Method
 from models import Arrays, attention, cnn, infer, mlp, normal, samples_for, sqnr, worst_sqnr
 
 Run = Callable[..., Any]
@@ -167,6 +169,36 @@ def test_the_output_loads_at_every_optimization_level(tmp_path: Path, bits: int)
 @pytest.mark.parametrize(("granularity", "symmetric"), [("channel", False), ("tensor", True), ("32", False)])
 def test_an_attention_keeps_its_outputs(quantized: Run, granularity: str, symmetric: bool) -> None:
     quantized(attention(), granularity=granularity, symmetric=symmetric, floor=28)
+
+
+def test_options_name_the_method() -> None:
+    assert Options().method == Method("comq", "default")
+    assert Options(effort="max").method == Method("comq", "max")
+    assert Options(solver="gptq").method == Method("gptq")
+    told = Options(solver="paper", order="cyclic", sweeps=7, shrink=0.5)
+    assert told.method == Method("paper", "default", "cyclic", 7, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"solver": "magic"}, "comq, paper, gptq, rtn"),
+        ({"effort": "heroic"}, "fast, default, max"),
+        ({"solver": "paper", "order": "random"}, "greedy, cyclic"),
+        ({"order": "cyclic"}, "add --solver paper"),
+        ({"solver": "gptq", "sweeps": 3}, "add --solver paper"),
+        ({"shrink": 0.8}, "add --solver paper"),
+        ({"solver": "gptq", "effort": "max"}, "not --solver gptq"),
+        ({"solver": "paper", "sweeps": 0}, "1 or more"),
+        ({"solver": "paper", "shrink": 0.0}, "above 0"),
+        ({"solver": "paper", "shrink": 2.5}, "at most 2"),
+        ({"solver": "paper", "shrink": float("nan")}, "above 0"),
+    ],
+    ids=str,
+)
+def test_options_that_cannot_be_say_what_can(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(OptionError, match=words):
+        Options(**options)
 
 
 def test_an_option_that_does_not_exist_is_a_type_error(tmp_path: Path) -> None:

@@ -497,7 +497,7 @@ def test_a_weight_only_matmul_without_a_bias_gets_one_that_carries_the_mean(quan
     wanted, got = (Session(m).run(feeds)["y"] for m in (source.SerializeToString(), written.path))
     lost = np.abs((got - wanted).mean(axis=(0, 1)))
     assert [n.op_type for n in written.proto.graph.node] == ["DequantizeLinear", "MatMul", "Add"]
-    # what is left is how well some hundred positions tell a mean; without a bias it is larger than the rest of the error
+    # what is left is how well some hundred positions tell a mean; without a bias it outweighs the rest of the error
     assert lost.max() < 0.25 * (got - wanted).std()
 
 

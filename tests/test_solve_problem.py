@@ -195,6 +195,15 @@ def test_inputs_that_are_dead_get_a_problem_all_the_same(n: int) -> None:
     assert np.array_equal(pose(arrange(dead), Grid(4), 0.0).root, np.ones(n))
 
 
+def test_moments_that_are_off_by_more_than_the_ridge_get_a_larger_one() -> None:
+    gram = np.asarray([[[1.0, 3.0, 0.0], [3.0, 1.0, 0.0], [0.0, 0.0, 1.0]]])  # no Gram: 1 - 3 is an eigenvalue
+    problem = pose(arrange(Statistics(gram, np.zeros((1, 3)), 10)), Grid(4))
+    # 0.1, 1 and 10 times the mean power
+    np.testing.assert_allclose(problem.h, gram[0] + 10 * np.eye(3), rtol=1e-6)
+    m = np.tril(problem.unit) * problem.root[:, None]
+    np.testing.assert_allclose(m.T @ m, problem.h, rtol=1e-5, atol=1e-5)
+
+
 def test_what_centring_leaves_of_a_constant_input_does_not_count() -> None:
     """A mean of 1000 squares to 1e6, of which float64 sums of float32 products keep a few parts in a million."""
     left = np.full((1, 3, 3), -1e-2)

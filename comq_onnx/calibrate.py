@@ -162,14 +162,20 @@ class _Walk:
                 spent = time.perf_counter() - start
                 self.result.seconds["solve"] += spent
                 self.result.layer_seconds |= {layer.name: spent / len(together) for layer in together}
+            for layer in readers:
+                if layer.name not in self.result.solutions:
+                    self._take_shared(layer)
 
     def _alike(self, readers: Sequence[Layer]) -> list[list[Layer]]:
-        """Layers of one input that are solved as one: their outputs are more channels of the same problem."""
+        """Layers of one input that are solved as one: their outputs are more channels of the same problem. Each weight
+        once: who shares it takes its codes afterwards."""
         alike: dict[object, list[Layer]] = {}
+        begun = set()
         for layer in readers:
-            if self._take_shared(layer):
-                continue
             grid = self.grids[layer.name]
+            if self._take_shared(layer) or (layer.weight, layer.kind, grid) in begun:
+                continue
+            begun.add((layer.weight, layer.kind, grid))
             alike.setdefault((grid, self._has_bias(layer), layer.name if grid.per_tensor else None), []).append(layer)
         return list(alike.values())
 

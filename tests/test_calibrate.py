@@ -187,7 +187,7 @@ def test_layers_of_one_weight_and_one_input_get_the_same_codes(
         {"w": weight(32, 300)},
     )
     report = quantize(model, tmp_path / "q.onnx", {"x": normal(40, 32)})
-    assert solved.together == [["first", "second"]]
+    assert solved.together == [["first"]]
     # one weight, once in the file
     assert list(codes(tmp_path / "q.onnx")) == ["w.codes"]
     first, second = report.layers

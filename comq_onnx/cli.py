@@ -72,7 +72,7 @@ class _BitsFor(click.ParamType[tuple[str, int]]):
 @click.option("--solver", type=click.Choice(METHODS), default="comq",
               help="comq; for comparison paper (the authors' COMQ), gptq, and rtn (plain rounding).")  # fmt: skip
 @click.option("--effort", type=click.Choice(list(EFFORTS)), default="default",
-              help="How long comq searches: max takes some 5 times as long as default, fast half.")  # fmt: skip
+              help="How long comq searches: fast takes a third of default's time, max 15 times it.")  # fmt: skip
 @click.option("--order", type=click.Choice(ORDERS), help="Of the paper's solver.  [default: greedy]")
 @click.option("--sweeps", type=click.IntRange(1), help=f"Of the paper's solver.  [default: {SWEEPS}]")
 @click.option("--shrink", type=click.FloatRange(0, 2, min_open=True),

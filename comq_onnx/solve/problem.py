@@ -80,10 +80,14 @@ def _ordered(matrix: npt.NDArray[np.float64], order: npt.NDArray[np.intp]) -> Ar
 
 
 def pose(arranged: Arranged, grid: Grid, ridge: float = RIDGE) -> Problem:
-    """The problem of a group, with `ridge` times the mean of the Gram's diagonal added to it, and more than noise."""
+    """The problem of a group, with `ridge` times the mean of the Gram's diagonal added to it, and more than noise.
+
+    Raises numpy.linalg.LinAlgError for what is no Gram at all.
+    """
     h = arranged.gram.copy()
     diagonal = np.diag(h).copy()
     added = max(ridge * float(diagonal.mean(dtype=np.float64)), arranged.noise) or 1.0
+    most = max(float(diagonal.sum(dtype=np.float64)), added)
     while True:
         np.fill_diagonal(h, diagonal + np.float32(added))
         try:
@@ -91,6 +95,8 @@ def pose(arranged: Arranged, grid: Grid, ridge: float = RIDGE) -> Problem:
             break
         except scipy.linalg.LinAlgError:
             # moments that are off by more than the ridge: sums of huge and tiny inputs
+            if not added <= most:
+                raise
             added *= 10
     return Problem(
         arranged.order, h, unit, root, arranged.mismatch, grid.block_of(arranged.inputs)[arranged.order], grid

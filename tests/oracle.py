@@ -10,7 +10,6 @@ import numpy as np
 
 from comq_onnx.grid import Grid, fit_minmax, fit_mse
 from comq_onnx.solve import Statistics
-from comq_onnx.solve.comq import GPTQ_RIDGE
 from comq_onnx.solve.paper import SHRINK
 from comq_onnx.solve.problem import RIDGE
 
@@ -85,7 +84,7 @@ def gptq(weight: np.ndarray, gram: np.ndarray, grid: Grid, group: int = 0) -> tu
     scale, zero = (a[group].astype(np.float64) for a in fit_mse(weight, grid))
     order, block = np.argsort(-np.diag(gram), kind="stable"), grid.block_of(len(gram))
     w = weight[group].astype(np.float64)[:, order]
-    damped = gram[np.ix_(order, order)] + GPTQ_RIDGE * np.diag(gram).mean() * np.eye(len(gram))
+    damped = gram[np.ix_(order, order)] + 0.01 * np.diag(gram).mean() * np.eye(len(gram))
     u = np.linalg.cholesky(np.linalg.inv(damped)).T  # upper, U^T U = H^-1
     codes, near = np.empty_like(w), np.empty_like(w)
     for k, i in enumerate(order):
@@ -225,6 +224,25 @@ def best_first(
         if len(q) > 1:
             near = min(near, float(order[-1] - order[-2]) / own[i])
         q[i] += 1 if up[i] > down[i] else -1
+
+
+def bit_planes(
+    h: np.ndarray, pull: np.ndarray, w: np.ndarray, q: np.ndarray, scale: np.ndarray, low: np.ndarray, high: np.ndarray,
+    count: int,
+) -> tuple[np.ndarray, float]:  # fmt: skip
+    """One turn of each of the `count` bit planes of one channel's codes [in], the highest first: alpha_b <- alpha_b +
+    <t_b, V> / <t_b, H t_b>, then a sweep of the plane. The codes without the alphas, and how near one came to a tie."""
+    h, near = h.astype(np.float64), np.inf
+    planes = [np.sign(q) * (np.abs(q).astype(int) >> b & 1) for b in range(count)]
+    values = [plane * 2.0**b * scale for b, plane in enumerate(planes)]
+    for b in reversed(range(count)):
+        v, norm = h @ (w - sum(values)) + pull, values[b] @ h @ values[b]
+        by = values[b] @ v / norm if norm > 0 else 0.0
+        step = scale * 2.0**b * (1 + (by if abs(by) < 0.5 else 0.0))
+        rest = w - sum(values) + values[b]
+        planes[b], one = sweep(h, pull, rest, planes[b], step, np.full(len(q), -1.0), np.full(len(q), 1.0))
+        values[b], near = planes[b] * step, min(near, one)
+    return np.clip(sum(plane * 2.0**b for b, plane in enumerate(planes)), low, high), near
 
 
 def every_code(low: int, high: int, n: int) -> np.ndarray:

@@ -313,6 +313,11 @@ def test_few_inputs_are_solved_nearly_exactly(bits: int, n: int) -> None:
             d = w - codes[c] * float(scale[c])
             # the scale is a float32
             assert d @ h @ d >= best - 1e-6 * nothing
+            for move in oracle.steps(n):
+                if grid.qmin <= (codes[c] + move).min() and (codes[c] + move).max() <= grid.qmax:
+                    moved = d - move * float(scale[c])
+                    # below 1e-6 of a code's curvature moves stop
+                    assert moved @ h @ moved >= d @ h @ d - 2e-6 * (np.diag(h) @ np.abs(move)) * float(scale[c]) ** 2
             over.append((d @ h @ d - best) / nothing)
     # a few have a better answer, at a scale that was not tried or beyond moves of one and two codes: 1 in 14 was found
     assert np.mean(np.asarray(over) < 1e-6) > 0.85

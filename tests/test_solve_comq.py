@@ -148,6 +148,22 @@ def test_the_start_is_no_worse_than_babai_at_the_mse_scale(given_: tuple[Part, A
         assert best.zero.max() <= grid.qmax
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_zero_points_at_an_end_of_the_range_stay_in_it(bits: int, sign: int) -> None:
+    """Weights of one sign: the best zero point may be the first or the last code."""
+    rng = np.random.default_rng(0)
+    weight = sign * np.abs(rng.standard_normal((1, 100, 40))).astype(np.float32)
+    grid = Grid(bits, symmetric=False)
+    _, zero = fit_mse(weight, grid)
+    assert (zero == (grid.qmin if sign > 0 else grid.qmax)).any()
+    for effort in EFFORTS:
+        solved = solve_comq(weight, oracle.statistics(walk(rng, 200, 40)), grid, effort)
+        assert solved.zero_point.min() >= grid.qmin
+        assert solved.zero_point.max() <= grid.qmax
+        assert (np.abs(solved.zero_point.astype(int) - zero) <= 1).all()
+
+
 # The descent ----------------------------------------------------------------------------------------------------------
 
 

@@ -73,12 +73,13 @@ def same(first: QuantizedWeight, second: QuantizedWeight) -> None:
     assert np.array_equal(first.zero_point, second.zero_point)
 
 
-@pytest.mark.parametrize("bits", [2, 3])
-def test_few_bits_start_from_the_authors_smaller_span(bits: int) -> None:
+@pytest.mark.parametrize(("bits", "shrink"), [(2, 0.65), (3, 0.8), (4, 1.0), (8, 1.0)])
+def test_few_bits_start_from_the_authors_smaller_span(bits: int, shrink: float) -> None:
     weight, x = layer()
     grid = Grid(bits, symmetric=False)
     found = solve_paper(weight, oracle.statistics(x), grid)
-    _, zero = fit_minmax(weight, grid, {2: 0.65, 3: 0.8}[bits])
+    same(found, solve_paper(weight, oracle.statistics(x), grid, shrink=shrink))
+    _, zero = fit_minmax(weight, grid, shrink)
     assert np.array_equal(found.zero_point, zero)
 
 

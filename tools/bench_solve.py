@@ -123,19 +123,21 @@ def torch_gptq(weight: np.ndarray, gram: np.ndarray, grid: Grid, scale: np.ndarr
     return wq[:, torch.argsort(order)].numpy()
 
 
-def paper_seconds(layer: Layer, grid: Grid, sweeps: int = 3, channels: int = 64, inputs: int = 48) -> float:
-    """Seconds of the authors' algorithm on X (the residual X w of all channels follows every code), extrapolated from
-    some channels and inputs."""
-    x = np.resize(layer.rows, (PAPER_POSITIONS, layer.rows.shape[1]))
+def paper_seconds(layer: Layer, grid: Grid, sweeps: int = 3, channels: int = 64, inputs: int = 24) -> float:
+    """Seconds of the authors' algorithm on X, extrapolated from some channels and steps: each channel visits its inputs
+    in its own order, and its residual over all positions follows every code."""
+    x = np.ascontiguousarray(np.resize(layer.rows, (PAPER_POSITIONS, layer.rows.shape[1])).T)
     w = layer.weight[0, :channels]
     scale, zero = (a[0, :channels, 0] for a in fit_minmax(layer.weight, grid))
-    norms, residual = (x**2).sum(axis=0), np.zeros((PAPER_POSITIONS, channels), np.float32)
+    norms, residual = (x**2).sum(axis=1), np.zeros((channels, PAPER_POSITIONS), np.float32)
+    visits = np.argsort(-np.abs(w) * np.sqrt(norms), axis=1, kind="stable")
+    every = np.arange(channels)
     start = time.perf_counter()
-    for i in range(inputs):
-        column = x[:, i]
-        target = (column @ residual + norms[i] * w[:, i]) / norms[i]
+    for i in visits.T[:inputs]:
+        column = x[i]
+        target = np.einsum("cp,cp->c", column, residual) / norms[i] + w[every, i]
         q = np.clip(np.rint(target / scale), grid.qmin - zero, grid.qmax - zero)
-        residual += column[:, None] * (w[:, i] - q * scale)
+        residual += column * (w[every, i] - q * scale)[:, None]
     spent = time.perf_counter() - start
     return spent * sweeps * layer.weight.shape[2] / inputs * layer.weight.shape[1] / channels
 

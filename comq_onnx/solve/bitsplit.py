@@ -21,7 +21,8 @@ from comq_onnx.solve.problem import Part
 def refine(part: Part, codes: Array, scale: Array, zero: Array) -> Array:
     """Codes [channels, in] after one turn of every bit plane, back on the grid; arguments as in comq.Rounding."""
     problem = part.problem
-    planes = split(codes)
+    # as many as the grid's codes may have: a channel's planes must not depend on the others'
+    planes = split(codes, problem.grid.bits)
     v = part.gradient(codes, scale)
     none = np.zeros_like(zero)
     for b in reversed(range(len(planes))):
@@ -40,10 +41,9 @@ def refine(part: Part, codes: Array, scale: Array, zero: Array) -> Array:
     return np.clip(stitch(planes), low, high)
 
 
-def split(codes: Array) -> Array:
-    """The bit planes [planes, ...] of integer codes: t_b is the code's sign where bit b of its magnitude is set."""
+def split(codes: Array, count: int) -> Array:
+    """The bit planes [count, ...] of integer codes: t_b is the code's sign where bit b of its magnitude is set."""
     magnitude = np.abs(codes).astype(np.int32)
-    count = max(int(magnitude.max(initial=0)).bit_length(), 1)
     bits = magnitude[None] >> np.arange(count).reshape(-1, *[1] * codes.ndim) & 1
     return np.ascontiguousarray(bits * np.sign(codes), np.float32)
 

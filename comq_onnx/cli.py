@@ -168,6 +168,9 @@ def main() -> None:
         _fail("interrupted; nothing was written", 130)
     except ComqError as error:
         _fail(str(error), error.exit_code)
+    except OSError as error:
+        # a full disk is met anywhere: by temporary files, by the cache of compiled code
+        _fail(f"{error}; nothing was written: free some space, or check the permissions", OptionError.exit_code)
     except MemoryError:
         _fail("out of memory; try a smaller --batch-size, fewer --samples, or --memory", 5)
 

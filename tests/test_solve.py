@@ -100,7 +100,7 @@ def test_few_uncoupled_inputs_cost_no_more_than_rounding_at_the_mse_scale(bits: 
     """The scale that plain rounding likes best is among those that few inputs are tried with."""
     rng = np.random.default_rng(0)
     for inputs in (1, 3, 9, 32):
-        weight = rng.standard_normal((1, 200, inputs)).astype(np.float32)
+        weight = rng.standard_normal((1, 80, inputs)).astype(np.float32)
         for grid in (Grid(bits), Grid(bits, symmetric=False)):
             solved = solve_comq(weight, identity(weight), grid).dequantize().astype(np.float64)
             rounded = round_to_grid(weight, *fit_mse(weight, grid), grid).dequantize().astype(np.float64)
@@ -154,6 +154,19 @@ def test_centring_lowers_the_error_of_inputs_with_a_mean() -> None:
     assert plain.shift is None
     assert centred.shift is not None
     assert centred.error < plain.error
+
+
+@EFFORTS
+def test_with_a_bias_the_weight_is_solved_about_the_mean(method: Method) -> None:
+    rng = np.random.default_rng(0)
+    x = (rng.standard_normal((1, 500, 48)) + 3).astype(np.float32)
+    weight, moments = rng.standard_normal((1, 16, 48)).astype(np.float32), oracle.statistics(x, halves=True)
+    # at 3 bits no channel falls back on plain rounding
+    for has_bias, wanted in ((False, moments), (True, moments.centred())):
+        assert np.array_equal(
+            solve(weight, moments, Grid(3), method, has_bias).weight.codes, method(weight, wanted, Grid(3)).codes
+        )
+    assert (method(weight, moments, Grid(3)).codes != method(weight, moments.centred(), Grid(3)).codes).any()
 
 
 @QUICK

@@ -75,10 +75,11 @@ def same(first: QuantizedWeight, second: QuantizedWeight) -> None:
 
 @pytest.mark.parametrize(("bits", "shrink"), [(2, 0.65), (3, 0.8), (4, 1.0), (8, 1.0)])
 def test_few_bits_start_from_the_authors_smaller_span(bits: int, shrink: float) -> None:
-    weight, x = layer()
-    grid = Grid(bits, symmetric=False)
-    found = solve_paper(weight, oracle.statistics(x), grid)
-    same(found, solve_paper(weight, oracle.statistics(x), grid, shrink=shrink))
+    weight, x = alike()
+    grid, moments = Grid(bits, symmetric=False), oracle.statistics(x)
+    found = solve_paper(weight, moments, grid)
+    same(found, solve_paper(weight, moments, grid, shrink=shrink))
+    assert (found.codes != solve_paper(weight, moments, grid, shrink=shrink + 0.01).codes).any()
     _, zero = fit_minmax(weight, grid, shrink)
     assert np.array_equal(found.zero_point, zero)
 

@@ -434,6 +434,23 @@ def test_no_other_scale_suits_the_codes_better(method: Method) -> None:
     check()
 
 
+@EFFORTS
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_the_scale_of_a_channel_is_the_best_for_its_codes(method: Method, bits: int) -> None:
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((1, 64, 100)).astype(np.float32)
+    moments = oracle.statistics(walk(rng, 300, 100))
+    solved, objective = method(weight, moments, Grid(bits)), oracle.Objective(weight, moments)
+    codes = solved.codes.astype(np.float64)
+    above, below = (np.einsum("gmi,gij,gmj->gm", codes, objective.h, other) for other in (objective.optimum(), codes))
+    best = objective(codes * (above / below)[..., None])
+    # the last fit divides by what <wq, H wq> was before the last moves: that cost a channel 0.35% at most and 0.01% on
+    # average, where no fit cost 1% to 5%
+    over = objective(solved.dequantize()) / best
+    assert over.max() < 1.01
+    assert over.mean() < 1.0005
+
+
 # Layers of one input --------------------------------------------------------------------------------------------------
 
 

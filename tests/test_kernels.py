@@ -201,9 +201,8 @@ def test_after_the_moves_no_code_and_no_two_along_their_gradients_move_for_the_b
             least = float(problem.loss(every_code(problem, c), c).min())
             assert base >= least * (1 - 1e-9)
             reached.append(base <= least * (1 + 1e-6))
-    # all codes there are set the bound: of two codes' problems four in five reach it, of five codes' with the least
-    # ridge half of them
-    assert np.mean(reached) > 0.4
+    # all codes there are set the bound: most problems reach it, of those of five codes with little ridge 63%
+    assert np.mean(reached) > (0.8 if ridge == 0.3 else 0.5)
 
 
 def every_code(problem: Few, channel: int) -> np.ndarray:

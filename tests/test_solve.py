@@ -219,9 +219,10 @@ def test_permuting_the_outputs_permutes_the_answer(
     np.testing.assert_allclose(permuted.scale, straight.scale[:, order], rtol=1e-5)
 
 
-@SOLVERS
+@pytest.mark.parametrize("method", [m for m in METHODS.values() if m.order == "greedy"], ids=str)
 @pytest.mark.parametrize("grid", [Grid(4), Grid(3, symmetric=False), Grid(4, per_tensor=True)], ids=str)
 def test_permuting_the_inputs_permutes_the_answer(method: Method, grid: Grid) -> None:
+    """But for the paper's cyclic order, which visits them as they lie."""
     weight, moments = coupled()
     order = np.random.default_rng(4).permutation(40)
     assert moments.cross is not None
@@ -231,8 +232,6 @@ def test_permuting_the_inputs_permutes_the_answer(method: Method, grid: Grid) ->
         moments.gram[:, order][..., order], moments.mean[:, order], moments.count, moments.cross[:, order][..., order],
         moments.residue[:, order][..., order], moments.mean_error[:, order],
     )  # fmt: skip
-    if method.order == "cyclic":
-        return  # it visits the inputs as they lie
     straight, permuted = (solve(w, s, grid, method).weight for w, s in ((weight, moments), (weight[..., order], moved)))
     assert np.array_equal(permuted.codes, straight.codes[..., order])
     assert np.array_equal(permuted.zero_point, straight.zero_point)

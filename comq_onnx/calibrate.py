@@ -22,10 +22,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-import onnx_ir.passes.common as passes
 
 from comq_onnx import graph as graphs
-from comq_onnx import stages
+from comq_onnx import ranges, stages
 from comq_onnx.activations import ActivationGrid, ActivationPlan, Range
 from comq_onnx.errors import ModelError, OptionError, SamplesError
 from comq_onnx.grid import Array, Grid
@@ -151,6 +150,8 @@ class _Walk:
         self.ranges.update({name: Range() for name in self.plan.values})
         inputs = {str(v.name) for v in graph.inputs}
         batches = list(self.samples.batches(self.settings.batch_size))
+        self.readers = ranges.readers(self.prepared, self.plan)
+        self.positions = {name: ranges.Positions(readers.axis) for name, readers in self.readers.items()}
         self.counts = self.samples.batch_counts(self.settings.batch_size)
         mask = self.settings.mask
         self.kept: list[Mask | None] = [None if mask is None else batch[mask] == 1 for batch in batches]
@@ -401,7 +402,10 @@ class _Walk:
         for name, arrays in tensors.items():
             if name in self.ranges:
                 for i, array in enumerate(arrays, first):
-                    self.ranges[name].observe(take_kept(array, self.kept[i], least_rank=3))
+                    seen = take_kept(array, self.kept[i], least_rank=3)
+                    self.ranges[name].observe(seen)
+                    if name in self.positions:
+                        self.positions[name].observe(seen)
                     low, high = self.ranges[name].low, self.ranges[name].high
                     if low != np.inf and not max(-low, high) <= LARGEST:
                         raise ModelError(self._out_of_range(name, array, i, self.counts))
@@ -411,9 +415,21 @@ class _Walk:
         """Turn ranges that are complete into grids."""
         for name in names:
             if self.plan.values[name].like is None:
-                self.result.grids[name] = self.ranges[name].grid(self.plan.dtype, self.plan.values[name].bounds)
+                self.result.grids[name] = self._grid(name)
             else:
                 self.result.grids[name] = self.result.grids[self.plan.root(name)]
+
+    def _grid(self, name: str) -> ActivationGrid:
+        seen, bounds = self.ranges[name], self.plan.values[name].bounds
+        positions = self.positions.pop(name, None)
+        if positions is None or positions.empty or not np.isfinite(seen.low):
+            return seen.grid(self.plan.dtype, bounds)
+        rng, reading = np.random.default_rng(self.settings.seed), self.readers[name]
+        readers = [
+            ranges.Reader(ranges.mix(x.kind, self.prepared.weight(x), rng), self._has_bias(x)) for x in reading.layers
+        ]
+        objective = ranges.Objective.of(*positions.rows(), readers, reading.passed_on)
+        return ranges.choose(objective, seen.low, seen.high, self.plan.dtype, bounds)
 
 
 def _largest(array: Array) -> float:
@@ -725,11 +741,8 @@ def _inline_one_level(model: ir.Model, samples: Samples, settings: Settings) -> 
         seen[name].add(bool(value.all()))
     asked = [name for name in conditions if name not in known]
     if asked:
-        probe = model.clone()
-        by_name = {str(v.name): v for v in graphs.walk_values(probe)}
-        probe.graph.outputs[:] = [by_name[name] for name in asked]
-        passes.RemoveUnusedNodesPass()(probe)
-        session = Session(ir.to_proto(probe).SerializeToString(), settings.device, what="the conditions of the model")
+        probe = ir.to_proto(graphs.exposing(model, asked)).SerializeToString()
+        session = Session(probe, settings.device, what="the conditions of the model")
         names = {i.name for i in session.inputs}
         for feeds in samples.batches(settings.batch_size):
             for name, value in session.run({k: v for k, v in feeds.items() if k in names}, asked).items():

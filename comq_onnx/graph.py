@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnx_ir.passes.common as passes
 
 from comq_onnx.errors import ModelError, OptionError
 
@@ -407,6 +408,15 @@ def walk_values(model: ir.Model) -> Iterator[ir.Value]:
         yield from graph.initializers.values()
         for node in graph:
             yield from node.outputs
+
+
+def exposing(model: ir.Model, names: Iterable[str]) -> ir.Model:
+    """The part of a model that makes these values, as a model of its own with them as outputs."""
+    part = model.clone()
+    values = {str(v.name): v for v in walk_values(part)}
+    part.graph.outputs[:] = [values[name] for name in names]
+    passes.RemoveUnusedNodesPass()(part)
+    return part
 
 
 def opset(model: ir.Model) -> int:

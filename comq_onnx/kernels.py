@@ -471,3 +471,15 @@ def _move_codes(h, optimum, s, low, high, q, v):  # type: ignore[no-untyped-def]
             for i in range(n):
                 v[i] -= h[i, other] * second * s
     return any_moved
+
+
+@_compiled
+def rounding_error(x, scale, zero, low, high):  # type: ignore[no-untyped-def]
+    """What x [n, channels] loses by rounding: (q - zero) * scale - x of the codes q = clip(rint(x / scale) + zero, low,
+    high)."""
+    error = np.empty_like(x)
+    for n in range(x.shape[0]):
+        for c in range(x.shape[1]):
+            code = min(max(np.rint(x[n, c] / scale) + zero, low), high)
+            error[n, c] = (code - zero) * scale - x[n, c]
+    return error

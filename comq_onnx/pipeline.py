@@ -18,7 +18,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from comq_onnx import config, memory, padding, runtime, stages
+from comq_onnx import config, memory, padding, runtime, smooth, stages
 from comq_onnx import graph as graphs
 from comq_onnx.activations import ActivationGrid, ActivationPlan, plan_activations
 from comq_onnx.agreement import Floats, lead_changes, leads
@@ -68,6 +68,8 @@ EMBEDDING_BITS = 8
 DEFAULT_SAMPLES = 256
 HELD_BACK_SHARE, MOST_HELD_BACK = 8, 64
 # models that are made to keep an accuracy, the noise of the next over what should do, and the size that is worth it
+# samples that tell how the channels of activations compare, and how many of them run at once
+EVENED_SAMPLES, EVENED_BATCH = 64, 4
 MOST_ATTEMPTS, NEXT_ATTEMPT, WORTHWHILE = 5, 0.9, 0.97
 # what folding may change: float32 reorderings stay above 90 dB in deep models, half precision above 40
 SAME_DB, SAME_HALF_DB = 60.0, 30.0
@@ -509,8 +511,36 @@ class Run:
         ]
         activations = plan_activations(walked.model, whole, self.target, dtype)
         bits = self._bits(prepared.layers)
-        planned = Planned(prepared, walked, specialized.probes, activations, {}, {}, prepared.skipped)
-        return self.with_bits(planned, bits)
+        planned = self.with_bits(
+            Planned(prepared, walked, specialized.probes, activations, {}, {}, prepared.skipped), bits
+        )
+        if factors := self._factors(planned):
+            even = smooth.apply(prepared.model, prepared.layers, factors)
+            inputs = {layer.name: layer.input for layer in even}
+            if walked.model is not prepared.model:
+                smooth.apply(walked.model, walked.layers, factors)
+            walked = replace(walked, layers=[replace(x, input=inputs[x.name]) for x in walked.layers])
+            whole = [replace(x, input=inputs[x.name]) for x in whole]
+            activations = plan_activations(walked.model, whole, self.target, dtype)
+            planned = replace(planned, prepared=replace(prepared, layers=even), walked=walked, activations=activations)
+            self.notes.append(f"{len(factors)} activations evened out across channels before they are quantized")
+        return planned
+
+    def _factors(self, planned: Planned) -> smooth.Factors:
+        """By what to multiply the channels of some activations, from a few samples."""
+        names = list(smooth.candidates(planned.walked, planned.activations))
+        if not names:
+            return {}
+        few = self.calibration.few(EVENED_SAMPLES)
+        masks = [None if self.mask is None else batch[self.mask] == 1 for batch in few.batches(EVENED_BATCH)]
+        with graphs.private_directory() as work:
+            source = graphs.to_bytes_or_file(graphs.exposing(planned.walked.model, names), work, "values")
+            session = runtime.Session(source, self.device, what="the model with its activations as outputs")
+            taken = {i.name for i in session.inputs}
+            values = (
+                session.run({k: v for k, v in batch.items() if k in taken}) for batch in few.batches(EVENED_BATCH)
+            )
+            return smooth.find_factors(planned.walked, planned.activations, planned.grids, values, masks)
 
     def with_bits(self, planned: Planned, bits: Bits) -> Planned:
         layers = planned.prepared.layers

@@ -27,6 +27,7 @@ from comq_onnx.prepare import Layer, Prepared
 from comq_onnx.qdq import Quantization, emit, expose, exposed, grid_for
 from comq_onnx.runtime import Session
 from comq_onnx.samples import Samples
+from comq_onnx.samples.core import spread
 from comq_onnx.solve import Method, Solution, Statistics, errors_at, round_rows
 from comq_onnx.targets import Target
 
@@ -188,15 +189,15 @@ class _Survey:
         return grid_for(layer, self.grid_of(bits))
 
     def _errors(self, layer: Layer, weight: Array, moments: Statistics, has_bias: bool) -> dict[int, float]:
-        groups = _spread(len(weight), CHANNELS)
-        channels = _spread(weight.shape[1], max(1, CHANNELS // len(groups)))
+        groups = spread(len(weight), CHANNELS)
+        channels = spread(weight.shape[1], max(1, CHANNELS // len(groups)))
         some = np.ascontiguousarray(weight[np.ix_(groups, channels)])
         grids = [self._grid(layer, bits) for bits in self.widths]
         return dict(zip(self.widths, errors_at(some, moments.groups(groups), grids, FAST, has_bias), strict=True))
 
     def _row_errors(self, layer: Layer) -> dict[int, float]:
         table = np.asarray(self.prepared.weight(layer), np.float32)
-        some = np.ascontiguousarray(table[:, _spread(table.shape[1], ROWS)])
+        some = np.ascontiguousarray(table[:, spread(table.shape[1], ROWS)])
         return {bits: round_rows(some, self._grid(layer, bits)).error for bits in self.widths}
 
     def _quantized(
@@ -238,19 +239,15 @@ def _split(samples: Samples) -> tuple[Samples, Samples]:
     unit = samples.fixed_batch or 1
     batches = len(samples) // unit
     few = max(1, min(PERTURBED // unit, batches // PERTURBED_SHARE))
-    picked = _spread(batches, few)
+    picked = spread(batches, few)
     rest = np.setdiff1d(np.arange(batches), picked)
     # a single batch serves both
-    rest = rest[_spread(len(rest), max(1, SURVEYED // unit))] if len(rest) else picked
+    rest = rest[spread(len(rest), max(1, SURVEYED // unit))] if len(rest) else picked
 
     def take(chosen: npt.NDArray[np.intp]) -> Samples:
         return samples.take((chosen[:, None] * unit + np.arange(unit)).ravel())
 
     return take(rest), take(picked)
-
-
-def _spread(total: int, most: int) -> npt.NDArray[np.intp]:
-    return np.unique(np.linspace(0, total - 1, min(total, most)).astype(np.intp))
 
 
 def _silent(_what: str, _done: int, _total: int) -> None:

@@ -206,7 +206,7 @@ def test_padded_sentences_give_the_model_that_sentences_without_padding_give(
 ) -> None:  # fmt: skip
     samples = sentences()
     report = quantize(make(), tmp_path / "padded.onnx", samples, activations=activations, batch_size=8)
-    assert "padding" in report.notes[-1]
+    assert any("padding" in note for note in report.notes)
     padded = dict(solved.on)
 
     def walk_cut(prepared: Any, plan: Any, grids: Any, given: Samples, target: Any, settings: Any, *rest: Any) -> Any:
@@ -283,7 +283,7 @@ def test_garbage_in_masked_positions_changes_nothing(
     model = with_garbage(make())
     for pad in (0, GARBAGE):
         report = quantize(model, tmp_path / f"{pad}.onnx", sentences(pad=pad))
-        assert "padding" in report.notes[-1]
+        assert any("padding" in note for note in report.notes)
     assert found[0].grids
     assert found[0].grids == found[1].grids
     clean, garbage = codes(tmp_path / "0.onnx"), codes(tmp_path / f"{GARBAGE}.onnx")
@@ -331,7 +331,7 @@ def test_features_that_are_as_many_as_positions_are_no_positions(tmp_path: Path,
     # pooled [batch, 32] looks like [batch, positions] of a mask [batch, 32]
     samples = sentences(longest=32)
     report = quantize(tokens(), tmp_path / "q.onnx", samples)
-    assert "padding" in report.notes[-1]
+    assert any("padding" in note for note in report.notes)
     assert solved.on["head"].count == report.samples["used"]
 
 
@@ -358,7 +358,7 @@ def test_a_weight_on_the_left_mixes_positions_and_keeps_all_its_columns(tmp_path
         {"table": normal(50, 20), "w": weight(16, 24, fan=24)},
     )
     report = quantize(model, tmp_path / "q.onnx", sentences(longest=24))
-    assert "padding" in report.notes[-1]
+    assert any("padding" in note for note in report.notes)
     assert solved.on["mix"].count == report.samples["used"] * 20
 
 
@@ -366,7 +366,7 @@ def test_a_sentence_that_is_all_padding_is_left_out(tmp_path: Path, solved: Solv
     samples = sentences()
     samples["attention_mask"][::4] = 0
     report = quantize(encoder(), tmp_path / "q.onnx", samples, batch_size=1)
-    assert "padding" in report.notes[-1]
+    assert any("padding" in note for note in report.notes)
     assert solved.on["q"].count == used(report, samples)["attention_mask"].sum()
 
 

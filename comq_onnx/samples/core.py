@@ -48,6 +48,11 @@ class Clues:
     balance: Callable[[Feeds], float] | None = None
 
 
+def spread(total: int, most: int) -> npt.NDArray[np.intp]:
+    """At most so many of the numbers below `total`, evenly from all."""
+    return np.unique(np.linspace(0, total - 1, min(total, most)).astype(np.intp))
+
+
 @dataclass(frozen=True)
 class Samples:
     """Samples by input name, along the first axis of each array.
@@ -73,6 +78,12 @@ class Samples:
         """The samples at `indices`."""
         numbers = tuple(self.number(int(i)) for i in indices)
         return replace(self, arrays={n: a[np.asarray(indices)] for n, a in self.arrays.items()}, numbers=numbers)
+
+    def few(self, most: int) -> Samples:
+        """At most so many samples (one batch where the model fixes the size of more), evenly from all."""
+        unit = self.fixed_batch or 1
+        first = spread(len(self) // unit, max(1, most // unit)) * unit
+        return self.take((first[:, None] + np.arange(unit)).ravel())
 
     def number(self, index: int) -> int:
         """Which of the source's samples the one at `index` is, from 0."""

@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from importlib import metadata
 from pathlib import Path
@@ -18,7 +18,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from comq_onnx import config, memory, padding, runtime, smooth, stages
+from comq_onnx import config, gains, memory, padding, runtime, smooth, stages
 from comq_onnx import graph as graphs
 from comq_onnx.activations import ActivationGrid, ActivationPlan, plan_activations
 from comq_onnx.agreement import Floats, lead_changes, leads
@@ -38,6 +38,7 @@ from comq_onnx.budget import (
 from comq_onnx.calibrate import Calibration, Progress, Settings, specialize, timed, walk
 from comq_onnx.clues import misfitting, read_clues
 from comq_onnx.comparison import compare_outputs, doubtful, executed_kernels, latency, scores_among, sqnr_of
+from comq_onnx.costs import COSTS
 from comq_onnx.errors import ModelError, OptionError, OutOfMemory, RuntimeFailure, SamplesError, did_you_mean
 from comq_onnx.grid import MAX_BITS, MIN_BITS, Grid
 from comq_onnx.ops import Gather
@@ -304,6 +305,7 @@ class Planned:
     bits: Bits
     grids: dict[str, Grid]
     skipped: dict[str, str]
+    slower: frozenset[str] = frozenset()  # layers that integers would make slower
 
 
 @dataclass(frozen=True)
@@ -502,29 +504,71 @@ class Run:
             )
         if dtype == "uint16" and prepared.opset < 21:
             raise OptionError(f"--activations 16 needs opset 21; this model could not be raised above {prepared.opset}")
+        planned = Planned(
+            prepared, walked, specialized.probes, ActivationPlan(self.target.activation), {}, {}, prepared.skipped
+        )
+        return self._even(self._with_activations(self.with_bits(planned, self._bits(prepared.layers)), dtype), dtype)
+
+    def _with_activations(self, planned: Planned, dtype: str | None) -> Planned:
+        """With what is quantized between the layers: where nobody says so, what makes the model faster."""
+        walked = planned.walked
         # with scales per block every MatMul is weight-only: one behind it that is not would cost it its kernel
         blocks = self.options.granularity.isdigit()
         whole = [
             layer
             for layer in walked.layers
-            if layer.name not in specialized.probes and not (blocks and layer.op in ("MatMul", "Gemm"))
+            if layer.name not in planned.probes and not (blocks and layer.op in ("MatMul", "Gemm"))
         ]
-        activations = plan_activations(walked.model, whole, self.target, dtype)
-        bits = self._bits(prepared.layers)
-        planned = self.with_bits(
-            Planned(prepared, walked, specialized.probes, activations, {}, {}, prepared.skipped), bits
-        )
-        if factors := self._factors(planned):
-            even = smooth.apply(prepared.model, prepared.layers, factors)
-            inputs = {layer.name: layer.input for layer in even}
-            if walked.model is not prepared.model:
-                smooth.apply(walked.model, walked.layers, factors)
-            walked = replace(walked, layers=[replace(x, input=inputs[x.name]) for x in walked.layers])
-            whole = [replace(x, input=inputs[x.name]) for x in whole]
-            activations = plan_activations(walked.model, whole, self.target, dtype)
-            planned = replace(planned, prepared=replace(prepared, layers=even), walked=walked, activations=activations)
-            self.notes.append(f"{len(factors)} activations evened out across channels before they are quantized")
-        return planned
+        found = plan_activations(walked.model, whole, self.target, dtype)
+        costs = COSTS.get(self.target.name)
+        if self.options.activations != "auto" or costs is None or not found.integer_layers:
+            return replace(planned, activations=found)
+        faster = gains.choose(
+            walked, whole, lambda layers: plan_activations(walked.model, layers, self.target, dtype),
+            self._shapes(walked.model), costs,
+        )  # fmt: skip
+        slower = found.integer_layers - faster.integer_layers
+        if slower:
+            self.notes.append(
+                f"{len(slower)} of {len(found.integer_layers)} layers are weight-only because integers would make them "
+                "slower (--activations 8 has them in integers too)"
+            )
+        return replace(planned, activations=faster, slower=slower)
+
+    def _shapes(self, model: ir.Model) -> gains.Shapes:
+        """The shape of every value of the main graph, for one sample."""
+        names = [str(v.name) for node in model.graph for v in node.outputs if v.name]
+        feeds = next(self.calibration.batches(1))
+        outputs = self._values(model, names, [feeds])
+        return {name: np.shape(value) for name, value in {**feeds, **next(iter(outputs))}.items()}
+
+    def _values(
+        self, model: ir.Model, names: Sequence[str], batches: Iterable[Mapping[str, Any]]
+    ) -> Iterator[dict[str, Any]]:
+        """What some values of a model are, batch by batch."""
+        with graphs.private_directory() as work:
+            source = graphs.to_bytes_or_file(graphs.exposing(model, names), work, "values")
+            session = runtime.Session(source, self.device, what="the model with its activations as outputs")
+            taken = {i.name for i in session.inputs}
+            for batch in batches:
+                yield session.run({name: array for name, array in batch.items() if name in taken})
+
+    def _even(self, planned: Planned, dtype: str | None) -> Planned:
+        """With channels of activations evened out where that gains, in the graph that is walked and in the one that is
+        written."""
+        factors = self._factors(planned)
+        if not factors:
+            return planned
+        prepared, walked = planned.prepared, planned.walked
+        even = smooth.apply(prepared.model, prepared.layers, factors)
+        inputs = {layer.name: layer.input for layer in even}
+        if walked.model is not prepared.model:
+            smooth.apply(walked.model, walked.layers, factors)
+        walked = replace(walked, layers=[replace(x, input=inputs[x.name]) for x in walked.layers])
+        integer = [x for x in walked.layers if x.name in planned.activations.integer_layers]
+        activations = plan_activations(walked.model, integer, self.target, dtype)
+        self.notes.append(f"{len(factors)} activations evened out across channels before they are quantized")
+        return replace(planned, prepared=replace(prepared, layers=even), walked=walked, activations=activations)
 
     def _factors(self, planned: Planned) -> smooth.Factors:
         """By what to multiply the channels of some activations, from a few samples."""
@@ -533,14 +577,8 @@ class Run:
             return {}
         few = self.calibration.few(EVENED_SAMPLES)
         masks = [None if self.mask is None else batch[self.mask] == 1 for batch in few.batches(EVENED_BATCH)]
-        with graphs.private_directory() as work:
-            source = graphs.to_bytes_or_file(graphs.exposing(planned.walked.model, names), work, "values")
-            session = runtime.Session(source, self.device, what="the model with its activations as outputs")
-            taken = {i.name for i in session.inputs}
-            values = (
-                session.run({k: v for k, v in batch.items() if k in taken}) for batch in few.batches(EVENED_BATCH)
-            )
-            return smooth.find_factors(planned.walked, planned.activations, planned.grids, values, masks)
+        values = self._values(planned.walked.model, names, few.batches(EVENED_BATCH))
+        return smooth.find_factors(planned.walked, planned.activations, planned.grids, values, masks)
 
     def with_bits(self, planned: Planned, bits: Bits) -> Planned:
         layers = planned.prepared.layers
@@ -842,7 +880,7 @@ class Run:
         basic = LayerReport(
             layer.name, layer.op, layer.weight_shape, grid.bits, _granularity(layer, grid), how, stage,
             input=layer.input, bytes_before=math.prod(layer.weight_shape) * (2 if self.half else 4),
-            output_noise_db=None if cost is None else error_db(cost),
+            output_noise_db=None if cost is None else error_db(cost), slower=layer.name in planned.slower,
         )  # fmt: skip
         if found is None:
             return basic

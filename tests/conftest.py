@@ -37,6 +37,13 @@ def _quick_latency(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "latency", functools.partial(comparison.latency, seconds=0.0))
 
 
+@pytest.fixture(autouse=True)
+def _integers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers run in integers where there is a kernel: those of tests are too small to gain by it."""
+    if request.path.stem != "test_gains":
+        monkeypatch.setattr(pipeline, "COSTS", {})
+
+
 @dataclass(frozen=True)
 class Done:
     """A finished quantization: the report, both files, the model written and the samples."""

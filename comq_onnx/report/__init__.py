@@ -34,7 +34,8 @@ class LayerReport:
     form: how the weight is written (see qdq); stage: which cut it was solved at; input: the activation it reads;
     bytes_before, bytes_after: what its weight takes in the source and in the result; kernel: the operator that ONNX
     Runtime runs it with, where that could be told; output_noise_db: the noise over the energy of the model's output
-    that its quantization alone brings, by the survey. What only a run finds out is None in a plan.
+    that its quantization alone brings, by the survey; slower: weight-only because integers would take longer. What only
+    a run finds out is None in a plan.
     """
 
     name: str
@@ -52,6 +53,7 @@ class LayerReport:
     bytes_after: int | None = None
     kernel: str | None = None
     output_noise_db: float | None = None
+    slower: bool = False
 
     @property
     def gain_db(self) -> float | None:

@@ -138,6 +138,8 @@ def _why(layer: LayerReport, report: Report) -> str:
             if layer.runs_in_float
             else ""
         )
+    if layer.slower:
+        return "weight-only: quantizing what is around it would take longer than integer products win"
     if layer.form in WHY:
         return WHY[layer.form]
     if report.options.get("activations") == "none":

@@ -43,6 +43,7 @@ from comq_onnx.errors import ModelError, OptionError, OutOfMemory, RuntimeFailur
 from comq_onnx.grid import MAX_BITS, MIN_BITS, Grid
 from comq_onnx.ops import Gather
 from comq_onnx.prepare import (
+    HARDSWISH_OPSET,
     Layer,
     Prepared,
     Unprepared,
@@ -591,7 +592,8 @@ class Run:
         widths = [self.options.fixed_bits or 4, *(n for _, n in self.options.bits_for)]
         # uint16 activations, and the blocks of a weight-only MatMul, came with opset 21
         modern = self.options.granularity.isdigit() or self.options.activations in ("none", "16")
-        wanted = max(least, *(self.target.opset_for(bits) for bits in widths), 21 if modern else 0)
+        # HardSwish as one operator came with 14
+        wanted = max(least, HARDSWISH_OPSET, *(self.target.opset_for(bits) for bits in widths), 21 if modern else 0)
         failed = []
         for fold, opset in ((True, wanted), (False, wanted), (False, least)):
             try:

@@ -10,7 +10,6 @@ runs once, memory is bounded by one segment and the cut tensors, and later layer
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import time
 import weakref
@@ -25,13 +24,13 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
 from comq_onnx import graph as graphs
-from comq_onnx import stages
+from comq_onnx import moments, stages
 from comq_onnx.activations import ActivationGrid, ActivationPlan, Range
 from comq_onnx.errors import ModelError, OptionError, SamplesError
 from comq_onnx.grid import Array, Grid
+from comq_onnx.moments import Moments, halves, parts
 from comq_onnx.ops import Gather, Gemm, MatMul, MatMulLeft
 from comq_onnx.padding import Mask, has_positions, take_kept
-from comq_onnx.patches import patch_gram, patch_sum
 from comq_onnx.prepare import Layer, Prepared, calibrated
 from comq_onnx.qdq import Quantization, emit, may_add_bias
 from comq_onnx.runtime import Session
@@ -52,16 +51,13 @@ Tensors = dict[str, list[Any]]  # one array per batch
 LEAST_POSITIONS, MOST_POSITIONS = 16_384, 65_536
 POSITIONS_PER_INPUT = 24
 MOST_NUMBERS = 1 << 27
-CHUNK_BYTES = 1 << 28
 # how many times as many positions a Gram of patches takes in the same time, at least (see patches.py)
 PATCHES_GAIN = 2
 # float32 sums of squares of larger numbers overflow, those of smaller ones lose their digits
 LARGEST, SMALLEST = 1e15, 1e-15
-# moments are summed over so many samples at a time (fewer where those take more than CHUNK_BYTES), however many run at
-# once: the batch size changes the order of no sum
+# moments are summed over so many samples at a time (fewer where those take more than moments.CHUNK_BYTES), however many
+# run at once: the batch size changes the order of no sum
 GROUP = 16
-# the positions are dealt to two halves for cross-validation in so many stretches
-STRETCHES = 16
 
 
 @dataclass(frozen=True)
@@ -208,7 +204,7 @@ class _Walk:
             yield group, statistics
 
     def _statistics(self, layer: Layer, x: Sequence[Any], x_hat: Sequence[Any]) -> Statistics:
-        moments = Moments()
+        sums = Moments()
         settings = self.settings
         quantize = layer.name in self.plan.integer_layers and not settings.independent
         grid = self.result.grids[self.plan.root(layer.input)] if quantize else None
@@ -253,20 +249,20 @@ class _Walk:
             padded = layer.kind.patches(batch) if pick is None else None
             if padded is not None:
                 padded_hat = None if same else layer.kind.patches(hat)
-                halves = _halves(seen, taken[i], total)[:: taken[i] // len(padded)]
-                for half in np.unique(halves):
-                    mine = slice(None) if (halves == half).all() else halves == half
-                    moments.add_patches(
+                which = halves(seen, taken[i], total)[:: taken[i] // len(padded)]
+                for half in np.unique(which):
+                    mine = slice(None) if (which == half).all() else which == half
+                    sums.add_patches(
                         padded[mine], None if padded_hat is None else padded_hat[mine], layer.kind.kernel, half
                     )
             else:
-                for part, half in _parts(_halves(seen, taken[i], total), inputs, layer.kind.groups):
+                for part, half in parts(halves(seen, taken[i], total), inputs, layer.kind.groups):
                     chosen = part if pick is None else pick[part]
                     whole = pick is None and len(part) == positions[i]
                     rows = layer.kind.rows(batch, None if whole else chosen)
-                    moments.add(rows, None if same else layer.kind.rows(hat, None if whole else chosen), half)
+                    sums.add(rows, None if same else layer.kind.rows(hat, None if whole else chosen), half)
             seen += taken[i]
-        return moments.statistics()
+        return sums.statistics()
 
     def _kept_positions(self, layer: Layer, batch: Any, kept: Mask | None) -> npt.NDArray[np.intp] | None:
         """The positions of a batch of a layer's input that are not padding; None where all count."""
@@ -489,115 +485,12 @@ def _regrouping(arrays: Sequence[Any], counts: Sequence[int]) -> Callable[[Seque
         len(a) != rows * n or a.shape[1:] != arrays[0].shape[1:] for a, n in zip(arrays, counts, strict=True)
     ):
         return None
-    size = max(1, min(GROUP, CHUNK_BYTES * counts[0] // max(arrays[0].nbytes, 1)))
+    size = max(1, min(GROUP, moments.CHUNK_BYTES * counts[0] // max(arrays[0].nbytes, 1)))
     return lambda given: _Groups(given, counts, size)
 
 
 def _same(a: Any, b: Any) -> bool:
     return isinstance(a, np.ndarray) and a.shape == b.shape and np.array_equal(a, b)
-
-
-def _halves(first: int, count: int, total: int) -> npt.NDArray[np.intp]:
-    """Which half each of `count` positions from `first` on belongs to, of `total`: stretches of them in turn, so that
-    neighbours are together and either half sees samples from everywhere."""
-    return np.arange(first, first + count) * STRETCHES // total % 2
-
-
-def _parts(halves: npt.NDArray[np.intp], inputs: int, groups: int) -> Iterator[tuple[npt.NDArray[np.intp], int]]:
-    """Consecutive positions of one half, in parts whose rows take at most CHUNK_BYTES, with the half."""
-    step = max(1, CHUNK_BYTES // (4 * inputs * groups))
-    edges = [0, *(np.flatnonzero(np.diff(halves)) + 1), len(halves)]
-    for begin, end in itertools.pairwise(edges):
-        for start in range(begin, end, step):
-            yield np.arange(start, min(start + step, end)), int(halves[begin])
-
-
-class Moments:
-    """Running sums of a layer's input rows: products in float32, sums in float64; two halves of the samples apart."""
-
-    def __init__(self) -> None:
-        self._halves = (_Sums(), _Sums())
-
-    @property
-    def count(self) -> int:
-        """How many positions there were."""
-        return self._halves[0].count + self._halves[1].count
-
-    def add(self, rows: Array, rows_hat: Array | None, half: int = 0) -> None:
-        """Add rows [groups, positions, in] of the float model and of the quantized one (None: the same)."""
-        hat = rows if rows_hat is None else rows_hat
-        error = None if rows_hat is None else rows - rows_hat
-        self._halves[half].add(hat, error, _gram, _sum, rows.shape[1])
-
-    def add_patches(self, x: Array, x_hat: Array | None, kernel: tuple[int, ...], half: int = 0) -> None:
-        """Add the rows that are the patches of padded inputs [n, channels, height, width], without building them."""
-        hat = x if x_hat is None else x_hat
-        error = None if x_hat is None else x - x_hat
-        count = len(x) * (x.shape[2] - kernel[0] + 1) * (x.shape[3] - kernel[1] + 1)
-        self._halves[half].add(
-            hat, error, lambda a, b: patch_gram(a, b, kernel)[None], lambda a: patch_sum(a, kernel)[None], count
-        )
-
-    def statistics(self) -> Statistics:
-        """The moments of all rows, with those of the first half beside them where both halves have rows."""
-        first, second = self._halves
-        if first.count == 0 or second.count == 0:
-            return (first if second.count == 0 else second).means()
-        return replace((first + second).means(), half=replace(first.means(), residue=None))
-
-
-class _Sums:
-    """Sums over rows: x^ x^T, x^, x^ e^T, e e^T, e; the last three only where x^ is not x."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._sums: list[npt.NDArray[np.float64] | None] = [None] * 5
-
-    def add(
-        self,
-        hat: Array,
-        error: Array | None,
-        gram: Callable[[Array, Array], npt.NDArray[Any]],
-        total: Callable[[Array], npt.NDArray[Any]],
-        count: int,
-    ) -> None:
-        """Add `count` rows, given in a form of which `gram` makes products and `total` sums."""
-        self._put(0, gram(hat, hat))
-        self._put(1, total(hat))
-        if error is not None:
-            self._put(2, gram(hat, error))
-            self._put(3, gram(error, error))
-            self._put(4, total(error))
-        self.count += count
-
-    def _put(self, k: int, part: npt.NDArray[Any]) -> None:
-        total = self._sums[k]
-        if total is None:
-            self._sums[k] = np.asarray(part, np.float64)
-        else:
-            total += part
-
-    def __add__(self, other: _Sums) -> _Sums:
-        both = _Sums()
-        both.count = self.count + other.count
-        both._sums = [
-            a if b is None else b if a is None else a + b for a, b in zip(self._sums, other._sums, strict=True)
-        ]
-        return both
-
-    def means(self) -> Statistics:
-        gram, mean, cross, residue, mean_error = (None if s is None else s / self.count for s in self._sums)
-        assert gram is not None
-        assert mean is not None
-        return Statistics(gram, mean, self.count, cross, residue, mean_error)
-
-
-def _gram(a: Array, b: Array) -> npt.NDArray[np.float32]:
-    return np.asarray(np.matmul(a.swapaxes(1, 2), b), np.float32)
-
-
-def _sum(rows: Array) -> npt.NDArray[np.float64]:
-    return np.asarray(rows.sum(axis=1, dtype=np.float64))
 
 
 class _Keeper:

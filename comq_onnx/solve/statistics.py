@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from comq_onnx import arrays
+
 Matrix = npt.NDArray[np.float64]
 
 
@@ -69,6 +71,12 @@ class Statistics:
         return Statistics(
             gram, self.mean[:, inputs], self.count, some(self.cross), some(self.residue), mean_error, half
         )
+
+    def on_host(self) -> Statistics:
+        """The same moments as numpy arrays."""
+        names = ("gram", "mean", "cross", "residue", "mean_error")
+        half = None if self.half is None else self.half.on_host()
+        return replace(self, half=half, **{name: arrays.on_host(getattr(self, name)) for name in names})
 
     @property
     def has_folds(self) -> bool:

@@ -24,6 +24,11 @@ def is_array(x: Any) -> bool:
     return isinstance(x, np.ndarray) or is_tensor(x)
 
 
+def dtype(x: Any) -> np.dtype[Any]:
+    """The type of the numbers, as numpy names it."""
+    return np.dtype(str(x.dtype).removeprefix("torch.")) if is_tensor(x) else x.dtype
+
+
 def size(x: Any) -> int:
     """How many numbers x holds."""
     return math.prod(x.shape)

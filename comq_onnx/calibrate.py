@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,10 +22,11 @@ import numpy.typing as npt
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
+from comq_onnx import arrays, cuts, moments, stages
+from comq_onnx import device as devices
 from comq_onnx import graph as graphs
-from comq_onnx import moments, stages
 from comq_onnx.activations import ActivationGrid, ActivationPlan, Range
-from comq_onnx.errors import ModelError, OptionError, SamplesError
+from comq_onnx.errors import ModelError, SamplesError
 from comq_onnx.grid import Array, Grid
 from comq_onnx.moments import Moments, halves, parts
 from comq_onnx.ops import Gather, Gemm, MatMul, MatMulLeft
@@ -72,6 +72,7 @@ class Settings:
     memory: int = 8 << 30
     mask: str | None = None  # the input whose zeros mark positions that the model ignores
     fewer_positions: int = 1  # by what to divide the number of positions that moments are made from
+    tensors: bool | None = None  # torch tensors in place of numpy arrays; None: on a GPU
 
 
 @dataclass
@@ -109,8 +110,11 @@ def walk(
         if isinstance(layer.kind, Gather):
             with timed(result.seconds, "solve"), timed(result.layer_seconds, layer.name):
                 result.solutions[layer.name] = round_rows(_finite_weight(prepared, layer), grids[layer.name])
-    with graphs.private_directory() as work:
-        _Walk(prepared, plan, grids, samples, target, settings, progress, result, work, probes or {}, observer).run()
+    tensors = devices.is_gpu(settings.device) if settings.tensors is None else settings.tensors
+    with graphs.private_directory() as work, cuts.opened(settings.device, tensors, settings.memory, work) as kept:
+        _Walk(
+            prepared, plan, grids, samples, target, settings, progress, result, work, probes or {}, observer, kept
+        ).run()  # fmt: skip
     return result
 
 
@@ -137,11 +141,11 @@ class _Walk:
     work: Path
     probes: Mapping[str, str]
     observer: Observer | None
+    cuts: cuts.Host
 
     def run(self) -> None:
         graph = self.prepared.model.graph
-        cuts = stages.cut(self.prepared.model, list(calibrated(self.prepared.layers)))
-        self.keeper = _Keeper(self.settings.memory, self.work)
+        parts = stages.cut(self.prepared.model, list(calibrated(self.prepared.layers)))
         self.solved: list[Layer] = [x for x in self.prepared.layers if x.name in self.result.solutions]
         self.ranges = self.result.ranges
         self.ranges.update({name: Range() for name in self.plan.values})
@@ -153,11 +157,11 @@ class _Walk:
         float_cut: Tensors = {name: [b[name] for b in batches] for name in inputs}
         quantized_cut: Tensors = {name: list(arrays) for name, arrays in float_cut.items()}
         self._observe(float_cut)
-        for stage in cuts:
+        for stage in parts:
             self._solve_all(stage.layers, float_cut, quantized_cut)
             self._advance(stage, float_cut, quantized_cut)
             self._tell()
-            self.progress("stages", stage.index + 1, len(cuts))
+            self.progress("stages", stage.index + 1, len(parts))
 
     def _tell(self) -> None:
         done = sum(not isinstance(layer.kind, Gather) for layer in self.solved)
@@ -212,10 +216,12 @@ class _Walk:
         counts: Sequence[int] = [] if layer.name in self.probes else self.counts
         masks: Sequence[Mask | None] = [] if layer.name in self.probes else self.kept
         if _has_samples_first(layer) and (regroup := _regrouping(x, counts)) is not None:
-            x, x_hat, counts = regroup(x), regroup(x_hat), regroup(x).counts
+            x, x_hat, counts = regroup(x, self.cuts.fetch), regroup(x_hat, self.cuts.fetch), regroup(x).counts
             masks = regroup(masks) if masks[0] is not None else []
-        kept = [self._kept_positions(layer, x[i], masks[i] if i < len(masks) else None) for i in range(len(x))]
-        positions = [layer.kind.positions(x[i]) if k is None else len(k) for i, k in enumerate(kept)]
+        shapes = x.shapes if isinstance(x, _Groups) else [array.shape for array in x]
+        like = [self.cuts.empty(shape) for shape in shapes]
+        kept = [self._kept_positions(layer, like[i], masks[i] if i < len(masks) else None) for i in range(len(x))]
+        positions = [layer.kind.positions(like[i]) if k is None else len(k) for i, k in enumerate(kept)]
         if not any(positions):
             raise SamplesError(f"no sample reaches layer {layer.name!r}: its input is empty for all of them")
         inputs = layer.kind.inputs
@@ -223,16 +229,19 @@ class _Walk:
         limit = max(min(affordable, MOST_POSITIONS), LEAST_POSITIONS, POSITIONS_PER_INPUT * inputs)
         limit //= settings.fewer_positions
         share = min(1.0, limit / max(sum(positions), 1))
-        if share > 1 / PATCHES_GAIN and layer.kind.patches(x[0]) is not None:
+        if share > 1 / PATCHES_GAIN and layer.kind.patches(like[0]) is not None:
             share = 1.0
         rng = np.random.default_rng(settings.seed)
         taken = [max(1, round(share * n)) if n and share < 1 else n for n in positions]
         seen, total = 0, sum(taken)
-        for i in range(len(x)):
+
+        def fetched(i: int) -> tuple[Any, Any]:
+            batch = self.cuts.fetch(x[i])
+            return batch, batch if shared else self.cuts.fetch(x_hat[i])
+
+        for i, (batch, batch_hat) in enumerate(self.cuts.ahead(len(x), fetched)):
             if taken[i] == 0:
                 continue
-            batch = x[i]
-            batch_hat = batch if shared else x_hat[i]
             pick = None
             if share < 1:
                 pick = np.sort(rng.choice(positions[i], taken[i], replace=False))
@@ -245,16 +254,15 @@ class _Walk:
             if largest < SMALLEST:
                 batch, batch_hat = batch * 0, batch_hat * 0
             same = settings.independent or (batch_hat is batch and grid is None)
-            hat = batch if same else (grid.fake_quantize(batch_hat) if grid is not None else batch_hat)
+            hat = batch if same else (self.cuts.fake_quantize(grid, batch_hat) if grid is not None else batch_hat)
             padded = layer.kind.patches(batch) if pick is None else None
             if padded is not None:
                 padded_hat = None if same else layer.kind.patches(hat)
                 which = halves(seen, taken[i], total)[:: taken[i] // len(padded)]
                 for half in np.unique(which):
                     mine = slice(None) if (which == half).all() else which == half
-                    sums.add_patches(
-                        padded[mine], None if padded_hat is None else padded_hat[mine], layer.kind.kernel, half
-                    )
+                    mine_hat = None if padded_hat is None else arrays.at(padded_hat, mine)
+                    sums.add_patches(arrays.at(padded, mine), mine_hat, layer.kind.kernel, half)
             else:
                 for part, half in parts(halves(seen, taken[i], total), inputs, layer.kind.groups):
                     chosen = part if pick is None else pick[part]
@@ -274,7 +282,8 @@ class _Walk:
             return np.flatnonzero(np.repeat(kept.ravel(), total // kept.size))
         return None
 
-    def _out_of_range(self, name: str, array: Array, i: int, counts: Sequence[int]) -> str:
+    def _out_of_range(self, name: str, array: Any, i: int, counts: Sequence[int]) -> str:
+        array = arrays.on_host(array)
         largest = _largest(array)
         what = f"numbers up to {largest:.1e}, too large to calibrate on," if np.isfinite(largest) else "NaN or Inf"
         readers = ", ".join(repr(x.name) for x in self.prepared.layers if x.input == name)
@@ -355,7 +364,11 @@ class _Walk:
             emit(segment, self.quantization())
             hat = self._run(segment, stage, given, wanted, wanted, observe=False)
         # a tensor that no quantization reaches is kept once
-        return {name: [a if _same(a, b) else b for a, b in zip(made[name], hat[name], strict=True)] for name in wanted}
+        fetch = self.cuts.fetch
+        return {
+            name: [a if _same(fetch(a), fetch(b)) else b for a, b in zip(made[name], hat[name], strict=True)]
+            for name in wanted
+        }
 
     def quantization(self) -> Quantization:
         """Everything solved so far, as emission takes it."""
@@ -368,9 +381,9 @@ class _Walk:
         extracted = ir.convenience.extract(self.prepared.model.graph, list(stage.reads), list(wanted))
         for value in extracted.inputs:
             example = given[str(value.name)][0]
-            if isinstance(example, np.ndarray):
+            if arrays.is_array(example):
                 # only the type: ranks and sizes may differ from batch to batch
-                value.type, value.shape = ir.TensorType(ir.DataType.from_numpy(example.dtype)), None
+                value.type, value.shape = ir.TensorType(ir.DataType.from_numpy(arrays.dtype(example))), None
         for value in extracted.outputs:
             value.shape = None
         model = ir.Model(extracted, ir_version=self.prepared.model.ir_version)
@@ -383,20 +396,23 @@ class _Walk:
         source = graphs.to_bytes_or_file(segment, self.work, f"stage{stage.index}")
         session = Session(source, self.settings.device, what=f"stage {stage.index} of the model", exact=True)
         made: Tensors = {name: [] for name in live}
-        for i in range(len(self.counts)):
-            outputs = session.run({name: given[name][i] for name in stage.reads}, wanted)
+        feeds = self.cuts.ahead(
+            len(self.counts), lambda i: {name: self.cuts.fetch(given[name][i]) for name in stage.reads}
+        )
+        for i, batch in enumerate(feeds):
+            outputs = self.cuts.run(session, batch, wanted)
             if observe:
                 self._observe({name: [outputs[name]] for name in wanted}, i)
             for name in live:
-                made[name].append(self.keeper.keep(outputs[name]))
+                made[name].append(self.cuts.keep(outputs[name]))
             self.progress("samples", sum(self.counts[: i + 1]), sum(self.counts))
         return made
 
     def _observe(self, tensors: Tensors, first: int = 0) -> None:
         """Widen the ranges of tensors, one array per batch from batch `first` on."""
-        for name, arrays in tensors.items():
+        for name, batches in tensors.items():
             if name in self.ranges:
-                for i, array in enumerate(arrays, first):
+                for i, array in enumerate(map(arrays.on_host, batches), first):
                     self.ranges[name].observe(take_kept(array, self.kept[i], least_rank=3))
                     low, high = self.ranges[name].low, self.ranges[name].high
                     if low != np.inf and not max(-low, high) <= LARGEST:
@@ -412,9 +428,12 @@ class _Walk:
                 self.result.grids[name] = self.result.grids[self.plan.root(name)]
 
 
-def _largest(array: Array) -> float:
+def _largest(array: Any) -> float:
     """The largest magnitude; NaN where there is a NaN."""
-    return float(np.maximum(array.max(), -array.min())) if array.size else 0.0
+    if not arrays.size(array):
+        return 0.0
+    # torch hands NaN on, as numpy does
+    return float(abs(array).max() if arrays.is_tensor(array) else np.maximum(array.max(), -array.min()))
 
 
 def _finite_weight(prepared: Prepared, layer: Layer) -> Array:
@@ -442,11 +461,15 @@ def _iterations(stacked: list[Any]) -> list[Any]:
 class _Groups(Sequence[Any]):
     """Arrays with equally many rows for each of some samples, seen as arrays with the rows of `size` samples each."""
 
-    def __init__(self, arrays: Sequence[Any], counts: Sequence[int], size: int) -> None:
-        self._arrays, self._starts, self._size = arrays, np.cumsum([0, *counts]), size
-        self._rows = len(arrays[0]) // counts[0]
+    def __init__(
+        self, given: Sequence[Any], counts: Sequence[int], size: int, fetch: Callable[[Any], Any] = lambda array: array
+    ) -> None:
+        """fetch: what brings a part of an array to where it is worked on."""
+        self._arrays, self._starts, self._size, self._fetch = given, np.cumsum([0, *counts]), size, fetch
+        self._rows = len(given[0]) // counts[0]
         total = sum(counts)
         self.counts = [min(size, total - first) for first in range(0, total, size)]
+        self.shapes = [(self._rows * count, *given[0].shape[1:]) for count in self.counts]
 
     def __len__(self) -> int:
         return len(self.counts)
@@ -455,11 +478,11 @@ class _Groups(Sequence[Any]):
         first = i * self._size
         last = first + self.counts[i]
         parts = [
-            array[(max(first, start) - start) * self._rows : (min(last, end) - start) * self._rows]
+            self._fetch(array[(max(first, start) - start) * self._rows : (min(last, end) - start) * self._rows])
             for array, start, end in zip(self._arrays, self._starts[:-1], self._starts[1:], strict=True)
             if start < last and first < end
         ]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return parts[0] if len(parts) == 1 else arrays.concatenate(parts)
 
 
 def _has_samples_first(layer: Layer) -> bool:
@@ -471,58 +494,24 @@ def _has_samples_first(layer: Layer) -> bool:
     )
 
 
-def _regrouping(arrays: Sequence[Any], counts: Sequence[int]) -> Callable[[Sequence[Any]], _Groups] | None:
+def _regrouping(given: Sequence[Any], counts: Sequence[int]) -> Callable[..., _Groups] | None:
     """What puts arrays, one per batch of `counts` samples, into groups of samples; None where they do not have equal
     rows for each sample."""
-    if (
-        not arrays
-        or len(arrays) != len(counts)
-        or not all(isinstance(a, np.ndarray) and a.ndim > 1 and len(a) for a in arrays)
-    ):
+    if not given or len(given) != len(counts) or not all(arrays.is_array(a) and a.ndim > 1 and len(a) for a in given):
         return None
-    rows = len(arrays[0]) // counts[0]
+    rows = len(given[0]) // counts[0]
     if rows < 1 or any(
-        len(a) != rows * n or a.shape[1:] != arrays[0].shape[1:] for a, n in zip(arrays, counts, strict=True)
+        len(a) != rows * n or a.shape[1:] != given[0].shape[1:] for a, n in zip(given, counts, strict=True)
     ):
         return None
-    size = max(1, min(GROUP, moments.CHUNK_BYTES * counts[0] // max(arrays[0].nbytes, 1)))
-    return lambda given: _Groups(given, counts, size)
+    size = max(1, min(GROUP, moments.CHUNK_BYTES * counts[0] // max(given[0].nbytes, 1)))
+    return lambda arrays, *fetch: _Groups(arrays, counts, size, *fetch)
 
 
 def _same(a: Any, b: Any) -> bool:
+    if arrays.is_tensor(a):
+        return arrays.is_tensor(b) and a.shape == b.shape and bool((a == b).all())
     return isinstance(a, np.ndarray) and a.shape == b.shape and np.array_equal(a, b)
-
-
-class _Keeper:
-    """Holds cut tensors in memory up to a budget, beyond it in files that vanish with them."""
-
-    def __init__(self, budget: int, directory: Path) -> None:
-        self._budget, self._directory, self._held, self._files = budget, directory, 0, 0
-
-    def keep(self, array: Any) -> Any:
-        """The same array, in memory or mapped from a file."""
-        if not isinstance(array, np.ndarray) or array.dtype == object:
-            return array
-        if self._held + array.nbytes > self._budget and array.nbytes > 1 << 16:
-            self._files += 1
-            path = self._directory / f"cut{self._files}.npy"
-            # written before it is mapped: on a full disk writing fails with an error, touching a mapping kills
-            try:
-                np.save(path, array)
-                mapped = np.load(path, mmap_mode="r+")
-            except OSError as error:
-                raise OptionError(
-                    f"{self._directory.parent}: tensors kept between stages cannot be written there ({error}); free "
-                    "some space, set TMPDIR to a larger disk, or give more --memory"
-                ) from error
-            weakref.finalize(mapped, path.unlink, missing_ok=True)
-            return mapped
-        self._held += array.nbytes
-        weakref.finalize(array, self._release, array.nbytes)
-        return array
-
-    def _release(self, size: int) -> None:
-        self._held -= size
 
 
 # If

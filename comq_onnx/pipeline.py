@@ -19,6 +19,7 @@ import onnx
 import onnx_ir as ir
 
 from comq_onnx import config, memory, padding, runtime, stages
+from comq_onnx import device as devices
 from comq_onnx import graph as graphs
 from comq_onnx.activations import ActivationGrid, ActivationPlan, plan_activations
 from comq_onnx.agreement import Floats, lead_changes, leads
@@ -151,7 +152,7 @@ class Options:
         if self.shrink is not None and not 0 < self.shrink <= 2:
             raise OptionError(f"--shrink {self.shrink}: a factor on the scale, above 0 and at most 2")
         _one_of("--activations", self.activations, ("auto", "none", "8", "16"))
-        _one_of("--device", self.device, ("auto", "cpu", "cuda"))
+        devices.check_name(self.device)
         for option, number in (("--samples", self.max_samples), ("--batch-size", self.batch_size)):
             if number < 1:
                 raise OptionError(f"{option} {number}: must be 1 or more")
@@ -393,7 +394,10 @@ class Run:
         """Read the model and the samples, run one batch: everything that can be wrong with either shows here."""
         model, self.source = graphs.load(self.path)
         check_source(model, str(self.path))
-        self.device = runtime.choose_device(self.options.device)
+        chosen = devices.choose(self.options.device)
+        self.device = chosen.device
+        if chosen.why is not None:
+            self.warnings.append(f"calibrated on the CPU, not on the GPU: {chosen.why}")
         self.float_session: runtime.Session | None = None
         inputs: Sequence[Any]
         try:

@@ -392,7 +392,6 @@ UNREACHABLE = {
     "a model is a path": "only from Python: the command takes paths",
     "too large to be kept in memory": "only from Python: the command writes files",
     "lacks output": "of compare, which the command does not call",
-    "fell back to the CPU": "needs a CUDA build of ONNX Runtime whose libraries are missing",
 }
 
 

@@ -208,7 +208,7 @@ def test_moments_are_the_same_about_the_mean_by_group_and_of_some_inputs() -> No
 
 
 @pytest.mark.parametrize(
-    ("groups", "inputs", "columns", "scales"), [(1, 128, 70, 1), (2, 37, 40, 3), (1, 1, 5, 1), (3, 5, 33, 2)]
+    ("groups", "inputs", "columns", "scales"), [(1, 50, 70, 1), (2, 17, 40, 3), (1, 1, 5, 1), (3, 5, 33, 2)]
 )
 def test_the_triton_kernel_takes_the_steps_that_torch_takes(
     groups: int, inputs: int, columns: int, scales: int
@@ -243,9 +243,9 @@ def test_the_triton_kernel_is_right_as_triton_interprets_it() -> None:
         pytest.skip("it runs as it is")
     # Triton decides when it is imported whether it interprets
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k",
-         "takes_the_steps or (as_arrays_are and per and tensor)"],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__, "-k",
+         "takes_the_steps or (as_arrays_are and groups and tensor)"],
         env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
-    assert "6 passed" in done.stdout
+    assert "5 passed" in done.stdout

@@ -232,14 +232,19 @@ def _quantized(path: Path, out: Path, samples: Any, asked: Options, progress: Pr
     while True:
         run = Run(path, out, samples, chosen, progress)
         if chosen is not asked:
-            run.warnings.append(f"not enough memory for larger batches: {chosen.batch_size} samples run at once")
+            disk = " and tensors between stages go by disk" if chosen.memory_gb != asked.memory_gb else ""
+            run.warnings.append(f"not enough memory for larger batches: {chosen.batch_size} samples run at once{disk}")
         try:
             return run.quantize()
         except (OutOfMemory, MemoryError) as error:
-            chosen = _smaller_batches(chosen, error)
+            chosen = _less(chosen, error, devices.is_gpu(run.device))
 
 
-def _smaller_batches(options: Options, error: Exception) -> Options:
+def _less(options: Options, error: Exception, on_gpu: bool) -> Options:
+    """What takes less memory: smaller batches, then on a GPU nothing kept there between stages."""
+    if options.batch_size == 1 and on_gpu and options.memory_gb != 0:
+        logger.info("not enough memory on the GPU: %s", error)
+        return replace(options, memory_gb=0.0)
     if options.batch_size == 1:
         raise OutOfMemory(
             f"not enough memory, even for one sample at once ({str(error) or 'MemoryError'}): free some, or give fewer "
@@ -321,6 +326,7 @@ class Run:
         self.path, self.out, self.options, self.progress = path, out, options, progress
         self.source_samples = samples.arrays if isinstance(samples, Samples) else samples
         self.target: Target = TARGETS[options.target]
+        self.device = "cpu"  # until one is chosen
         self.notes: list[str] = []
         self.warnings: list[str] = []
         self.seconds: dict[str, float] = {}

@@ -162,7 +162,7 @@ def test_too_little_memory_of_a_gpu_is_told_as_such_and_other_errors_are_not(tmp
 
 
 @pytest.fixture
-def walked(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Calibration]:
+def walked() -> Callable[..., Calibration]:
     """Quantize and return what the walk found, on tensors or not."""
 
     def run(model: onnx.ModelProto, samples: Any, tensors: bool, **options: Any) -> Calibration:

@@ -9,7 +9,8 @@
   objective), whole models of models/ (codes, SQNR), `compare`, TensorRT where it is there; and the tests of these
   parts with their tensors on the device, where pytest is installed;
 - timings: float32 matrix products (the peak that the rest is measured by), Grams of rows and of patches, the solver on
-  the sizes of bench_solve.py with its share of the limit that flops set, and how many samples a second calibration takes.
+  the sizes of bench_solve.py with its share of the limit that flops set, and how many samples a second calibration
+  takes.
 
 Times are medians after a warm-up, with the device synchronized before each reading of the clock.
 """

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -81,6 +84,12 @@ def test_without_memory_on_a_gpu_batches_get_smaller_then_nothing_is_kept_then_o
         pipeline._less(tried[-1], MemoryError(), on_gpu=True)
     with pytest.raises(OutOfMemory):
         pipeline._less(Options(batch_size=1), MemoryError(), on_gpu=False)
+
+
+def test_torch_is_not_imported_where_there_is_no_gpu_to_work_on() -> None:
+    code = "import sys, comq_onnx, comq_onnx.cli, comq_onnx.device as d; d.choose('cpu'); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr
 
 
 def test_the_packages_that_bring_onnxruntime_are_found() -> None:

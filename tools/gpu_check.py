@@ -76,10 +76,11 @@ class Scale:
     positions: int
     samples: int
     runs: int
+    effort: str
 
 
-FULL = Scale(SIZES, 8192, 32768, 256, 5)
-SMOKE = Scale(("96x64",), 256, 512, 16, 1)
+FULL = Scale(SIZES, 8192, 32768, 256, 5, "default")
+SMOKE = Scale(("96x64",), 256, 512, 16, 1, "fast")
 
 
 class Check:
@@ -172,7 +173,7 @@ class Check:
                 model = ROOT / "models" / f"{stem}.onnx"
                 calib, test = ROOT / "models" / "fashion_calib.npz", ROOT / "models" / "fashion_test.npz"
                 options: dict[str, Any] = {"bits": 4, "uniform": True, "activations": activations,
-                                           "max_samples": self.scale.samples}  # fmt: skip
+                                           "max_samples": self.scale.samples, "effort": self.scale.effort}  # fmt: skip
                 paths = {name: Path(work) / f"{stem}_{name}.onnx" for name in ("cpu", "device")}
                 reports = {
                     "cpu": comq_onnx.quantize(model, paths["cpu"], calib, device="cpu", **options),

@@ -403,14 +403,21 @@ def _refit(part: Part, now: Rounding, v: Tensor) -> Rounding:
 def _refit_blocks(part: Part, now: Rounding, v: Tensor) -> Rounding:
     """comq._refit_blocks: all scales of a channel at once, where the objective falls and they stay positive."""
     problem, (groups, blocks, channels) = part.problem, now.scale.shape
-    slopes, products = torch.zeros_like(now.scale), torch.empty((groups, blocks, blocks, channels), device=v.device)
-    index = problem.block[:, :, None].expand_as(v)
-    slopes.scatter_add_(1, index, v * now.codes)
+    size = problem.grid.block_size or v.shape[1]
+    by_block = torch.sort(problem.block, dim=1, stable=True).indices[:, :, None]
+
+    def summed(x: Tensor) -> Tensor:
+        """[groups, in, channels] added up in each block: not scattered, whose order would change from run to run."""
+        apart = torch.nn.functional.pad(torch.take_along_dim(x, by_block, 1), (0, 0, 0, blocks * size - x.shape[1]))
+        return apart.unflatten(1, (blocks, size)).sum(2)
+
+    slopes = summed(v * now.codes).mT.contiguous()
+    products = torch.empty((groups, blocks, blocks, channels), device=v.device)
     for b in range(blocks):
-        mine = (problem.block == b)[:, :, None] * now.codes
-        products[:, b] = torch.zeros_like(now.scale).scatter_add_(1, index, (problem.h @ mine) * now.codes)
+        mine = by_block[:, b * size : (b + 1) * size]
+        image = torch.take_along_dim(problem.h, mine.mT, 2) @ torch.take_along_dim(now.codes, mine, 1)
+        products[:, b] = summed(image * now.codes)
     products = products.permute(0, 3, 1, 2).contiguous()
-    slopes = slopes.mT.contiguous()
     diagonal = products.diagonal(dim1=2, dim2=3)
     # blocks of zeros, and blocks that say the same
     diagonal += 1e-4 * diagonal.mean(-1, keepdim=True) + float(np.finfo(np.float32).tiny)

@@ -80,6 +80,7 @@ def _launched(
     codes: Tensor,
 ) -> Tensor:  # fmt: skip
     groups, rows, columns = v.shape
+    assert v.stride(2) == codes.stride(2) == 1
     change = torch.empty_like(v)
     # a column of `a` is read at a time
     by_column = a.mT.contiguous()

@@ -10,10 +10,8 @@ runs once, memory is bounded by one segment and the cut tensors, and later layer
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import time
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,14 +21,15 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from comq_onnx import arrays, cuts, moments, ranges, stages
+from comq_onnx import device as devices
 from comq_onnx import graph as graphs
-from comq_onnx import ranges, stages
 from comq_onnx.activations import ActivationGrid, ActivationPlan, Range
-from comq_onnx.errors import ModelError, OptionError, SamplesError
+from comq_onnx.errors import ModelError, SamplesError
 from comq_onnx.grid import Array, Grid
+from comq_onnx.moments import Moments, halves, parts
 from comq_onnx.ops import Gather, Gemm, MatMul, MatMulLeft
 from comq_onnx.padding import Mask, has_positions, take_kept
-from comq_onnx.patches import patch_gram, patch_sum
 from comq_onnx.prepare import Layer, Prepared, calibrated
 from comq_onnx.qdq import Quantization, emit, may_add_bias
 from comq_onnx.runtime import Session
@@ -51,16 +50,13 @@ Tensors = dict[str, list[Any]]  # one array per batch
 LEAST_POSITIONS, MOST_POSITIONS = 16_384, 65_536
 POSITIONS_PER_INPUT = 24
 MOST_NUMBERS = 1 << 27
-CHUNK_BYTES = 1 << 28
 # how many times as many positions a Gram of patches takes in the same time, at least (see patches.py)
 PATCHES_GAIN = 2
 # float32 sums of squares of larger numbers overflow, those of smaller ones lose their digits
 LARGEST, SMALLEST = 1e15, 1e-15
-# moments are summed over so many samples at a time (fewer where those take more than CHUNK_BYTES), however many run at
-# once: the batch size changes the order of no sum
+# moments are summed over so many samples at a time (fewer where those take more than moments.CHUNK_BYTES), however many
+# run at once: the batch size changes the order of no sum
 GROUP = 16
-# the positions are dealt to two halves for cross-validation in so many stretches
-STRETCHES = 16
 
 
 @dataclass(frozen=True)
@@ -75,6 +71,7 @@ class Settings:
     memory: int = 8 << 30
     mask: str | None = None  # the input whose zeros mark positions that the model ignores
     fewer_positions: int = 1  # by what to divide the number of positions that moments are made from
+    tensors: bool | None = None  # torch tensors in place of numpy arrays; None: on a GPU
 
 
 @dataclass
@@ -112,8 +109,11 @@ def walk(
         if isinstance(layer.kind, Gather):
             with timed(result.seconds, "solve"), timed(result.layer_seconds, layer.name):
                 result.solutions[layer.name] = round_rows(_finite_weight(prepared, layer), grids[layer.name])
-    with graphs.private_directory() as work:
-        _Walk(prepared, plan, grids, samples, target, settings, progress, result, work, probes or {}, observer).run()
+    tensors = devices.is_gpu(settings.device) if settings.tensors is None else settings.tensors
+    with graphs.private_directory() as work, cuts.opened(settings.device, tensors, settings.memory, work) as kept:
+        _Walk(
+            prepared, plan, grids, samples, target, settings, progress, result, work, probes or {}, observer, kept
+        ).run()  # fmt: skip
     return result
 
 
@@ -140,11 +140,11 @@ class _Walk:
     work: Path
     probes: Mapping[str, str]
     observer: Observer | None
+    cuts: cuts.Host
 
     def run(self) -> None:
         graph = self.prepared.model.graph
-        cuts = stages.cut(self.prepared.model, list(calibrated(self.prepared.layers)))
-        self.keeper = _Keeper(self.settings.memory, self.work)
+        parts = stages.cut(self.prepared.model, list(calibrated(self.prepared.layers)))
         self.solved: list[Layer] = [x for x in self.prepared.layers if x.name in self.result.solutions]
         self.ranges = self.result.ranges
         self.ranges.update({name: Range() for name in self.plan.values})
@@ -158,11 +158,11 @@ class _Walk:
         float_cut: Tensors = {name: [b[name] for b in batches] for name in inputs}
         quantized_cut: Tensors = {name: list(arrays) for name, arrays in float_cut.items()}
         self._observe(float_cut)
-        for stage in cuts:
+        for stage in parts:
             self._solve_all(stage.layers, float_cut, quantized_cut)
             self._advance(stage, float_cut, quantized_cut)
             self._tell()
-            self.progress("stages", stage.index + 1, len(cuts))
+            self.progress("stages", stage.index + 1, len(parts))
 
     def _tell(self) -> None:
         done = sum(not isinstance(layer.kind, Gather) for layer in self.solved)
@@ -209,7 +209,7 @@ class _Walk:
             yield group, statistics
 
     def _statistics(self, layer: Layer, x: Sequence[Any], x_hat: Sequence[Any]) -> Statistics:
-        moments = Moments()
+        sums = Moments()
         settings = self.settings
         quantize = layer.name in self.plan.integer_layers and not settings.independent
         grid = self.result.grids[self.plan.root(layer.input)] if quantize else None
@@ -217,10 +217,12 @@ class _Walk:
         counts: Sequence[int] = [] if layer.name in self.probes else self.counts
         masks: Sequence[Mask | None] = [] if layer.name in self.probes else self.kept
         if _has_samples_first(layer) and (regroup := _regrouping(x, counts)) is not None:
-            x, x_hat, counts = regroup(x), regroup(x_hat), regroup(x).counts
+            x, x_hat, counts = regroup(x, self.cuts.fetch), regroup(x_hat, self.cuts.fetch), regroup(x).counts
             masks = regroup(masks) if masks[0] is not None else []
-        kept = [self._kept_positions(layer, x[i], masks[i] if i < len(masks) else None) for i in range(len(x))]
-        positions = [layer.kind.positions(x[i]) if k is None else len(k) for i, k in enumerate(kept)]
+        shapes = x.shapes if isinstance(x, _Groups) else [array.shape for array in x]
+        like = [self.cuts.empty(shape) for shape in shapes]
+        kept = [self._kept_positions(layer, like[i], masks[i] if i < len(masks) else None) for i in range(len(x))]
+        positions = [layer.kind.positions(like[i]) if k is None else len(k) for i, k in enumerate(kept)]
         if not any(positions):
             raise SamplesError(f"no sample reaches layer {layer.name!r}: its input is empty for all of them")
         inputs = layer.kind.inputs
@@ -228,16 +230,19 @@ class _Walk:
         limit = max(min(affordable, MOST_POSITIONS), LEAST_POSITIONS, POSITIONS_PER_INPUT * inputs)
         limit //= settings.fewer_positions
         share = min(1.0, limit / max(sum(positions), 1))
-        if share > 1 / PATCHES_GAIN and layer.kind.patches(x[0]) is not None:
+        if share > 1 / PATCHES_GAIN and layer.kind.patches(like[0]) is not None:
             share = 1.0
         rng = np.random.default_rng(settings.seed)
         taken = [max(1, round(share * n)) if n and share < 1 else n for n in positions]
         seen, total = 0, sum(taken)
-        for i in range(len(x)):
+
+        def fetched(i: int) -> tuple[Any, Any]:
+            batch = self.cuts.fetch(x[i])
+            return batch, batch if shared else self.cuts.fetch(x_hat[i])
+
+        for i, (batch, batch_hat) in enumerate(self.cuts.ahead(len(x), fetched)):
             if taken[i] == 0:
                 continue
-            batch = x[i]
-            batch_hat = batch if shared else x_hat[i]
             pick = None
             if share < 1:
                 pick = np.sort(rng.choice(positions[i], taken[i], replace=False))
@@ -250,24 +255,23 @@ class _Walk:
             if largest < SMALLEST:
                 batch, batch_hat = batch * 0, batch_hat * 0
             same = settings.independent or (batch_hat is batch and grid is None)
-            hat = batch if same else (grid.fake_quantize(batch_hat) if grid is not None else batch_hat)
+            hat = batch if same else (self.cuts.fake_quantize(grid, batch_hat) if grid is not None else batch_hat)
             padded = layer.kind.patches(batch) if pick is None else None
             if padded is not None:
                 padded_hat = None if same else layer.kind.patches(hat)
-                halves = _halves(seen, taken[i], total)[:: taken[i] // len(padded)]
-                for half in np.unique(halves):
-                    mine = slice(None) if (halves == half).all() else halves == half
-                    moments.add_patches(
-                        padded[mine], None if padded_hat is None else padded_hat[mine], layer.kind.kernel, half
-                    )
+                which = halves(seen, taken[i], total)[:: taken[i] // len(padded)]
+                for half in np.unique(which):
+                    mine = slice(None) if (which == half).all() else which == half
+                    mine_hat = None if padded_hat is None else arrays.at(padded_hat, mine)
+                    sums.add_patches(arrays.at(padded, mine), mine_hat, layer.kind.kernel, half)
             else:
-                for part, half in _parts(_halves(seen, taken[i], total), inputs, layer.kind.groups):
+                for part, half in parts(halves(seen, taken[i], total), inputs, layer.kind.groups):
                     chosen = part if pick is None else pick[part]
                     whole = pick is None and len(part) == positions[i]
                     rows = layer.kind.rows(batch, None if whole else chosen)
-                    moments.add(rows, None if same else layer.kind.rows(hat, None if whole else chosen), half)
+                    sums.add(rows, None if same else layer.kind.rows(hat, None if whole else chosen), half)
             seen += taken[i]
-        return moments.statistics()
+        return sums.statistics()
 
     def _kept_positions(self, layer: Layer, batch: Any, kept: Mask | None) -> npt.NDArray[np.intp] | None:
         """The positions of a batch of a layer's input that are not padding; None where all count."""
@@ -279,7 +283,8 @@ class _Walk:
             return np.flatnonzero(np.repeat(kept.ravel(), total // kept.size))
         return None
 
-    def _out_of_range(self, name: str, array: Array, i: int, counts: Sequence[int]) -> str:
+    def _out_of_range(self, name: str, array: Any, i: int, counts: Sequence[int]) -> str:
+        array = arrays.on_host(array)
         largest = _largest(array)
         what = f"numbers up to {largest:.1e}, too large to calibrate on," if np.isfinite(largest) else "NaN or Inf"
         readers = ", ".join(repr(x.name) for x in self.prepared.layers if x.input == name)
@@ -360,7 +365,11 @@ class _Walk:
             emit(segment, self.quantization())
             hat = self._run(segment, stage, given, wanted, wanted, observe=False)
         # a tensor that no quantization reaches is kept once
-        return {name: [a if _same(a, b) else b for a, b in zip(made[name], hat[name], strict=True)] for name in wanted}
+        fetch = self.cuts.fetch
+        return {
+            name: [a if _same(fetch(a), fetch(b)) else b for a, b in zip(made[name], hat[name], strict=True)]
+            for name in wanted
+        }
 
     def quantization(self) -> Quantization:
         """Everything solved so far, as emission takes it."""
@@ -373,9 +382,9 @@ class _Walk:
         extracted = ir.convenience.extract(self.prepared.model.graph, list(stage.reads), list(wanted))
         for value in extracted.inputs:
             example = given[str(value.name)][0]
-            if isinstance(example, np.ndarray):
+            if arrays.is_array(example):
                 # only the type: ranks and sizes may differ from batch to batch
-                value.type, value.shape = ir.TensorType(ir.DataType.from_numpy(example.dtype)), None
+                value.type, value.shape = ir.TensorType(ir.DataType.from_numpy(arrays.dtype(example))), None
         for value in extracted.outputs:
             value.shape = None
         model = ir.Model(extracted, ir_version=self.prepared.model.ir_version)
@@ -388,20 +397,23 @@ class _Walk:
         source = graphs.to_bytes_or_file(segment, self.work, f"stage{stage.index}")
         session = Session(source, self.settings.device, what=f"stage {stage.index} of the model", exact=True)
         made: Tensors = {name: [] for name in live}
-        for i in range(len(self.counts)):
-            outputs = session.run({name: given[name][i] for name in stage.reads}, wanted)
+        feeds = self.cuts.ahead(
+            len(self.counts), lambda i: {name: self.cuts.fetch(given[name][i]) for name in stage.reads}
+        )
+        for i, batch in enumerate(feeds):
+            outputs = self.cuts.run(session, batch, wanted)
             if observe:
                 self._observe({name: [outputs[name]] for name in wanted}, i)
             for name in live:
-                made[name].append(self.keeper.keep(outputs[name]))
+                made[name].append(self.cuts.keep(outputs[name]))
             self.progress("samples", sum(self.counts[: i + 1]), sum(self.counts))
         return made
 
     def _observe(self, tensors: Tensors, first: int = 0) -> None:
         """Widen the ranges of tensors, one array per batch from batch `first` on."""
-        for name, arrays in tensors.items():
+        for name, batches in tensors.items():
             if name in self.ranges:
-                for i, array in enumerate(arrays, first):
+                for i, array in enumerate(map(arrays.on_host, batches), first):
                     seen = take_kept(array, self.kept[i], least_rank=3)
                     self.ranges[name].observe(seen)
                     if name in self.positions:
@@ -432,9 +444,12 @@ class _Walk:
         return ranges.choose(objective, seen.low, seen.high, self.plan.dtype, bounds)
 
 
-def _largest(array: Array) -> float:
+def _largest(array: Any) -> float:
     """The largest magnitude; NaN where there is a NaN."""
-    return float(np.maximum(array.max(), -array.min())) if array.size else 0.0
+    if not arrays.size(array):
+        return 0.0
+    # torch hands NaN on, as numpy does
+    return float(abs(array).max() if arrays.is_tensor(array) else np.maximum(array.max(), -array.min()))
 
 
 def _finite_weight(prepared: Prepared, layer: Layer) -> Array:
@@ -462,11 +477,15 @@ def _iterations(stacked: list[Any]) -> list[Any]:
 class _Groups(Sequence[Any]):
     """Arrays with equally many rows for each of some samples, seen as arrays with the rows of `size` samples each."""
 
-    def __init__(self, arrays: Sequence[Any], counts: Sequence[int], size: int) -> None:
-        self._arrays, self._starts, self._size = arrays, np.cumsum([0, *counts]), size
-        self._rows = len(arrays[0]) // counts[0]
+    def __init__(
+        self, given: Sequence[Any], counts: Sequence[int], size: int, fetch: Callable[[Any], Any] = lambda array: array
+    ) -> None:
+        """fetch: what brings a part of an array to where it is worked on."""
+        self._arrays, self._starts, self._size, self._fetch = given, np.cumsum([0, *counts]), size, fetch
+        self._rows = len(given[0]) // counts[0]
         total = sum(counts)
         self.counts = [min(size, total - first) for first in range(0, total, size)]
+        self.shapes = [(self._rows * count, *given[0].shape[1:]) for count in self.counts]
 
     def __len__(self) -> int:
         return len(self.counts)
@@ -475,11 +494,11 @@ class _Groups(Sequence[Any]):
         first = i * self._size
         last = first + self.counts[i]
         parts = [
-            array[(max(first, start) - start) * self._rows : (min(last, end) - start) * self._rows]
+            self._fetch(array[(max(first, start) - start) * self._rows : (min(last, end) - start) * self._rows])
             for array, start, end in zip(self._arrays, self._starts[:-1], self._starts[1:], strict=True)
             if start < last and first < end
         ]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return parts[0] if len(parts) == 1 else arrays.concatenate(parts)
 
 
 def _has_samples_first(layer: Layer) -> bool:
@@ -491,161 +510,24 @@ def _has_samples_first(layer: Layer) -> bool:
     )
 
 
-def _regrouping(arrays: Sequence[Any], counts: Sequence[int]) -> Callable[[Sequence[Any]], _Groups] | None:
+def _regrouping(given: Sequence[Any], counts: Sequence[int]) -> Callable[..., _Groups] | None:
     """What puts arrays, one per batch of `counts` samples, into groups of samples; None where they do not have equal
     rows for each sample."""
-    if (
-        not arrays
-        or len(arrays) != len(counts)
-        or not all(isinstance(a, np.ndarray) and a.ndim > 1 and len(a) for a in arrays)
-    ):
+    if not given or len(given) != len(counts) or not all(arrays.is_array(a) and a.ndim > 1 and len(a) for a in given):
         return None
-    rows = len(arrays[0]) // counts[0]
+    rows = len(given[0]) // counts[0]
     if rows < 1 or any(
-        len(a) != rows * n or a.shape[1:] != arrays[0].shape[1:] for a, n in zip(arrays, counts, strict=True)
+        len(a) != rows * n or a.shape[1:] != given[0].shape[1:] for a, n in zip(given, counts, strict=True)
     ):
         return None
-    size = max(1, min(GROUP, CHUNK_BYTES * counts[0] // max(arrays[0].nbytes, 1)))
-    return lambda given: _Groups(given, counts, size)
+    size = max(1, min(GROUP, moments.CHUNK_BYTES * counts[0] // max(given[0].nbytes, 1)))
+    return lambda arrays, *fetch: _Groups(arrays, counts, size, *fetch)
 
 
 def _same(a: Any, b: Any) -> bool:
+    if arrays.is_tensor(a):
+        return arrays.is_tensor(b) and a.shape == b.shape and bool((a == b).all())
     return isinstance(a, np.ndarray) and a.shape == b.shape and np.array_equal(a, b)
-
-
-def _halves(first: int, count: int, total: int) -> npt.NDArray[np.intp]:
-    """Which half each of `count` positions from `first` on belongs to, of `total`: stretches of them in turn, so that
-    neighbours are together and either half sees samples from everywhere."""
-    return np.arange(first, first + count) * STRETCHES // total % 2
-
-
-def _parts(halves: npt.NDArray[np.intp], inputs: int, groups: int) -> Iterator[tuple[npt.NDArray[np.intp], int]]:
-    """Consecutive positions of one half, in parts whose rows take at most CHUNK_BYTES, with the half."""
-    step = max(1, CHUNK_BYTES // (4 * inputs * groups))
-    edges = [0, *(np.flatnonzero(np.diff(halves)) + 1), len(halves)]
-    for begin, end in itertools.pairwise(edges):
-        for start in range(begin, end, step):
-            yield np.arange(start, min(start + step, end)), int(halves[begin])
-
-
-class Moments:
-    """Running sums of a layer's input rows: products in float32, sums in float64; two halves of the samples apart."""
-
-    def __init__(self) -> None:
-        self._halves = (_Sums(), _Sums())
-
-    @property
-    def count(self) -> int:
-        """How many positions there were."""
-        return self._halves[0].count + self._halves[1].count
-
-    def add(self, rows: Array, rows_hat: Array | None, half: int = 0) -> None:
-        """Add rows [groups, positions, in] of the float model and of the quantized one (None: the same)."""
-        hat = rows if rows_hat is None else rows_hat
-        error = None if rows_hat is None else rows - rows_hat
-        self._halves[half].add(hat, error, _gram, _sum, rows.shape[1])
-
-    def add_patches(self, x: Array, x_hat: Array | None, kernel: tuple[int, ...], half: int = 0) -> None:
-        """Add the rows that are the patches of padded inputs [n, channels, height, width], without building them."""
-        hat = x if x_hat is None else x_hat
-        error = None if x_hat is None else x - x_hat
-        count = len(x) * (x.shape[2] - kernel[0] + 1) * (x.shape[3] - kernel[1] + 1)
-        self._halves[half].add(
-            hat, error, lambda a, b: patch_gram(a, b, kernel)[None], lambda a: patch_sum(a, kernel)[None], count
-        )
-
-    def statistics(self) -> Statistics:
-        """The moments of all rows, with those of the first half beside them where both halves have rows."""
-        first, second = self._halves
-        if first.count == 0 or second.count == 0:
-            return (first if second.count == 0 else second).means()
-        return replace((first + second).means(), half=replace(first.means(), residue=None))
-
-
-class _Sums:
-    """Sums over rows: x^ x^T, x^, x^ e^T, e e^T, e; the last three only where x^ is not x."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._sums: list[npt.NDArray[np.float64] | None] = [None] * 5
-
-    def add(
-        self,
-        hat: Array,
-        error: Array | None,
-        gram: Callable[[Array, Array], npt.NDArray[Any]],
-        total: Callable[[Array], npt.NDArray[Any]],
-        count: int,
-    ) -> None:
-        """Add `count` rows, given in a form of which `gram` makes products and `total` sums."""
-        self._put(0, gram(hat, hat))
-        self._put(1, total(hat))
-        if error is not None:
-            self._put(2, gram(hat, error))
-            self._put(3, gram(error, error))
-            self._put(4, total(error))
-        self.count += count
-
-    def _put(self, k: int, part: npt.NDArray[Any]) -> None:
-        total = self._sums[k]
-        if total is None:
-            self._sums[k] = np.asarray(part, np.float64)
-        else:
-            total += part
-
-    def __add__(self, other: _Sums) -> _Sums:
-        both = _Sums()
-        both.count = self.count + other.count
-        both._sums = [
-            a if b is None else b if a is None else a + b for a, b in zip(self._sums, other._sums, strict=True)
-        ]
-        return both
-
-    def means(self) -> Statistics:
-        gram, mean, cross, residue, mean_error = (None if s is None else s / self.count for s in self._sums)
-        assert gram is not None
-        assert mean is not None
-        return Statistics(gram, mean, self.count, cross, residue, mean_error)
-
-
-def _gram(a: Array, b: Array) -> npt.NDArray[np.float32]:
-    return np.asarray(np.matmul(a.swapaxes(1, 2), b), np.float32)
-
-
-def _sum(rows: Array) -> npt.NDArray[np.float64]:
-    return np.asarray(rows.sum(axis=1, dtype=np.float64))
-
-
-class _Keeper:
-    """Holds cut tensors in memory up to a budget, beyond it in files that vanish with them."""
-
-    def __init__(self, budget: int, directory: Path) -> None:
-        self._budget, self._directory, self._held, self._files = budget, directory, 0, 0
-
-    def keep(self, array: Any) -> Any:
-        """The same array, in memory or mapped from a file."""
-        if not isinstance(array, np.ndarray) or array.dtype == object:
-            return array
-        if self._held + array.nbytes > self._budget and array.nbytes > 1 << 16:
-            self._files += 1
-            path = self._directory / f"cut{self._files}.npy"
-            # written before it is mapped: on a full disk writing fails with an error, touching a mapping kills
-            try:
-                np.save(path, array)
-                mapped = np.load(path, mmap_mode="r+")
-            except OSError as error:
-                raise OptionError(
-                    f"{self._directory.parent}: tensors kept between stages cannot be written there ({error}); free "
-                    "some space, set TMPDIR to a larger disk, or give more --memory"
-                ) from error
-            weakref.finalize(mapped, path.unlink, missing_ok=True)
-            return mapped
-        self._held += array.nbytes
-        weakref.finalize(array, self._release, array.nbytes)
-        return array
-
-    def _release(self, size: int) -> None:
-        self._held -= size
 
 
 # If

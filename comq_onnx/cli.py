@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -90,6 +91,13 @@ class _Choice(click.Choice[str]):
     def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
         message = super().get_invalid_choice_message(value, ctx).rstrip(".")
         return message + did_you_mean(str(value), map(str, self.choices))
+
+
+class _Device(_Choice):
+    """A choice that takes the number of a GPU too."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return str(value) if re.fullmatch("cuda:[0-9]{1,3}", str(value)) else super().convert(value, param, ctx)
 
 
 LONGEST_LINE = 600
@@ -281,7 +289,8 @@ SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True, "max_co
 @click.option("--shrink", type=click.FloatRange(0, 2, min_open=True), metavar="X",
               help="Of the paper's solver: factor on the first scale.  [default: by the bits]")  # fmt: skip
 @click.option("--independent", is_flag=True, help="Calibrate every layer on the float model, as the paper does.")
-@click.option("--device", type=_Choice(["auto", "cpu", "cuda"]), default="auto", help="Where to calibrate.")
+@click.option("--device", type=_Device(["auto", "cpu", "cuda"]), default="auto", metavar="auto|cpu|cuda[:N]",
+              help="Where to calibrate and solve; N is the number of a GPU.")  # fmt: skip
 @click.option("--memory", "memory_gb", type=click.FloatRange(min=0.0), metavar="GB",
               help="For tensors kept between stages, then the disk.  [default: half of what is free]")  # fmt: skip
 @click.option("--plan", is_flag=True, help="List layers, bits and stages; calibrate and write nothing.")

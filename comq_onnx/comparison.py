@@ -14,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
+from comq_onnx import device as devices
 from comq_onnx.errors import ModelError
 from comq_onnx.graph import as_path, load, private_directory
-from comq_onnx.runtime import Session, choose_device
+from comq_onnx.runtime import Session
 from comq_onnx.samples import Recipe, Samples, load_samples
 
 INTEGER_PRODUCTS = frozenset(
@@ -163,9 +164,10 @@ def compare(
 ) -> Comparison:
     """Run two models on the same samples, at most `count`, and say how near the second is to the first.
 
-    Models, samples and preprocess are given as to `quantize`; seconds: how long to time both. Raises ComqError.
+    Models, samples and preprocess are given as to `quantize`; device: as there, or tensorrt; seconds: how long to time
+    both. Raises ComqError.
     """
-    device = choose_device(device)
+    device = devices.choose(device, ("tensorrt",)).device
     with private_directory() as work:
         paths = [as_path(model, work) for model in (before, after)]
         first, second = (Session(path, device, what=str(path)) for path in paths)

@@ -23,6 +23,8 @@ Array: TypeAlias = npt.NDArray[np.float32]
 Codes: TypeAlias = npt.NDArray[np.int8]
 
 MIN_BITS, MAX_BITS = 2, 8
+# of a weight's span, those among which `fit_mse` chooses
+SHRINKS = np.linspace(1.05, 0.3, 26, dtype=np.float32)
 
 
 @dataclass(frozen=True)
@@ -95,18 +97,23 @@ def fit_minmax(weight: Array, grid: Grid, shrink: float = 1.0) -> tuple[Array, C
     Symmetric: scale = max|w| / qmax. Asymmetric: scale = (max - min) / (2^bits - 1), 0 always representable.
     A block of zeros gets scale 1.
     """
+    return fit_span(*_span(weight, grid), grid, shrink)
+
+
+def _span(weight: Array, grid: Grid) -> tuple[Array, Array]:
+    """The least and the largest number of each block [groups, out, blocks]."""
     starts = np.arange(0, weight.shape[-1], grid.block_size or max(weight.shape[-1], 1))
+    return np.minimum.reduceat(weight, starts, axis=-1), np.maximum.reduceat(weight, starts, axis=-1)
+
+
+def fit_span(least: Array, most: Array, grid: Grid, shrink: float = 1.0) -> tuple[Array, Codes]:
+    """`fit_minmax` from the least and the largest number of each block [groups, out, blocks]."""
     # in float64: the span of float32's largest numbers is none of them
-    low = np.minimum(np.minimum.reduceat(weight, starts, axis=-1), 0).astype(np.float64)
-    high = np.maximum(np.maximum.reduceat(weight, starts, axis=-1), 0).astype(np.float64)
+    low = np.minimum(least, 0).astype(np.float64)
+    high = np.maximum(most, 0).astype(np.float64)
     if grid.per_tensor:
         low, high = np.full_like(low, low.min()), np.full_like(high, high.max())
-    return _scale_and_zero_point(low * shrink, high * shrink, grid)
-
-
-def _scale_and_zero_point(
-    low: npt.NDArray[np.float64], high: npt.NDArray[np.float64], grid: Grid
-) -> tuple[Array, Codes]:
+    low, high = low * shrink, high * shrink
     if grid.symmetric:
         scale = np.asarray(np.maximum(-low, high) / grid.qmax, np.float32)
     else:
@@ -128,7 +135,7 @@ def fit_mse(weight: Array, grid: Grid, shrinks: npt.NDArray[np.float32] | None =
     Every block chooses for itself (a per-tensor grid once for all).
     """
     if shrinks is None:
-        shrinks = np.linspace(1.05, 0.3, 26, dtype=np.float32)
+        shrinks = SHRINKS
     rows = np.ascontiguousarray(weight.reshape(-1, weight.shape[-1]))
     size = grid.block_size or max(weight.shape[-1], 1)
     starts = range(0, weight.shape[-1], size)

@@ -5,20 +5,21 @@ The contract of every kind, tested against ONNX Runtime over random attributes: 
     kind.rows(x) [groups, positions, in]  @  kind.to_matrix(weight) [groups, out, in]^T
 
 holds exactly the numbers that the operator computes (without its bias), position by position. So the Gram of the rows
-is all that a solver must know of the operator. Operators: https://onnx.ai/onnx/operators/
+is all that a solver must know of the operator. Rows are made of numpy arrays and torch tensors alike (arrays.py).
+Operators: https://onnx.ai/onnx/operators/
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from comq_onnx import patches
+from comq_onnx import arrays, patches
 from comq_onnx.grid import Array
 
 AnyArray = npt.NDArray[Any]
@@ -94,7 +95,7 @@ def _get(node: ir.Node, name: str, default: Any) -> Any:
 
 
 def _at(array: AnyArray, pick: npt.NDArray[np.intp] | None) -> AnyArray:
-    return array if pick is None else array[:, pick]
+    return array if pick is None else arrays.at(array, (slice(None), pick))
 
 
 @dataclass(frozen=True)
@@ -130,18 +131,18 @@ class MatMul(OpKind):
         stacked = [extra + i for i, d in enumerate(self._lead) if d != 1]
         rest = [i for i in range(x.ndim - 2) if i not in stacked]
         order = (*stacked, *rest, x.ndim - 2, x.ndim - 1)
-        return _at(x.transpose(order).reshape(self.groups, -1, inputs), pick)
+        return _at(arrays.permute(x, order).reshape(self.groups, -1, inputs), pick)
 
     def _broadcast(self, x: Array) -> Array:
         """x with the leading axes that the product has."""
         x = x[None] if x.ndim == 1 else x
         full = np.broadcast_shapes(x.shape[:-2], self._lead)
-        return np.broadcast_to(x, full + x.shape[-2:])
+        return cast(Array, arrays.broadcast_to(x, (*full, *x.shape[-2:])))
 
     def positions(self, x: Array) -> int:
         if self.groups == 1:
-            return int(x.size // self.weight_shape[-2])
-        return int(self._broadcast(x).size // self.weight_shape[-2] // self.groups)
+            return arrays.size(x) // self.weight_shape[-2]
+        return arrays.size(self._broadcast(x)) // self.weight_shape[-2] // self.groups
 
     def rows_key(self) -> tuple[object, ...]:
         return self.op_type, self._lead, self.inputs
@@ -209,7 +210,7 @@ class MatMulLeft(_OutputsFirst):
         return _at(columns.swapaxes(-1, -2).reshape(1, -1, self.weight_shape[1]), pick)
 
     def positions(self, x: Array) -> int:
-        return int(x.size // self.weight_shape[1])
+        return arrays.size(x) // self.weight_shape[1]
 
     def rows_key(self) -> tuple[object, ...]:
         return "MatMulLeft", self.inputs
@@ -308,10 +309,10 @@ class _Spatial(OpKind):
         """A view [n, channels, *out, *kernel]."""
         padded, strides = self._prepared(x)
         dims = tuple(range(2, x.ndim))
-        view = np.lib.stride_tricks.sliding_window_view(padded, tuple(self._spans), axis=dims)
+        view = arrays.windows(padded, self._spans, dims)
         steps = tuple(slice(None, None, s) for s in strides)
         taps = tuple(slice(None, None, d) for d in self.dilations)
-        return np.asarray(view[(slice(None), slice(None), *steps, *taps)])
+        return cast(Array, view[(slice(None), slice(None), *steps, *taps)])
 
     def rows(self, x: Array, pick: npt.NDArray[np.intp] | None = None) -> Array:
         windows = self._windows(x)
@@ -319,13 +320,13 @@ class _Spatial(OpKind):
         out = windows.shape[2 : 2 + spatial]
         if pick is None:
             channels_last = (0, *range(2, 2 + spatial), 1, *range(2 + spatial, windows.ndim))
-            taken = windows.transpose(channels_last).reshape(-1, x.shape[1], *self.kernel)
+            taken = arrays.permute(windows, channels_last).reshape(-1, x.shape[1], *self.kernel)
         else:
             n, *place = np.unravel_index(pick, (x.shape[0], *out))
             # the numbers picked come first, then channels and kernel
-            taken = windows[(n, slice(None), *place)]  # type: ignore[arg-type]
+            taken = arrays.at(windows, (n, slice(None), *place))
         split = taken.reshape(taken.shape[0], self.group, -1)
-        return np.ascontiguousarray(split.swapaxes(0, 1))
+        return cast(Array, arrays.contiguous(split.swapaxes(0, 1)))
 
     def patches(self, x: Array) -> Array | None:
         padded, strides = self._prepared(x)
@@ -370,7 +371,7 @@ class Conv(_Spatial):
             begin = end = [0] * rank
         else:
             begin, end = list(self.pads[:rank]), list(self.pads[rank:])
-        return np.pad(x, [(0, 0), (0, 0), *zip(begin, end, strict=True)]), self.strides
+        return arrays.pad(x, [(0, 0), (0, 0), *zip(begin, end, strict=True)]), self.strides
 
     @property
     def axis(self) -> int | None:
@@ -440,12 +441,13 @@ class ConvTranspose(_Spatial):
 
     def _prepared(self, x: Array) -> tuple[Array, tuple[int, ...]]:
         size = x.shape[2:]
-        spaced = np.zeros((*x.shape[:2], *[(n - 1) * s + 1 for n, s in zip(size, self.strides, strict=True)]), x.dtype)
+        spaced = arrays.zeros((*x.shape[:2], *[(n - 1) * s + 1 for n, s in zip(size, self.strides, strict=True)]), x)
         spaced[(slice(None), slice(None), *[slice(None, None, s) for s in self.strides])] = x
         begin, end = self._cropped(size)
         lower = [span - 1 - b for span, b in zip(self._spans, begin, strict=True)]
         upper = [span - 1 - e + o for span, e, o in zip(self._spans, end, self.output_padding, strict=True)]
-        padded = np.pad(spaced, [(0, 0), (0, 0), *((max(a, 0), max(b, 0)) for a, b in zip(lower, upper, strict=True))])
+        widths = [(0, 0), (0, 0), *((max(a, 0), max(b, 0)) for a, b in zip(lower, upper, strict=True))]
+        padded = arrays.pad(spaced, widths)
         cut = [
             slice(max(-a, 0), padded.shape[2 + i] - max(-b, 0))
             for i, (a, b) in enumerate(zip(lower, upper, strict=True))

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from comq_onnx import arrays
+
 Mask = npt.NDArray[np.bool_]
 Arrays = Mapping[str, Any]
 
@@ -58,7 +60,7 @@ def _same(a: Any, b: Any) -> bool:
 def has_positions(array: Any, kept: Mask, least_rank: int = 2) -> bool:
     """Whether an array has the mask's two axes first; least_rank 3: and one of features behind them, since the features
     of a pooled [batch, features] may be as many as the positions."""
-    return isinstance(array, np.ndarray) and array.ndim >= least_rank and array.shape[:2] == kept.shape
+    return arrays.is_array(array) and array.ndim >= least_rank and tuple(array.shape[:2]) == kept.shape
 
 
 def take_kept(array: Any, kept: Mask | None, least_rank: int = 2) -> Any:

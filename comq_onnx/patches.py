@@ -17,14 +17,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-from numpy.lib.stride_tricks import sliding_window_view
+from comq_onnx import arrays
 
-from comq_onnx.grid import Array
-
-Sums = npt.NDArray[np.float64]
+# numpy arrays or torch tensors (see arrays): float32, and float64
+Array = Any
+Sums = Any
 
 # Inputs are taken in parts: 2 MB stay in the cache (twice as fast as 16 MB where channels are few), but each part adds
 # its own [in, in] to the sums, so a part is as large as that where that is larger. Scratch is at most four parts: each
@@ -58,19 +57,19 @@ def patch_gram(a: Array, b: Array, kernel: tuple[int, ...]) -> Sums:
     Products are float32, the sums over parts of the input float64.
     """
     channels, taps, same = a.shape[1], kernel[0] * kernel[1], b is a
-    gram = np.zeros((channels, taps, channels, taps))
+    gram = arrays.zeros((channels, taps, channels, taps), a, double=True)
     for part in _parts(a.shape, kernel):
-        gram += _blocks(a[part], b[part], kernel, same).transpose(1, 0, 3, 2)
+        gram += arrays.permute(_blocks(a[part], b[part], kernel, same), (1, 0, 3, 2))
     return gram.reshape(channels * taps, channels * taps)
 
 
 def patch_sum(a: Array, kernel: tuple[int, ...]) -> Sums:
     """The sum over all patches, [in] in the order channel, ky, kx; a [n, channels, height, width]: padded."""
-    total = a.sum(axis=0, dtype=np.float64)
+    total = arrays.total(a, axis=0)
     for axis, k in enumerate(kernel, start=1):
         # the windows that the taps see: as long as the output, as many as there are taps
-        total = sliding_window_view(total, total.shape[axis] - k + 1, axis=axis).sum(axis=-1)
-    return np.asarray(total.reshape(-1))
+        total = arrays.windows(total, [total.shape[axis] - k + 1], [axis]).sum(-1)
+    return total.reshape(-1)
 
 
 def _parts(shape: tuple[int, ...], kernel: tuple[int, ...]) -> Iterator[tuple[slice, slice, slice]]:
@@ -89,15 +88,15 @@ def _blocks(a: Array, b: Array, kernel: tuple[int, ...], same: bool) -> Array:
     """The Gram of one part as blocks [taps, channels, taps, channels]."""
     channels, (kh, kw) = a.shape[1], kernel
     # places first and images inside: a range of rows is one matrix [places, channels] as it stands
-    left = np.ascontiguousarray(a.transpose(2, 3, 0, 1))
-    right = left if same else np.ascontiguousarray(b.transpose(2, 3, 0, 1))
+    left = arrays.contiguous(arrays.permute(a, (2, 3, 0, 1)))
+    right = left if same else arrays.contiguous(arrays.permute(b, (2, 3, 0, 1)))
     height, width = (_filled([left, right], axis, k - 1) for axis, k in enumerate(kernel))
     out_h, out_w = left.shape[0] - kh + 1, left.shape[1] - kw + 1
-    blocks = np.zeros((kh, kw, channels, kh, kw, channels), np.float32)
+    blocks = arrays.zeros((kh, kw, channels, kh, kw, channels), left)
     for dx in range(1 - kw, kw):
         for x0, x1, columns in _pieces(dx, kw, out_w, width):
-            near = np.ascontiguousarray(left[:, x0:x1])
-            far = near if same and dx == 0 else np.ascontiguousarray(right[:, x0 + dx : x1 + dx])
+            near = arrays.contiguous(left[:, x0:x1])
+            far = near if same and dx == 0 else arrays.contiguous(right[:, x0 + dx : x1 + dx])
             # where a is b, lags before (0, 0) give the transposes of those after it
             for dy in range((0 if dx >= 0 else 1) if same else 1 - kh, kh):
                 for y0, y1, lines in _pieces(dy, kh, out_h, height):
@@ -111,18 +110,19 @@ def _blocks(a: Array, b: Array, kernel: tuple[int, ...], same: bool) -> Array:
     return by_tap
 
 
-def _filled(arrays: Sequence[Array], axis: int, most: int) -> tuple[int, int]:
+def _filled(given: Sequence[Array], axis: int, most: int) -> tuple[int, int]:
     """The range of an axis outside of which all arrays are zero; at most `most` places are left out on either side."""
-    low, high = 0, arrays[0].shape[axis]
+    end = given[0].shape[axis]
 
-    def blank(place: int) -> bool:
-        return not any(array.take(place, axis).any() for array in arrays)
+    def blank(places: Sequence[int]) -> int:
+        """How many of the places are blank before the first that is not."""
+        for count, place in enumerate(places):
+            if any(bool((array[place] if axis == 0 else array[:, place]).any()) for array in given):
+                return count
+        return len(places)
 
-    while low < most and blank(low):
-        low += 1
-    while high > arrays[0].shape[axis] - most and blank(high - 1):
-        high -= 1
-    return low, high
+    low = blank(range(min(most, end)))
+    return low, end - blank(range(end - 1, max(end - most, low) - 1, -1))
 
 
 def _pieces(lag: int, taps: int, out: int, filled: tuple[int, int]) -> Iterator[tuple[int, int, list[int]]]:

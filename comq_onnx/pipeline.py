@@ -19,6 +19,7 @@ import onnx
 import onnx_ir as ir
 
 from comq_onnx import config, gains, memory, padding, runtime, smooth, stages
+from comq_onnx import device as devices
 from comq_onnx import graph as graphs
 from comq_onnx.activations import ActivationGrid, ActivationPlan, plan_activations
 from comq_onnx.agreement import Floats, lead_changes, leads
@@ -155,7 +156,7 @@ class Options:
         if self.shrink is not None and not 0 < self.shrink <= 2:
             raise OptionError(f"--shrink {self.shrink}: a factor on the scale, above 0 and at most 2")
         _one_of("--activations", self.activations, ("auto", "none", "8", "16"))
-        _one_of("--device", self.device, ("auto", "cpu", "cuda"))
+        devices.check_name(self.device)
         for option, number in (("--samples", self.max_samples), ("--batch-size", self.batch_size)):
             if number < 1:
                 raise OptionError(f"{option} {number}: must be 1 or more")
@@ -235,14 +236,19 @@ def _quantized(path: Path, out: Path, samples: Any, asked: Options, progress: Pr
     while True:
         run = Run(path, out, samples, chosen, progress)
         if chosen is not asked:
-            run.warnings.append(f"not enough memory for larger batches: {chosen.batch_size} samples run at once")
+            disk = " and tensors between stages go by disk" if chosen.memory_gb != asked.memory_gb else ""
+            run.warnings.append(f"not enough memory for larger batches: {chosen.batch_size} samples run at once{disk}")
         try:
             return run.quantize()
         except (OutOfMemory, MemoryError) as error:
-            chosen = _smaller_batches(chosen, error)
+            chosen = _less(chosen, error, devices.is_gpu(run.device))
 
 
-def _smaller_batches(options: Options, error: Exception) -> Options:
+def _less(options: Options, error: Exception, on_gpu: bool) -> Options:
+    """What takes less memory: smaller batches, then on a GPU nothing kept there between stages."""
+    if options.batch_size == 1 and on_gpu and options.memory_gb != 0:
+        logger.info("not enough memory on the GPU: %s", error)
+        return replace(options, memory_gb=0.0)
     if options.batch_size == 1:
         raise OutOfMemory(
             f"not enough memory, even for one sample at once ({str(error) or 'MemoryError'}): free some, or give fewer "
@@ -325,6 +331,7 @@ class Run:
         self.path, self.out, self.options, self.progress = path, out, options, progress
         self.source_samples = samples.arrays if isinstance(samples, Samples) else samples
         self.target: Target = TARGETS[options.target]
+        self.device = "cpu"  # until one is chosen
         self.notes: list[str] = []
         self.warnings: list[str] = []
         self.seconds: dict[str, float] = {}
@@ -398,7 +405,10 @@ class Run:
         """Read the model and the samples, run one batch: everything that can be wrong with either shows here."""
         model, self.source = graphs.load(self.path)
         check_source(model, str(self.path))
-        self.device = runtime.choose_device(self.options.device)
+        chosen = devices.choose(self.options.device)
+        self.device = chosen.device
+        if chosen.why is not None:
+            self.warnings.append(f"calibrated on the CPU, not on the GPU: {chosen.why}")
         self.float_session: runtime.Session | None = None
         inputs: Sequence[Any]
         try:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import io
 import os
 import re
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx.parser
 
+from comq_onnx import arrays
 from comq_onnx.errors import ModelError, OutOfMemory, RuntimeFailure
 
 Feeds = Mapping[str, Any]
@@ -40,17 +46,72 @@ def version() -> str:
     return str(require().__version__)
 
 
-def choose_device(device: str) -> str:
-    """`cuda` or `cpu` for `auto`, `cpu` or `cuda`. Raises RuntimeFailure where CUDA is asked for and not there."""
-    available = require().get_available_providers()
-    if device == "auto":
-        return "cuda" if "CUDAExecutionProvider" in available else "cpu"
-    if device == "cuda" and "CUDAExecutionProvider" not in available:
-        raise RuntimeFailure(
-            f"--device cuda: ONNX Runtime has no CUDA here (it has {', '.join(available)}); "
-            "install comq-onnx[gpu] in place of comq-onnx[cpu], or use --device cpu"
-        )
-    return device
+def providers() -> list[str]:
+    """The execution providers that this build of ONNX Runtime knows; their libraries need not be there."""
+    runtime = require()
+    _preload()
+    # since 1.31 a provider may be a plugin, which only its devices tell of
+    plugins = [str(d.ep_name) for d in runtime.get_ep_devices()] if hasattr(runtime, "get_ep_devices") else []
+    return list(dict.fromkeys([*runtime.get_available_providers(), *plugins]))
+
+
+@functools.cache
+def _preload() -> str:
+    """Load CUDA's libraries out of the packages that the extra `gpu` brings; what ONNX Runtime says of it."""
+    said = io.StringIO()
+    if getattr(ort, "cuda_version", "") and hasattr(ort, "preload_dlls"):
+        with contextlib.redirect_stdout(said), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ort.preload_dlls()
+    return one_line(said.getvalue())
+
+
+def _providers(device: str) -> list[tuple[str, dict[str, str]]]:
+    """The execution providers for `cpu`, `cuda:1` or `tensorrt:1`, the preferred one first, with their options."""
+    kind, _, index = device.partition(":")
+    cpu: list[tuple[str, dict[str, str]]] = [("CPUExecutionProvider", {})]
+    if kind == "cpu":
+        return cpu
+    own = {"device_id": index or "0"}
+    # TF32 has three digits; the search for the fastest convolution takes another one from run to run; an arena that
+    # doubles takes what torch needs
+    exact = {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC", "arena_extend_strategy": "kSameAsRequested"}
+    cuda = [("CUDAExecutionProvider", own | exact), *cpu]
+    return [("TensorrtExecutionProvider", own), *cuda] if kind == "tensorrt" else cuda
+
+
+def refusal(device: str) -> str | None:
+    """Why a product does not run on a GPU, `cuda:1` or `tensorrt:1`; None where it does.
+
+    ONNX Runtime goes on with the CPU where its libraries for the GPU do not load, so a session that may not is made,
+    and run, and its result looked for on the device.
+    """
+    runtime = require()
+    options = runtime.SessionOptions()
+    options.log_severity_level = 4
+    options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    given, wanted = np.ones((8, 8), np.float32), _providers(device)[:-1]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            session = runtime.InferenceSession(_product(), options, providers=wanted)
+        if wanted[0][0] not in session.get_providers():
+            return _preload() or f"the session has {', '.join(session.get_providers())}"
+        binding = session.io_binding()
+        binding.bind_cpu_input("x", given)
+        binding.bind_output("y", "cuda", int(wanted[0][1]["device_id"]))
+        session.run_with_iobinding(binding)
+        (result,) = binding.get_outputs()
+    except Exception as error:
+        return _reason(error)
+    if result.device_name() != "cuda":
+        return f"its result is on the {result.device_name()}"
+    return None if np.array_equal(result.numpy(), given @ given) else "its product is wrong"
+
+
+def _product() -> bytes:
+    text = '<ir_version: 8, opset_import: ["": 13]> g (float[8, 8] x) => (float[8, 8] y) { y = MatMul (x, x) }'
+    return bytes(onnx.parser.parse_model(text).SerializeToString())
 
 
 @dataclass(frozen=True)
@@ -68,6 +129,13 @@ _DTYPES = {
     "int16": np.int16, "int8": np.int8, "uint64": np.uint64, "uint32": np.uint32, "uint16": np.uint16,
     "uint8": np.uint8, "bool": np.bool_, "string": np.object_,
 }  # fmt: skip
+
+
+_FLOATING = ("tensor(float)", "tensor(double)", "tensor(float16)")
+
+
+def _is_numeric(kind: str) -> bool:
+    return kind.startswith("tensor(") and kind != "tensor(string)"
 
 
 class Session:
@@ -97,28 +165,76 @@ class Session:
             options.graph_optimization_level = runtime.GraphOptimizationLevel(level)
         if optimized is not None:
             options.optimized_model_filepath = str(optimized)
-        providers = ["CUDAExecutionProvider"] if device == "cuda" else []
+        if device != "cpu":
+            options.use_deterministic_compute = True
+        providers = _providers(device)
         source = str(model) if isinstance(model, Path) else model
         try:
-            self._session = runtime.InferenceSession(source, options, providers=[*providers, "CPUExecutionProvider"])
+            self._session = runtime.InferenceSession(source, options, providers=providers)
         except Exception as error:
-            if _is_memory(error):
+            if is_memory(error):
                 raise OutOfMemory(f"no memory to load {what}: {_reason(error)}") from error
             raise ModelError(f"ONNX Runtime {runtime.__version__} cannot load {what}: {_reason(error)}") from error
-        if device == "cuda" and "CUDAExecutionProvider" not in self._session.get_providers():
-            raise RuntimeFailure("ONNX Runtime fell back to the CPU: its CUDA or cuDNN libraries do not load")
+        if providers[0][0] not in self._session.get_providers():
+            raise RuntimeFailure(
+                f"--device {device}: ONNX Runtime fell back to the CPU for {what}; see its log, or use --device cpu"
+            )
         self.output_names: list[str] = [o.name for o in self._session.get_outputs()]
         self.inputs: list[InputInfo] = [_input_info(i) for i in self._session.get_inputs()]
+        # numbers that stay on the device; integers are mostly shapes and indices, which the CPU wants
+        self._floating = {o.name for o in self._session.get_outputs() if o.type in _FLOATING}
+        self._tensors = {o.name for o in self._session.get_outputs() if _is_numeric(o.type)}
         self._what = what
+        self._device = device
 
     def run(self, feeds: Feeds, names: Sequence[str] | None = None) -> dict[str, Any]:
         """Outputs by name. Raises RuntimeFailure with the runtime's own reason in one line, OutOfMemory where that is
         memory."""
         wanted = list(names) if names is not None else self.output_names
-        try:
+        with self._failures():
             return dict(zip(wanted, self._session.run(wanted, dict(feeds)), strict=True))
+
+    def run_tensors(self, feeds: Feeds, names: Sequence[str] | None = None) -> dict[str, Any]:
+        """`run` with torch tensors on the session's device, without a copy either way: floating-point outputs are such,
+        all others numpy arrays. Feeds may be either.
+
+        What the outputs hold belongs to ONNX Runtime and lives as long as they do.
+        """
+        import torch
+
+        wanted = list(names) if names is not None else self.output_names
+        plain = all(arrays.is_tensor(x) or (isinstance(x, np.ndarray) and x.dtype != object) for x in feeds.values())
+        device = torch.device(self._device)
+        if not plain or not self._tensors.issuperset(wanted):  # strings, sequences
+            outputs = self.run({name: arrays.on_host(x) for name, x in feeds.items()}, wanted)
+            return {k: torch.as_tensor(v, device=device) if k in self._floating else v for k, v in outputs.items()}
+        binding = self._session.io_binding()
+        held = []  # the inputs: ONNX Runtime reads them where they are
+        with self._failures():
+            for name, value in feeds.items():
+                if arrays.is_tensor(value):
+                    held.append(require().OrtValue.from_dlpack(value.detach().contiguous()))
+                    binding.bind_ortvalue_input(name, held[-1])
+                else:
+                    binding.bind_cpu_input(name, np.asarray(value, order="C"))
+            for name in wanted:
+                on = (device.type, device.index or 0) if name in self._floating else ("cpu", 0)
+                binding.bind_output(name, *on)
+            if device.type == "cuda":
+                # ONNX Runtime has a stream of its own: what torch still does to the inputs, or to memory that was
+                # given back to ONNX Runtime, must be done
+                torch.cuda.current_stream(device).synchronize()
+            self._session.run_with_iobinding(binding)
+            outputs = dict(zip(wanted, binding.get_outputs(), strict=True))
+        return {k: torch.from_dlpack(v) if k in self._floating else v.numpy() for k, v in outputs.items()}
+
+    @contextlib.contextmanager
+    def _failures(self) -> Iterator[None]:
+        """Turns what ONNX Runtime raises into RuntimeFailure and OutOfMemory."""
+        try:
+            yield
         except Exception as error:
-            if _is_memory(error):
+            if is_memory(error):
                 raise OutOfMemory(f"no memory to run {self._what}: {_reason(error)}") from error
             raise RuntimeFailure(f"ONNX Runtime failed running {self._what}: {_reason(error)}") from error
 
@@ -141,7 +257,8 @@ _PLACE = re.compile(
 )
 
 
-def _is_memory(error: BaseException) -> bool:
+def is_memory(error: BaseException) -> bool:
+    """Whether an error says that there is too little memory, of the computer or of a GPU."""
     return isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)) is not None
 
 
@@ -151,4 +268,9 @@ def _reason(error: BaseException) -> str:
     text = re.sub(r"\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
     text = re.sub(r"^Load model from .*? failed:", "", text)
     text = _PLACE.sub("", text)
-    return "".join(c if c.isprintable() else "?" for c in text)[:400]
+    return one_line(text)
+
+
+def one_line(said: object) -> str:
+    """What a library says in one line of printable characters, 400 of them at most."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(str(said).split()))[:400]

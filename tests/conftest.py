@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ from comq_onnx.solve import Statistics
 from models import Arrays, samples_for, signature, worst_sqnr
 
 ROOT = Path(__file__).parents[1]
+Kind = Callable[[Any], Any]
+HAS_TORCH = importlib.util.find_spec("torch") is not None
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +45,29 @@ def _integers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     """Layers run in integers where there is a kernel: those of tests are too small to gain by it."""
     if request.path.stem != "test_gains":
         monkeypatch.setattr(pipeline, "COSTS", {})
+
+
+def torch_device() -> Any:
+    """The device of the tensors in tests, COMQ_TEST_DEVICE: on a CPU they run the code that runs on a GPU."""
+    torch = pytest.importorskip("torch", reason="pip install torch (a CPU build will do) for the code of the GPU")
+    return torch.device(os.environ.get("COMQ_TEST_DEVICE", "cpu"))
+
+
+def as_tensor(array: Any) -> Any:
+    """A numpy array as a tensor on the device of the tests."""
+    device = torch_device()
+    import torch
+
+    return torch.as_tensor(array, device=device)
+
+
+@pytest.fixture(params=["numpy", "torch"])
+def kind(request: pytest.FixtureRequest) -> Kind:
+    """Makes arrays of either kind from numpy's."""
+    if request.param == "numpy":
+        return lambda array: array
+    torch_device()
+    return as_tensor
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,10 @@ import numpy as np
 import onnx
 import pytest
 from conftest import Solved
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
 import comq_onnx
-from comq_onnx import calibrate, patches, prepare, smooth
+from comq_onnx import calibrate, moments, patches, prepare, smooth
 from comq_onnx.errors import ModelError, OptionError, SamplesError
 from comq_onnx.samples import Samples
 from comq_onnx.solve import METHODS
@@ -226,71 +224,6 @@ def test_layers_of_one_weight_share_its_codes_unless_told_other_bits(
 # Two halves of the samples
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
-@given(st.integers(1, 3000), st.integers(1, 400))
-def test_every_position_is_in_one_half_whatever_the_batches(total: int, batch: int) -> None:
-    whole = calibrate._halves(0, total, total)
-    starts = range(0, total, batch)
-    parts = [calibrate._halves(start, min(batch, total - start), total) for start in starts]
-    assert np.array_equal(np.concatenate(parts), whole)
-    assert set(whole) <= {0, 1}
-    # neighbours are together: there are no more stretches than that
-    assert np.count_nonzero(np.diff(whole)) < calibrate.STRETCHES
-    if total >= 32:
-        assert np.count_nonzero(np.diff(whole)) == calibrate.STRETCHES - 1
-        # stretches of equal length but for one
-        assert abs(int((whole == 0).sum()) - int((whole == 1).sum())) <= calibrate.STRETCHES
-
-
-@settings(max_examples=100, deadline=None, derandomize=True)
-@given(st.lists(st.integers(0, 1), min_size=1, max_size=40), st.integers(1, 40))
-def test_parts_are_consecutive_positions_of_one_half_and_small(halves: list[int], most: int) -> None:
-    given_halves, inputs, groups = np.array(halves), 3, 2
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(calibrate, "CHUNK_BYTES", 4 * inputs * groups * most)
-        parts = list(calibrate._parts(given_halves, inputs, groups))
-    assert np.array_equal(np.concatenate([part for part, _ in parts]), np.arange(len(halves)))
-    for part, half in parts:
-        assert 1 <= len(part) <= most
-        assert (given_halves[part] == half).all()
-
-
-def test_the_halves_add_up_to_the_whole() -> None:
-    rows, rows_hat = normal(2, 50, 5, seed=1), normal(2, 50, 5, seed=2)
-    moments = calibrate.Moments()
-    moments.add(rows[:, :20], rows_hat[:, :20], 0)
-    moments.add(rows[:, 20:35], rows_hat[:, 20:35], 1)
-    moments.add(rows[:, 35:], rows_hat[:, 35:], 0)
-    statistics = moments.statistics()
-    first = np.r_[:20, 35:50]
-    assert moments.count == statistics.count == 50
-    assert statistics.half is not None
-    assert statistics.half.count == 35
-    for found, chosen in ((statistics, np.arange(50)), (statistics.half, first)):
-        hat = rows_hat[:, chosen].astype(np.float64)
-        error = rows[:, chosen] - hat
-        expected = {
-            "gram": np.einsum("gpi,gpj->gij", hat, hat), "cross": np.einsum("gpi,gpj->gij", hat, error),
-            "mean": hat.sum(1), "mean_error": error.sum(1),
-        }  # fmt: skip
-        for name, total in expected.items():
-            # float32 products of 20 rows: 7 digits less one
-            np.testing.assert_allclose(getattr(found, name), total / len(chosen), rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(
-        statistics.residue, np.einsum("gpi,gpj->gij", rows - rows_hat, rows - rows_hat) / 50, rtol=1e-5, atol=1e-5
-    )
-
-
-@pytest.mark.parametrize("half", [0, 1])
-def test_where_one_half_is_empty_there_are_no_halves(half: int) -> None:
-    moments = calibrate.Moments()
-    moments.add(normal(1, 9, 4), None, half)
-    statistics = moments.statistics()
-    assert statistics.count == 9
-    assert statistics.half is None
-    assert statistics.cross is statistics.residue is statistics.mean_error is None
-
-
 @pytest.mark.parametrize("make", [*MODELS.values(), batchnorm_cnn], ids=[*MODELS, "3x3"])
 def test_the_batch_size_changes_no_half(tmp_path: Path, make: Callable[[], onnx.ModelProto], solved: Solved) -> None:
     seen = []
@@ -382,7 +315,7 @@ def test_the_batch_size_changes_no_byte(
         monkeypatch.setattr(calibrate, "MOST_POSITIONS", 100)
         monkeypatch.setattr(calibrate, "POSITIONS_PER_INPUT", 1)
     if limit == "CHUNK_BYTES":  # a few samples at a time are summed over
-        monkeypatch.setattr(calibrate, "CHUNK_BYTES", 4000)
+        monkeypatch.setattr(moments, "CHUNK_BYTES", 4000)
     samples = sentences() if make is encoder else samples_for(make())
     written = []
     # what ONNX Runtime computes for a sample is the same to the bit in batches of multiples of 8 (of any size, for

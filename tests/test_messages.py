@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import click
 import numpy as np
@@ -19,7 +20,7 @@ import pytest
 from PIL import Image
 
 import comq_onnx
-from comq_onnx import cli, graph, pipeline, prepare, runtime
+from comq_onnx import cli, device, graph, pipeline, prepare, runtime
 from models import build, cnn, mlp, normal, samples_for, several_inputs, weight
 
 PACKAGE = Path(comq_onnx.__file__).parent
@@ -117,6 +118,24 @@ def no_converter(made: onnx.ModelProto) -> Setup:
     def write(patch: pytest.MonkeyPatch) -> None:
         onnx.save(made, "m.onnx")
         raising(prepare.version_converter, "convert_version", RuntimeError("no adapter"))(patch)
+
+    return write
+
+
+def no_driver() -> None:
+    raise RuntimeError("Found no NVIDIA driver\non your system.")
+
+
+def cuda(packages: dict[str, str] | None = None, torch: object = SimpleNamespace(), gpus: int | None = None) -> Setup:
+    """An ONNX Runtime that says it has CUDA, some packages of it, a torch or none, and so many GPUs."""
+
+    def write(patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(device, "installed", lambda: packages or {"onnxruntime-gpu": "1.31.0"})
+        patch.setattr(runtime, "providers", lambda: [device.CUDA, "CPUExecutionProvider"])
+        patch.setattr(device.importlib.util, "find_spec", lambda _: torch)
+        patch.setitem(sys.modules, "torch", torch)
+        if gpus is not None:
+            patch.setattr(device, "_gpus", lambda _: gpus)
 
     return write
 
@@ -324,6 +343,23 @@ CASES: list[tuple[Setup, Sequence[str], int, str]] = [
      [*RUN, DEVICE, "cuda"], 5,
      "--device cuda: ONNX Runtime has no CUDA here (it has CPUExecutionProvider); install comq-onnx[gpu] in place of "
      "comq-onnx[cpu], or use --device cpu"),
+    (cuda(packages={"onnxruntime": "1.31.1", "onnxruntime-gpu": "1.31.0"}), [*RUN, DEVICE, "cuda"], 5,
+     "--device cuda: onnxruntime 1.31.1 and onnxruntime-gpu 1.31.0 are installed over each other; pip uninstall both, "
+     "then pip install 'comq-onnx[gpu]' alone"),
+    (cuda(torch=None), [*RUN, DEVICE, "cuda"], 5,
+     "--device cuda: torch is not installed; pip install 'comq-onnx[gpu]', or use --device cpu"),
+    (cuda(torch=SimpleNamespace(__version__="2.13.0+cpu", version=SimpleNamespace(cuda=None))),
+     [*RUN, DEVICE, "cuda:1"], 5,
+     "--device cuda:1: torch 2.13.0+cpu is built without CUDA; pip install 'comq-onnx[gpu]' in a new environment, or "
+     "use --device cpu"),
+    (cuda(torch=SimpleNamespace(version=SimpleNamespace(cuda="13.0"), cuda=SimpleNamespace(
+        is_available=lambda: False, init=no_driver))), [*RUN, DEVICE, "cuda"], 5,
+     "--device cuda: there is no GPU, or no driver for it (Found no NVIDIA driver on your system.); install NVIDIA's "
+     "driver, in a container pass the GPU on (docker run --gpus all), or use --device cpu"),
+    (cuda(gpus=2), [*RUN, DEVICE, "cuda:2"], 5, "--device cuda:2: there are 2 GPUs, from cuda:0 on"),
+    (cuda(gpus=1), [*RUN, DEVICE, "cuda"], 5,
+     "--device cuda: ONNX Runtime fell back to the CPU (…); its CUDA and cuDNN libraries must be of the versions it is "
+     "built for: pip install 'comq-onnx[gpu]' in a new environment, or use --device cpu"),
     (both(TOKENS, ids=np.where(np.arange(60)[:, None] < 30, 3, np.full((60, 5), 1000))), RUN, 5,
      "ONNX Runtime failed running …: …"),
     (raising(pipeline, "walk", KeyboardInterrupt()), RUN, 130, "interrupted; nothing was written"),
@@ -391,8 +427,10 @@ UNREACHABLE = {
     "choose one of": "only from Python: click refuses other choices",
     "a model is a path": "only from Python: the command takes paths",
     "too large to be kept in memory": "only from Python: the command writes files",
+    "or a GPU by its number": "only from Python: click refuses other names",
+    "has no TensorRT here": "of compare, which the command does not call",
+    "fell back to the CPU for": "the choice of the device shows it before: libraries that vanish in between",
     "lacks output": "of compare, which the command does not call",
-    "fell back to the CPU": "needs a CUDA build of ONNX Runtime whose libraries are missing",
 }
 
 

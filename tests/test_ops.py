@@ -13,10 +13,12 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+from conftest import HAS_TORCH, as_tensor
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from comq_onnx import patches
+from comq_onnx.arrays import on_host
 from comq_onnx.ops import OP_KINDS, Conv, ConvTranspose, Gather, Gemm, MatMul, MatMulLeft, NotQuantizable, OpKind
 
 ort.set_default_logger_severity(4)
@@ -80,6 +82,11 @@ def product(kind: OpKind, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
     positions = kind.positions(x)
     pick = np.random.default_rng(0).permutation(positions)[: positions // 2 + 1]
     assert np.array_equal(kind.rows(x, pick), rows[:, pick])
+    if HAS_TORCH:
+        given = as_tensor(np.ascontiguousarray(x))
+        assert kind.positions(given) == positions
+        assert np.array_equal(on_host(kind.rows(given)), rows)
+        assert np.array_equal(on_host(kind.rows(given, pick)), rows[:, pick])
     return rows @ matrix.swapaxes(1, 2)
 
 

@@ -10,10 +10,12 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from conftest import HAS_TORCH, Kind, as_tensor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from comq_onnx import patches
+from comq_onnx.arrays import on_host
 from comq_onnx.ops import Conv
 from comq_onnx.patches import patch_gram, patch_sum, pays
 
@@ -73,6 +75,11 @@ def test_the_gram_of_patches_is_the_gram_of_the_rows(
     assert np.array_equal(gram, rows_x.T @ rows_x)
     assert np.array_equal(patch_gram(a, b, kernel), rows_x.T @ rows_y)
     assert np.array_equal(patch_sum(a, kernel), rows_x.sum(axis=0))
+    if HAS_TORCH:
+        a, b = as_tensor(a), as_tensor(b)
+        assert np.array_equal(on_host(patch_gram(a, a, kernel)), rows_x.T @ rows_x)
+        assert np.array_equal(on_host(patch_gram(a, b, kernel)), rows_x.T @ rows_y)
+        assert np.array_equal(on_host(patch_sum(a, kernel)), rows_x.sum(axis=0))
 
 
 @pytest.mark.parametrize(
@@ -110,18 +117,19 @@ def test_zeros_at_the_border_are_seen_in_both_inputs() -> None:
         assert np.array_equal(patch_gram(left, right, (3, 3)), expected)
 
 
-def test_the_gram_of_real_numbers_is_within_their_rounding() -> None:
+def test_the_gram_of_real_numbers_is_within_their_rounding(kind: Kind) -> None:
     rng = np.random.default_rng(0)
     a = normal(rng, (4, 8, 16, 16))
     b = a + np.float32(0.1) * normal(rng, a.shape)
-    assert_within_rounding(patch_gram(a, a, (3, 3)), rows(a, (3, 3)), rows(a, (3, 3)))
-    assert_within_rounding(patch_gram(a, b, (3, 3)), rows(a, (3, 3)), rows(b, (3, 3)))
+    own, other = kind(a), kind(b)
+    assert_within_rounding(on_host(patch_gram(own, own, (3, 3))), rows(a, (3, 3)), rows(a, (3, 3)))
+    assert_within_rounding(on_host(patch_gram(own, other, (3, 3))), rows(a, (3, 3)), rows(b, (3, 3)))
 
 
 @pytest.mark.parametrize("channels", [1, 3, 17, 64])
-def test_the_gram_of_an_input_with_itself_is_exactly_symmetric(channels: int) -> None:
-    a = normal(np.random.default_rng(0), (2, channels, 9, 8))
-    gram = patch_gram(a, a, (3, 2))
+def test_the_gram_of_an_input_with_itself_is_exactly_symmetric(kind: Kind, channels: int) -> None:
+    a = kind(normal(np.random.default_rng(0), (2, channels, 9, 8)))
+    gram = on_host(patch_gram(a, a, (3, 2)))
     assert np.array_equal(gram, gram.T)
 
 

@@ -13,8 +13,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from layers import COMQ, METHODS, QUICK, Case, cases, noise, on_grid, rows, walk
 
-from comq_onnx.calibrate import Moments
 from comq_onnx.grid import Grid, fit_mse, round_to_grid, rtn
+from comq_onnx.moments import Moments
 from comq_onnx.solve import (
     Method,
     Solution,

@@ -51,6 +51,25 @@ def test_every_tool_says_what_it_does(path: Path) -> None:
     assert len(done.stdout.split()) > 20
 
 
+@pytest.mark.skipif(find_spec("torch") is None, reason="torch is not installed")
+def test_the_check_of_a_gpu_finds_torchs_cpu_right_in_every_part(tmp_path: Path) -> None:
+    done = call(ROOT / "tools" / "gpu_check.py", "--device", "cpu", "--json", tmp_path / "rows.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.rstrip().endswith("all is right")
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["what"] for row in rows if row["good"] is False] == []
+    asked = " ".join(row["what"] for row in rows if row["good"])
+    assert all(part in asked for part in ("tensor", "Gram of rows", "Gram of patches", "solver", "codes", "SQNR"))
+    assert sum(row["part"] == "timing" for row in rows) >= 6
+
+
+@pytest.mark.skipif(find_spec("torch") is None, reason="torch is not installed")
+def test_the_check_of_a_gpu_says_where_there_is_none() -> None:
+    done = call(ROOT / "tools" / "gpu_check.py", "--device", "cuda:99")
+    assert done.returncode == 1
+    assert "--device cuda:99:" in " ".join(done.stdout.split())
+
+
 @pytest.fixture(scope="module")
 def quantized_cnn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """fashion_cnn at 2 bits: coarse enough that some images change sides."""

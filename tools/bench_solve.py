@@ -32,8 +32,8 @@ import numba
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from comq_onnx.calibrate import Moments
 from comq_onnx.grid import Grid, QuantizedWeight, fit_minmax, fit_mse
+from comq_onnx.moments import Moments
 from comq_onnx.solve import Method, Statistics, error_db, solve, solve_comq
 from comq_onnx.solve.comq import EFFORTS, ZERO_POINT_BITS, Effort
 from comq_onnx.solve.judge import Judge

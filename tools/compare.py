@@ -48,7 +48,7 @@ def tables(found: comq_onnx.Comparison) -> list[Table]:
 @click.option("--preprocess", help="For images, as comq-onnx takes it.")
 @click.option("--count", default=256, show_default=True, help="Samples to run, at most.")
 @click.option("--batch-size", default=16, show_default=True, help="Samples run at once.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda[:N] or tensorrt[:N].")
 @click.option("--seconds", default=2.0, show_default=True, help="How long to time both models.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the figures as JSON.")
 def main(

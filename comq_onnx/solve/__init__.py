@@ -24,17 +24,19 @@ Shapes: weight [groups, out, in]; gram [groups, in, in].
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from comq_onnx import arrays
 from comq_onnx.grid import Array, Codes, Grid, QuantizedWeight, fit_mse, round_to_grid, rtn
-from comq_onnx.solve.comq import EFFORTS, solve_comq, solve_gptq
+from comq_onnx.solve.comq import EFFORTS, SMALL, solve_comq, solve_gptq
 from comq_onnx.solve.judge import Judge
 from comq_onnx.solve.paper import ORDERS, SWEEPS, solve_paper
-from comq_onnx.solve.statistics import Statistics
+from comq_onnx.solve.statistics import Matrix, Statistics
 
 __all__ = [
     "COMQ", "EFFORTS", "METHODS", "ORDERS", "SWEEPS", "Method", "Solution", "Statistics", "blank", "check_codes",
@@ -69,6 +71,14 @@ class Method:
         if self.solver == "paper":
             return solve_paper(weight, statistics, grid, self.order, self.sweeps, self.shrink)
         return solve_gptq(weight, statistics, grid) if self.solver == "gptq" else rtn(weight, grid)
+
+    def on_device(self, inputs: int, grid: Grid) -> bool:
+        """Whether a layer of so many inputs is solved on the device where its moments lie, not on the CPU."""
+        if self.solver != "comq":
+            return self.solver != "paper"
+        search = EFFORTS[self.effort]
+        small = inputs <= SMALL and not grid.per_tensor and grid.blocks(inputs) == 1
+        return not (small or search.beam or search.bit_split)
 
 
 COMQ = Method()
@@ -126,11 +136,16 @@ def _solve(
 ) -> list[Solution]:
     """moments: `statistics`, centred."""
     centre = has_bias and method.solver == "comq"
+    if arrays.is_tensor(moments.gram) and not method.on_device(weights[0].shape[-1], grid):
+        statistics, moments = statistics.on_host(), moments.on_host()
     ends = np.cumsum([w.shape[1] for w in weights])[:-1]
     whole = weights[0] if len(weights) == 1 else np.concatenate(weights, axis=1)
-    rounded = rtn(whole, grid)
-    solved = rounded if method.solver == "rtn" else method(whole, moments if centre else statistics, grid)
-    judge = Judge(whole, moments)
+    given = moments if centre else statistics
+    rounded, solved, judge, energies = (
+        _on_device(whole, given, moments, grid, method)
+        if arrays.is_tensor(moments.gram)
+        else _on_host(whole, given, moments, grid, method)
+    )
     ours, theirs = judge(solved), judge(rounded)
     found = []
     for k in np.split(np.arange(whole.shape[1]), ends):
@@ -141,12 +156,40 @@ def _solve(
         worse = error > rtn_error
         if grid.per_tensor:
             worse = np.full_like(worse, error.sum() > rtn_error.sum())
-        energy = max(float(judge.energy[:, k].sum()), float(np.finfo(np.float64).tiny))
+        energy = max(float(energies[:, k].sum()), float(np.finfo(np.float64).tiny))
         shift = np.where(worse, plain_offset, offset).astype(np.float32) if centre else None
         best = _take_channels(worse, _channels(rounded, k), _channels(solved, k))
         total = float(np.where(worse, rtn_error, error).sum())
         found.append(Solution(best, shift, total / energy, float(plain.sum()) / energy))
     return found
+
+
+Judged = tuple[QuantizedWeight, QuantizedWeight, Callable[[QuantizedWeight], tuple[Matrix, Matrix]], Matrix]
+
+
+def _on_host(whole: Array, given: Statistics, moments: Statistics, grid: Grid, method: Method) -> Judged:
+    """A weight rounded and solved, what judges both, and the energy of each channel's output."""
+    rounded = rtn(whole, grid)
+    judge = Judge(whole, moments)
+    return rounded, rounded if method.solver == "rtn" else method(whole, given, grid), judge, judge.energy
+
+
+def _on_device(whole: Array, given: Statistics, moments: Statistics, grid: Grid, method: Method) -> Judged:
+    """The same where the moments are torch tensors."""
+    import torch
+
+    from comq_onnx.solve import gpu
+
+    device: Any = moments.gram.device
+    weight = torch.as_tensor(whole, device=device)
+    rounded = gpu.round_to_nearest(weight, grid)
+    solved = rounded
+    if method.solver == "comq":
+        solved = gpu.solve_comq(weight, given, grid, EFFORTS[method.effort])
+    elif method.solver == "gptq":
+        solved = gpu.solve_gptq(weight, given, grid)
+    judge = gpu.Judge(weight, moments)
+    return rounded, solved, judge, judge.energy
 
 
 def _channels(weight: QuantizedWeight, k: npt.NDArray[np.intp]) -> QuantizedWeight:

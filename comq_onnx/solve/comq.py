@@ -359,8 +359,8 @@ def choose_ridge(weight: Array, statistics: Statistics, grid: Grid) -> float:
     if not statistics.has_folds:
         return RIDGE
     inputs = weight.shape[-1]
-    some = _spread(len(weight), RIDGE_GROUPS)
-    rows = _spread(weight.shape[1], -(-RIDGE_CHANNELS // len(some)))
+    some = spread(len(weight), RIDGE_GROUPS)
+    rows = spread(weight.shape[1], -(-RIDGE_CHANNELS // len(some)))
     sample = np.ascontiguousarray(weight[np.ix_(some, rows)])
     scale, zero = fit_mse(sample, grid)
     trials: list[tuple[int, Arranged, Arranged]] = []
@@ -393,7 +393,7 @@ def choose_ridge(weight: Array, statistics: Statistics, grid: Grid) -> float:
     return RIDGES[k]
 
 
-def _spread(total: int, most: int) -> npt.NDArray[np.intp]:
+def spread(total: int, most: int) -> npt.NDArray[np.intp]:
     """At most `most` of `total` indices, evenly spread."""
     return np.unique(np.linspace(0, total - 1, min(total, most)).astype(np.intp))
 

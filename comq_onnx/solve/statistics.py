@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from comq_onnx import arrays
+
 Matrix = npt.NDArray[np.float64]
 
 
@@ -16,7 +18,8 @@ class Statistics:
 
     gram E[x^ x^T], cross E[x^ e^T], residue E[e e^T]: [groups, in, in]; mean E[x^], mean_error E[e]: [groups, in];
     count: how many input positions were seen. `cross` and `residue` are None where x^ is x. half: the same moments of
-    some half of the samples, for cross-validation (its residue is not needed).
+    some half of the samples, for cross-validation (its residue is not needed). Numpy arrays, or torch tensors on the
+    device where the sums were made: then layers are solved there.
     """
 
     gram: Matrix
@@ -49,11 +52,11 @@ class Statistics:
         """The moments of some of the groups."""
 
         def some(matrix: Matrix | None) -> Matrix | None:
-            return None if matrix is None else matrix[which]
+            return None if matrix is None else arrays.at(matrix, which)
 
         half = None if self.half is None else self.half.groups(which)
         return Statistics(
-            self.gram[which], self.mean[which], self.count, some(self.cross), some(self.residue),
+            arrays.at(self.gram, which), arrays.at(self.mean, which), self.count, some(self.cross), some(self.residue),
             some(self.mean_error), half,
         )  # fmt: skip
 
@@ -61,14 +64,22 @@ class Statistics:
         """The moments of some of the inputs."""
 
         def some(matrix: Matrix | None) -> Matrix | None:
-            return None if matrix is None else matrix[:, inputs[:, None], inputs]
+            return None if matrix is None else arrays.at(matrix, (slice(None), inputs[:, None], inputs))
 
-        mean_error = None if self.mean_error is None else self.mean_error[:, inputs]
+        def few(vector: Matrix | None) -> Matrix | None:
+            return None if vector is None else arrays.at(vector, (slice(None), inputs))
+
         half = None if self.half is None else self.half.take(inputs)
-        gram = self.gram[:, inputs[:, None], inputs]
-        return Statistics(
-            gram, self.mean[:, inputs], self.count, some(self.cross), some(self.residue), mean_error, half
-        )
+        gram, mean = some(self.gram), few(self.mean)
+        assert gram is not None
+        assert mean is not None
+        return Statistics(gram, mean, self.count, some(self.cross), some(self.residue), few(self.mean_error), half)
+
+    def on_host(self) -> Statistics:
+        """The same moments as numpy arrays."""
+        names = ("gram", "mean", "cross", "residue", "mean_error")
+        half = None if self.half is None else self.half.on_host()
+        return replace(self, half=half, **{name: arrays.on_host(getattr(self, name)) for name in names})
 
     @property
     def has_folds(self) -> bool:
@@ -97,6 +108,8 @@ class Statistics:
 
 def _centred(moment: Matrix, left: Matrix, right: Matrix, a: Matrix, b: Matrix) -> Matrix:
     """E[(l - a)(r - b)^T] from E[l r^T], left E[l] and right E[r]; row by row, so that there is one such matrix."""
+    if arrays.is_tensor(moment):
+        return moment - left[:, :, None] * b[:, None, :] - a[:, :, None] * (right - b)[:, None, :]
     centred = moment.copy()
     for g, i in np.ndindex(moment.shape[:2]):
         centred[g, i] -= left[g, i] * b[g] + a[g, i] * (right[g] - b[g])

@@ -53,6 +53,11 @@ def choose_device(device: str) -> str:
     return device
 
 
+def has_device(device: str) -> bool:
+    """Whether ONNX Runtime runs models on `cpu` or `cuda` here."""
+    return device == "cpu" or "CUDAExecutionProvider" in require().get_available_providers()
+
+
 @dataclass(frozen=True)
 class InputInfo:
     """A model input: its numpy dtype and its dimensions, None where one is free; dims is None where even the rank

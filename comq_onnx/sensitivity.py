@@ -185,7 +185,7 @@ class _Survey:
         return gains
 
     def _grid(self, layer: Layer, bits: int) -> Grid:
-        return grid_for(layer, self.grid_of(bits))
+        return grid_for(layer, self.grid_of(bits), self.target)
 
     def _errors(self, layer: Layer, weight: Array, moments: Statistics, has_bias: bool) -> dict[int, float]:
         groups = _spread(len(weight), CHANNELS)

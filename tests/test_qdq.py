@@ -664,21 +664,21 @@ def test_blocks_are_for_matrices_with_more_inputs_than_a_block(
 ) -> None:
     layer = layer_of(model([node(op, inputs, "y", **attributes)], {"w": weight}, {"x": x}, ["y"]))
     grid = Grid(4, symmetric=False, block_size=32)
-    assert grid_for(layer, grid) == (grid if blocked else Grid(4, symmetric=False))
-    assert grid_for(layer, Grid(3)) == Grid(3)
+    assert grid_for(layer, grid, ORT_CPU) == (grid if blocked else Grid(4, symmetric=False))
+    assert grid_for(layer, Grid(3), ORT_CPU) == Grid(3)
 
 
 def test_a_grouped_transposed_convolution_has_one_scale_and_a_table_no_zero_point() -> None:
     up = layer_of(
         model([node("ConvTranspose", "x w", "y", group=2)], {"w": (16, 4, 2, 2)}, {"x": (1, 16, 4, 4)}, ["y"])
     )
-    assert grid_for(up, Grid(4)) == Grid(4, per_tensor=True)
+    assert grid_for(up, Grid(4), ORT_CPU) == Grid(4, per_tensor=True)
     table = layer_of(model([node("Gather", "w ids", "y")], {"w": (20, 16)}, {"ids": (4,)}, ["y"]))
-    assert grid_for(table, Grid(8, symmetric=False, block_size=16)) == Grid(8)
+    assert grid_for(table, Grid(8, symmetric=False, block_size=16), ORT_CPU) == Grid(8)
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_every_width_has_a_container_at_every_opset(bits: int) -> None:
     for opset, wanted in ((13, "INT8"), (21, "INT8" if bits > 4 else "INT4"), (25, {2: "INT2"}.get(bits))):
-        found = ORT_CPU.container(bits, opset)[0]
+        found = ORT_CPU.integer.container(bits, opset)[0]
         assert found == (wanted or ("INT8" if bits > 4 else "INT4"))

@@ -182,6 +182,10 @@ def plan_activations(model: ir.Model, layers: Sequence[Layer], target: Target, d
     values.update(ends)
     for node in _in_order(model):
         values.update((str(v.name), QuantizedValue(str(v.name), True)) for v in _skips(node, by_name, target))
+    for layer in integer if target.split_outputs else ():
+        whole = nodes[layer.bias_node or layer.name].outputs[0]
+        if _is_split(whole):
+            values[str(whole.name)] = QuantizedValue(str(whole.name), True)
     order = _topological(nodes)
     ordered = dict(sorted(values.items(), key=lambda item: order.get(item[0], -1)))
     return ActivationPlan(dtype, ordered, frozenset(by_name))
@@ -250,6 +254,17 @@ def _skips(node: ir.Node, integer: Mapping[str, Layer], target: Target) -> list[
     fused = [i for i, p in enumerate(makers) if p is not None and p.name in integer and p.op_type in target.skip_layers]
     others = [v for i, v in enumerate(node.inputs) if i not in fused[:1] and v is not None]
     return [v for v in others if fused and not graphs.is_constant(v) and not v.is_graph_output()]
+
+
+def _is_split(value: ir.Value) -> bool:
+    """Whether a value is taken apart, as the queries, keys and values that one product makes are."""
+    parts, pending = 0, [value]
+    while pending:
+        for reader, _ in pending.pop().uses():
+            parts += {"Split": 2, "Gather": 1, "Slice": 1}.get(reader.op_type, 0)
+            if reader.op_type in ("Reshape", "Transpose", "Squeeze", "Unsqueeze"):
+                pending.append(reader.outputs[0])
+    return parts > 1 and not value.is_graph_output()
 
 
 def _integer_operator(node: ir.Node, ends: dict[str, QuantizedValue], target: Target) -> QuantizedValue | None:

@@ -801,8 +801,8 @@ class Run:
         device = self.target.device
         if device is None or not runtime.has_device(device):
             self.notes.append(
-                f"compared by ONNX Runtime, not on {self.target.name}: docs/deploy.md tells how to see kernels and speed "
-                "there"
+                f"compared by ONNX Runtime, not on {self.target.name}: docs/deploy.md tells how to see kernels and "
+                "speed there"
             )
             return {"outputs": outputs}
         pair = [runtime.Session(x, device, threads=1) for x in (self.reference, path)]

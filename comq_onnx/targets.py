@@ -53,8 +53,9 @@ class Target:
     Activations. activation: dtype of quantized ones, None where the target has no use for them; wide_activation: the
     one of 16 bits. Signed ones have zero point 0. integer_layers: op types whose product runs in integers.
     needs_output: those that must also have their output quantized. fused_after: ops that fuse into the one before.
-    skip_layers: those that an Add behind them fuses into, if what it adds to their output is quantized. any_scale:
-    float ops with an integer kernel for any scales of inputs and output. same_scale: ops that only move data, integer
+    skip_layers: those that an Add behind them fuses into, if what it adds to their output is quantized.
+    split_outputs: whether a product whose output is taken apart must have that output quantized. any_scale: float
+    ops with an integer kernel for any scales of inputs and output. same_scale: ops that only move data, integer
     if input and output share scale and zero point.
 
     Weights. integer: how the codes of layers with quantized activations are stored; weight_only: those of all others.
@@ -79,6 +80,7 @@ class Target:
     needs_output: frozenset[str]
     fused_after: frozenset[str]
     skip_layers: frozenset[str]
+    split_outputs: bool
     any_scale: frozenset[str]
     same_scale: frozenset[str]
     integer: Storage
@@ -142,6 +144,7 @@ ORT_CPU = Target(
     needs_output=frozenset({"Conv"}),
     fused_after=frozenset({"Relu", "Clip"}),
     skip_layers=frozenset(),
+    split_outputs=False,
     any_scale=frozenset({"Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "Sigmoid", "LeakyRelu"}),
     same_scale=frozenset(
         {"MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "DepthToSpace", "SpaceToDepth", "Slice"}
@@ -174,6 +177,7 @@ ORT_CUDA = Target(
     needs_output=frozenset(),
     fused_after=frozenset(),
     skip_layers=frozenset(),
+    split_outputs=False,
     any_scale=frozenset(),
     same_scale=frozenset(),
     integer=Storage(_INT4_INT8, _PLANES),
@@ -188,7 +192,8 @@ TENSORRT = Target(
     about="int8 activations, INT8 weights; INT4 if weight-only",
     why=(
         "TensorRT runs int8 times int8 with zero points of 0 alone and a float bias; it wants every input of a "
-        "weighted layer quantized, what an Add adds to a convolution too, and outputs left alone. Codes must go into a "
+        "weighted layer quantized, what an Add adds to a convolution too, and outputs left alone but those that it "
+        "takes apart (queries, keys and values of one product), which it else computes in float. Codes must go into a "
         "DequantizeLinear, and INT4 ones stay packed only in two blocks or more that fill the inputs, in weight-only "
         "products; with int8 activations they would be cast at run time or refused, so those are INT8"
     ),
@@ -203,6 +208,7 @@ TENSORRT = Target(
     needs_output=frozenset(),
     fused_after=frozenset(),
     skip_layers=frozenset({"Conv"}),
+    split_outputs=True,
     any_scale=frozenset(),
     same_scale=frozenset(),
     integer=Storage((_INT8,)),
@@ -232,6 +238,7 @@ OPENVINO = Target(
     needs_output=ORT_CPU.needs_output,
     fused_after=ORT_CPU.fused_after,
     skip_layers=frozenset(),
+    split_outputs=False,
     any_scale=ORT_CPU.any_scale,
     same_scale=ORT_CPU.same_scale,
     integer=Storage(_INT4_INT8),

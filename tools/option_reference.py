@@ -53,7 +53,8 @@ def reference() -> str:
         lines += [row(option, ctx) for option in options]
     lines += [
         "",
-        "Exit codes: 0 done, 1 a fault of comq-onnx itself, 2 the command line, 3 the model, 4 the samples, 5 the runtime, 130 interrupted.",
+        "Exit codes: 0 done, 1 a fault of comq-onnx itself, 2 the command line, 3 the model, 4 the samples, 5 the "
+        "runtime, 130 interrupted.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -748,7 +748,9 @@ class Run:
     def _quantized_session(self, source: Path | bytes | str) -> runtime.Session:
         # ONNX Runtime's CPU alone rounds the activations of weight-only products
         exact = self.device != self.target.device
-        return runtime.Session(source, self.device, what="the quantized model", exact=exact)
+        return runtime.Session(
+            source, self.device, what="the quantized model", exact=exact, literal=self.target.elsewhere
+        )
 
     def _memory(self) -> int:
         if self.options.memory_gb is not None:

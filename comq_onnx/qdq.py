@@ -355,7 +355,9 @@ def _dequantize_columns(
     zero = weight.zero_point.flat[0] if weight.grid.per_tensor else weight.zero_point.reshape(-1)
     parts = [codes, graphs.add_initializer(model.graph, f"{layer.name}.scale", scale)]
     if weight.zero_point.any():
-        parts.append(graphs.add_initializer(model.graph, f"{layer.name}.zero_point", np.asarray(zero, np.int8)))
+        assert codes.dtype is not None
+        packed = pack(np.asarray(zero), codes.dtype.name)
+        parts.append(graphs.add_initializer(model.graph, f"{layer.name}.zero_point", packed))
     attributes = {} if weight.grid.per_tensor else {"axis": 1}
     return graphs.insert(node, "DequantizeLinear", parts, attributes, f"{layer.name}.weight")
 
@@ -367,8 +369,11 @@ def _alpha(layer: Layer) -> np.float32:
 def _unpack_at_load(model: ir.Model, node: ir.Node, layer: Layer, weight: QuantizedWeight, q: Quantization) -> ir.Value:
     """codes -> floats (-> Sub zero point) -> Mul scale, all constant: folded when the runtime loads the model."""
 
+    # a stack of INT4 matrices times one number is what TensorRT fails to compile
+    single = weight.grid.per_tensor and not isinstance(layer.kind, MatMul)
+
     def spread(numbers: Numbers) -> Numbers:
-        return np.asarray(numbers.flat[0]) if weight.grid.per_tensor else layer.kind.spread_scale(numbers[..., 0])
+        return np.asarray(numbers.flat[0]) if single else layer.kind.spread_scale(numbers[..., 0])
 
     if layer.nested:
         # in the main graph, where every runtime folds constants, and once for all iterations

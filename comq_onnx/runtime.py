@@ -77,7 +77,8 @@ _DTYPES = {
 
 class Session:
     """One loaded model. `optimized` names a file for the graph that ONNX Runtime made of it; level as in its
-    API; exact keeps activations float where the model has no QuantizeLinear for them."""
+    API; exact keeps activations float where the model has no QuantizeLinear for them; literal computes each
+    QuantizeLinear and DequantizeLinear as it is written, with no integer kernels of its own."""
 
     def __init__(
         self,
@@ -88,6 +89,7 @@ class Session:
         optimized: Path | None = None,
         what: str = "the model",
         exact: bool = False,
+        literal: bool = False,
     ) -> None:
         runtime = require()
         options = runtime.SessionOptions()
@@ -98,6 +100,9 @@ class Session:
         if exact:
             # float activations in weight-only MatMuls: the default rounds them to int8
             options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+        if literal:
+            # its rewriting of int8 activations to uint8 fails on some models, besides
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
         if level is not None:
             options.graph_optimization_level = runtime.GraphOptimizationLevel(level)
         if optimized is not None:

@@ -226,7 +226,10 @@ class _Survey:
     def _session(self, model: ir.Model, level: int | None = None) -> Session:
         with graphs.private_directory() as work:
             source = graphs.to_bytes_or_file(model, work, "survey")
-            return Session(source, self.settings.device, level=level, what="the model for the survey", exact=True)
+            return Session(
+                source, self.settings.device, level=level, what="the model for the survey", exact=True,
+                literal=self.target.elsewhere,
+            )  # fmt: skip
 
 
 def _floats(outputs: Tensors) -> Tensors:

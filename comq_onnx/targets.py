@@ -96,6 +96,11 @@ class Target:
     max_opset: int = 26
     max_ir: int = 13
 
+    @property
+    def elsewhere(self) -> bool:
+        """Whether another runtime than ONNX Runtime executes the model: then that only computes what is written."""
+        return self.device is None
+
     def activation_dtype(self, activations: str) -> str | None:
         """The dtype that `auto`, `none`, `8` or `16` bits of activations mean here. Raises ValueError where the target
         has none of that width."""
@@ -225,7 +230,7 @@ OPENVINO = Target(
     about="OpenVINO, CPU; uint8 activations, INT4 or INT8 weights",
     why=(
         "OpenVINO on the CPU runs the forms of ort-cpu in integers, INT4 codes behind a Cast among them; it reads no "
-        "INT2, and joins bit planes at every call, in float"
+        "INT2 and no blocks that do not fill the inputs, and joins bit planes at every call, in float"
     ),
     sources=(
         "https://docs.openvino.ai/2026/openvino-workflow/model-optimization.html",
@@ -246,6 +251,7 @@ OPENVINO = Target(
     weight_zero_points=False,
     integer_bias=True,
     unpack="Cast",
+    whole_blocks=True,
 )
 
 TARGETS: dict[str, Target] = {target.name: target for target in (ORT_CPU, ORT_CUDA, TENSORRT, OPENVINO)}

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 
 INTEGERS = frozenset({"u8", "i8", "u4", "i4", "int8", "int4"})
 
@@ -32,6 +33,39 @@ class Product:
     def integer(self) -> bool:
         """Whether it multiplies integers."""
         return all(name in INTEGERS for name in self.types)
+
+
+def in_integers(layers: Iterable[str], products: Sequence[Product], path: Path) -> dict[str, bool]:
+    """Of layers of the model at `path`, by name, whether a product computes them in integers, none in float. A product
+    may hold several layers, a layer may be in several products."""
+    owners = _owners(path, layers)
+    found: dict[str, list[bool]] = {name: [] for name in layers}
+    for product in products:
+        # OpenVINO appends what it took apart: /fc/Gemm/WithoutBiases
+        names = (name.split("/WithoutBiases")[0] for name in product.nodes)
+        for owner in dict.fromkeys(owners[name] for name in names if name in owners):
+            found[owner].append(product.integer)
+    return {name: bool(kinds) and all(kinds) for name, kinds in found.items()}
+
+
+def _owners(path: Path, layers: Iterable[str]) -> dict[str, str]:
+    """The layer by the names that a runtime may give it: those of its node and of the sums and activations behind, and
+    of what they write."""
+    nodes = list(onnx.load(path, load_external_data=False).graph.node)
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in nodes:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    by_name = {node.name: node for node in nodes}
+    owners = {}
+    for layer in layers:
+        node = by_name.get(layer) or by_name.get(f"{layer}.matmul")
+        while node is not None:
+            owners[node.name] = owners[node.output[0]] = layer
+            behind = readers.get(node.output[0], [])
+            fuses = len(behind) == 1 and behind[0].op_type in ("Add", "Sum", "Mul", "Relu", "Clip", "QuantizeLinear")
+            node = behind[0] if fuses and behind[0].name not in owners else None
+    return owners
 
 
 # OpenVINO
@@ -79,9 +113,9 @@ def openvino_program(path: Path) -> OpenVino:
     return OpenVino(products, unpacking)
 
 
-def openvino_latency(paths: Sequence[Path], feeds: Mapping[str, Any], seconds: float) -> list[float]:
-    """Median milliseconds of each model for one feed on one thread, in turn."""
-    requests = [openvino_compiled(path).create_infer_request() for path in paths]
+def openvino_latency(models: Sequence[Any], feeds: Mapping[str, Any], seconds: float) -> list[float]:
+    """Median milliseconds of each compiled model for one feed, in turn."""
+    requests = [model.create_infer_request() for model in models]
     times: list[list[float]] = [[] for _ in requests]
     for request in requests:
         request.infer(dict(feeds))
@@ -109,10 +143,10 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class TensorRt:
-    """What TensorRT made of a model: its products, how many weights stay in blocks of INT4, the bytes of the engine."""
+    """What TensorRT made of a model: its products, how many weights stay INT4, the bytes of the engine."""
 
     products: list[Product]
-    int4_blocks: int
+    int4_weights: int
     bytes: int
 
 
@@ -120,14 +154,13 @@ def tensorrt_program(path: Path, feeds: Mapping[str, Any]) -> TensorRt:
     """Build an engine for the shapes of `feeds` and read what it computes in. Raises Refused with TensorRT's words."""
     plan = _tensorrt_plan(path, feeds)
     types = {name: kind.decode() for name, kind in _TENSOR.findall(plan)}
-    products, blocks = [], 0
+    products = []
     for kind, name, inputs, origin in _CALL.findall(plan):
         read = [types.get(value, "?") for value in re.findall(rb'"([^"]+)"', inputs)]
-        blocks += "int4" in read
         if kind.decode() in _TENSORRT_PRODUCTS:
             nodes = re.findall(rb"\[ONNX Layer: ([^\]\n]*)\]", origin)
             products.append(Product(kind.decode(), tuple(n.decode() for n in (name, *nodes)), tuple(read[:2])))
-    return TensorRt(products, blocks, len(plan))
+    return TensorRt(products, sum(kind == "int4" for kind in types.values()), len(plan))
 
 
 def _tensorrt_plan(path: Path, feeds: Mapping[str, Any]) -> bytes:

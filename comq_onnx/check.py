@@ -193,7 +193,8 @@ def _pair_faults(node: ir.Node, target: Target) -> Iterator[str]:
         if scale.ndim > 1 and not block:
             yield f"scales of rank {scale.ndim} without blocks"
         if scale.ndim == 1 and scale.shape == (1,) and not is_activation and not block:
-            channels = quantized.shape[_axis(node, quantized)] if quantized is not None and quantized.shape else 1
+            codes = _stored(quantized)
+            channels = codes.shape[_axis(node, codes)] if codes is not None and codes.shape else 1
             if channels != 1:
                 yield "one scale for all is of rank 0, never of shape [1]"
     if is_activation:
@@ -218,7 +219,7 @@ def _weight_faults(
     node: ir.Node, scale: Numbers | None, zero: Numbers | None, block: int, target: Target
 ) -> Iterator[str]:
     """The faults of the DequantizeLinear of a weight or a bias."""
-    codes = node.inputs[0]
+    codes = _stored(node.inputs[0])
     dtype = None if codes is None else codes.dtype
     if dtype == ir.DataType.INT32:
         if not target.integer_bias:
@@ -274,6 +275,12 @@ def _constant_scale(value: ir.Value | None) -> Numbers | None:
     node = value.producer()
     parts = [] if node is None or node.op_type != "Mul" else [graphs.constant(v) for v in node.inputs]
     return parts[0] * parts[1] if len(parts) == 2 and parts[0] is not None and parts[1] is not None else None
+
+
+def _stored(value: ir.Value | None) -> ir.Value | None:
+    """The codes behind the Cast that unpacks them at load."""
+    producer = None if value is None else value.producer()
+    return producer.inputs[0] if producer is not None and producer.op_type == "Cast" else value
 
 
 def _constants_only(value: ir.Value) -> bool:

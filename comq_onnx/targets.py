@@ -172,8 +172,9 @@ ORT_CUDA = Target(
         "unpacked to float once at load, by the same constant folding on the CPU as for ort-cpu"
     ),
     sources=(
-        "https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html",
-        "https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md (MatMulNBits)",
+        "https://github.com/microsoft/onnxruntime/pull/21846 (CUDA for DequantizeLinear and MatMul alone)",
+        "https://github.com/microsoft/onnxruntime/pull/27614 (2 and 8 bits)",
+        "not measured on a GPU: the form was looked at in the CPU provider, docs/runtimes.md",
     ),
     device="cuda",
     activation=None,
@@ -204,6 +205,8 @@ TENSORRT = Target(
     ),
     sources=(
         "https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/work-quantized-types.html",
+        "https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/"
+        "quantized-types-explicit-quantization.html",
         "engines built with TensorRT for RTX 1.7.1: docs/runtimes.md",
     ),
     device=None,
@@ -232,10 +235,7 @@ OPENVINO = Target(
         "OpenVINO on the CPU runs the forms of ort-cpu in integers, INT4 codes behind a Cast among them; it reads no "
         "INT2 and no blocks that do not fill the inputs, and joins bit planes at every call, in float"
     ),
-    sources=(
-        "https://docs.openvino.ai/2026/openvino-workflow/model-optimization.html",
-        "compiled with OpenVINO 2026.4.1: docs/runtimes.md",
-    ),
+    sources=("compiled with OpenVINO 2026.4.1: docs/runtimes.md",),
     device=None,
     activation="uint8",
     wide_activation=None,

@@ -31,6 +31,7 @@ from typing import Any
 
 import _runtimes
 import click
+import numpy as np
 
 from comq_onnx.check import lint
 from comq_onnx.comparison import INTEGER_PRODUCTS, compare_outputs, executed_kernels
@@ -66,6 +67,7 @@ def measure(folder: Path, out: Path, said: dict[str, Any], target: str, count: i
     elsewhere = TARGETS[target].elsewhere
     before, after = Session(folder / "model.onnx"), Session(out, exact=elsewhere, literal=elsewhere)
     samples = load_samples(folder / "test.npz", before.inputs, count=count)
+    samples = samples.take(np.arange(min(count, len(samples))))
     outputs = compare_outputs(before, after, samples, 16)
     agreements = [o.top1_agreement for o in outputs if o.top1_agreement is not None]
     integer = [layer for layer in said["layers"] if layer["form"] == "integer"]

@@ -12,7 +12,7 @@ what they write: no attention mask or layer norm ever gets a scale of its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -39,7 +39,8 @@ class QuantizedValue:
 
 @dataclass(frozen=True)
 class ActivationPlan:
-    """The values to quantize by name, in topological order, and the names of the layers that run in integers."""
+    """The values to quantize by name, in topological order, and the names of the layers that run in integers. dtype:
+    of quantized activations; float32 where there are none."""
 
     dtype: str
     values: dict[str, QuantizedValue] = field(default_factory=dict)
@@ -53,28 +54,39 @@ class ActivationPlan:
 
 @dataclass(frozen=True)
 class ActivationGrid:
-    """Scale and zero point of one activation, per tensor: q = clip(round(x / scale) + zero_point, 0, qmax)."""
+    """Scale and zero point of one activation, per tensor: q = clip(round(x / scale) + zero_point, qmin, qmax)."""
 
     scale: np.float32
     zero_point: int
     dtype: str
 
     @property
+    def qmin(self) -> int:
+        """The lowest code of the type."""
+        return int(np.iinfo(self.dtype).min)
+
+    @property
     def qmax(self) -> int:
-        """The highest code of the unsigned type."""
+        """The highest code of the type."""
         return int(np.iinfo(self.dtype).max)
 
     def fake_quantize(self, x: Array) -> Array:
         """DequantizeLinear(QuantizeLinear(x)), as the runtime computes it: rounding half to even, in float32."""
-        q = np.clip(np.rint(x / self.scale) + np.float32(self.zero_point), 0, self.qmax)
+        q = np.clip(np.rint(x / self.scale) + np.float32(self.zero_point), self.qmin, self.qmax)
         return np.asarray((q - np.float32(self.zero_point)) * self.scale, np.float32)
 
 
 def fit_range(low: float, high: float, dtype: str, bounds: tuple[float, float] | None = None) -> ActivationGrid:
     """The grid that spans [low, high] and 0. Within `bounds` all codes stay inside them, so that a runtime can drop the
-    Clip or Relu that made them (it compares the range of all codes with the bounds)."""
+    Clip or Relu that made them (it compares the range of all codes with the bounds).
+
+    Of a signed type the zero point is 0 and the span symmetric, whatever the bounds: runtimes that want signed codes
+    take no other zero point, and drop a Relu by themselves."""
     qmax = int(np.iinfo(dtype).max)
     low, high = min(low, 0.0), max(high, 0.0)
+    if np.iinfo(dtype).min < 0:
+        scale = np.float32(max(-low, high) / qmax)
+        return ActivationGrid(scale if max(-low, high) > 1e-30 else np.float32(1), 0, dtype)
     if bounds is not None:
         low, high = max(low, bounds[0]), min(high, bounds[1])
     span = high - low
@@ -141,7 +153,7 @@ class Range:
 def plan_activations(model: ir.Model, layers: Sequence[Layer], target: Target, dtype: str | None) -> ActivationPlan:
     """Decide which values are quantized. dtype None: none (weight-only)."""
     if dtype is None:
-        return ActivationPlan(target.activation)
+        return ActivationPlan("float32")
     nodes = nodes_by_name(model)
     integer = [layer for layer in layers if runs_in_integers(layer, target)]
     by_name = {layer.name: layer for layer in integer}
@@ -168,6 +180,12 @@ def plan_activations(model: ir.Model, layers: Sequence[Layer], target: Target, d
 
     values = {name: QuantizedValue(name, False) for name in dict.fromkeys(layer.input for layer in integer)}
     values.update(ends)
+    for node in _in_order(model):
+        values.update((str(v.name), QuantizedValue(str(v.name), True)) for v in _skips(node, by_name, target))
+    for layer in integer if target.split_outputs else ():
+        whole = nodes[layer.bias_node or layer.name].outputs[0]
+        if _is_split(whole):
+            values[str(whole.name)] = QuantizedValue(str(whole.name), True)
     order = _topological(nodes)
     ordered = dict(sorted(values.items(), key=lambda item: order.get(item[0], -1)))
     return ActivationPlan(dtype, ordered, frozenset(by_name))
@@ -226,6 +244,27 @@ def _data_inputs(node: ir.Node) -> list[ir.Value]:
     """The inputs an operator computes with: all of Add, Mul and Concat, the first of the rest."""
     several = node.op_type in ("Add", "Mul", "Concat")
     return [v for v in (node.inputs if several else node.inputs[:1]) if v is not None]
+
+
+def _skips(node: ir.Node, integer: Mapping[str, Layer], target: Target) -> list[ir.Value]:
+    """What an Add adds to the output of an integer layer that it fuses into; of two such layers the first is that."""
+    if node.op_type != "Add" or node.domain not in ("", "ai.onnx"):
+        return []
+    makers = [v.producer() if v is not None else None for v in node.inputs]
+    fused = [i for i, p in enumerate(makers) if p is not None and p.name in integer and p.op_type in target.skip_layers]
+    others = [v for i, v in enumerate(node.inputs) if i not in fused[:1] and v is not None]
+    return [v for v in others if fused and not graphs.is_constant(v) and not v.is_graph_output()]
+
+
+def _is_split(value: ir.Value) -> bool:
+    """Whether a value is taken apart, as the queries, keys and values that one product makes are."""
+    parts, pending = 0, [value]
+    while pending:
+        for reader, _ in pending.pop().uses():
+            parts += {"Split": 2, "Gather": 1, "Slice": 1}.get(reader.op_type, 0)
+            if reader.op_type in ("Reshape", "Transpose", "Squeeze", "Unsqueeze"):
+                pending.append(reader.outputs[0])
+    return parts > 1 and not value.is_graph_output()
 
 
 def _integer_operator(node: ir.Node, ends: dict[str, QuantizedValue], target: Target) -> QuantizedValue | None:

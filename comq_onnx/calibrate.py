@@ -395,7 +395,10 @@ class _Walk:
         self, segment: ir.Model, stage: stages.Stage, given: Tensors, wanted: list[str], live: list[str], observe: bool
     ) -> Tensors:
         source = graphs.to_bytes_or_file(segment, self.work, f"stage{stage.index}")
-        session = Session(source, self.settings.device, what=f"stage {stage.index} of the model", exact=True)
+        session = Session(
+            source, self.settings.device, what=f"stage {stage.index} of the model", exact=True,
+            literal=self.target.elsewhere,
+        )  # fmt: skip
         made: Tensors = {name: [] for name in live}
         feeds = self.cuts.ahead(
             len(self.counts), lambda i: {name: self.cuts.fetch(given[name][i]) for name in stage.reads}

@@ -266,7 +266,9 @@ SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True, "max_co
     help="Samples to calibrate on, at most.",
 )
 @click.option("--batch-size", type=click.IntRange(1), default=16, metavar="N", help="Samples run at once.")
-@click.option("--target", type=_Choice(list(TARGETS)), default="ort-cpu", help="The runtime that will run the model.")
+@click.option("--target", type=_Choice(list(TARGETS)), default="ort-cpu",
+              help="What will run the model.\n\n\b\n" + "\n".join(f"{t.name}: {t.about}." for t in TARGETS.values()),
+)  # fmt: skip
 @click.option("--activations", type=_Choice(["auto", "none", "8", "16"]), default="auto",
               help="Bits of activations; auto: 8 where integers are faster; none: weight-only.")  # fmt: skip
 @click.option("--granularity", default="channel", metavar="channel|tensor|BLOCK", help="What shares a weight scale.")

@@ -48,7 +48,7 @@ def store(model: ir.Model, name: str, codes: Numbers, container: str, planes: tu
     """The value of int8 `codes`: an initializer of a container type, or INT8 joined from bit planes of the widths
     `planes`, the highest bits first. Equal codes under one name are stored once."""
     if not planes:
-        return _constant(model.graph, f"{name}.codes", pack(codes, container))
+        return shared_constant(model.graph, f"{name}.codes", pack(codes, container))
     graph = model.graph
     first = next(iter(graph))
     for node in graph:
@@ -56,17 +56,19 @@ def store(model: ir.Model, name: str, codes: Numbers, container: str, planes: tu
         if known is not None and known.shape == codes.shape and np.array_equal(known, codes):
             return node.outputs[0]
     whole: ir.Value | None = None
-    flat = _constant(graph, "comq_onnx.flat", np.array([-1]))
+    flat = shared_constant(graph, "comq_onnx.flat", np.array([-1]))
     for k, width in enumerate(planes):
         shift = sum(planes[k + 1 :])
         plane = graphs.add_initializer(graph, f"{name}.codes.plane_{k}", pack_plane(codes, width, shift))
-        table = _constant(graph, f"comq_onnx.fields_{width}_{shift}_{k}", field_table(width, shift, signed=k == 0))
+        table = shared_constant(
+            graph, f"comq_onnx.fields_{width}_{shift}_{k}", field_table(width, shift, signed=k == 0)
+        )
         bytes_ = graphs.insert(first, "Cast", [plane], {"to": ir.DataType.INT32}, f"{name}.bytes_{k}")
         fields = graphs.insert(first, "Gather", [table, bytes_], {}, f"{name}.fields_{k}")
         value = graphs.insert(first, "Reshape", [fields, flat], {}, f"{name}.padded_{k}")
         if codes.size % (8 // width):
-            begin = _constant(graph, "comq_onnx.begin", np.array([0]))
-            end = _constant(graph, f"{name}.count", np.array([codes.size]))
+            begin = shared_constant(graph, "comq_onnx.begin", np.array([0]))
+            end = shared_constant(graph, f"{name}.count", np.array([codes.size]))
             value = graphs.insert(first, "Slice", [value, begin, end], {}, f"{name}.bits_{k}")
         whole = value if whole is None else graphs.insert(first, "BitwiseOr", [whole, value], {}, f"{name}.joined_{k}")
     shape = graphs.add_initializer(graph, f"{name}.shape", np.array(codes.shape))
@@ -76,7 +78,7 @@ def store(model: ir.Model, name: str, codes: Numbers, container: str, planes: tu
     return result
 
 
-def _constant(graph: ir.Graph, name: str, numbers: Numbers) -> ir.Value:
+def shared_constant(graph: ir.Graph, name: str, numbers: Numbers) -> ir.Value:
     """The initializer of that name and those numbers, a new one where there is none."""
     known = graph.initializers.get(name)
     if known is not None and known.const_value is not None:

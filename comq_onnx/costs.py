@@ -60,5 +60,3 @@ ORT_CPU_COSTS = Costs(
     dequantize=Line(3.4, 0.106),
     layout=Line(2.5, 0.100),
 )
-
-COSTS: Mapping[str, Costs] = {"ort-cpu": ORT_CPU_COSTS}

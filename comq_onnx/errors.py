@@ -1,6 +1,7 @@
 """The exceptions of comq_onnx.
 
     ComqError                what went wrong, what was expected, what to do: one line
+    ├── InternalError  (1)   a fault of comq_onnx itself, found before anything was written
     ├── OptionError    (2)   an option or an output path that cannot work
     ├── ModelError     (3)   the model cannot be read, run or quantized
     ├── SamplesError   (4)   the calibration samples do not fit the model
@@ -27,6 +28,10 @@ class ComqError(Exception):
     """Base of every error comq_onnx raises on purpose; `exit_code` is the command line's."""
 
     exit_code = 1
+
+
+class InternalError(ComqError):
+    """A fault of comq_onnx itself, found before anything was written."""
 
 
 class OptionError(ComqError):

@@ -37,9 +37,9 @@ from comq_onnx.budget import (
     parse_size,
 )
 from comq_onnx.calibrate import Calibration, Progress, Settings, specialize, timed, walk
+from comq_onnx.check import check_emitted
 from comq_onnx.clues import misfitting, read_clues
 from comq_onnx.comparison import compare_outputs, doubtful, executed_kernels, latency, scores_among, sqnr_of
-from comq_onnx.costs import COSTS
 from comq_onnx.errors import ModelError, OptionError, OutOfMemory, RuntimeFailure, SamplesError, did_you_mean
 from comq_onnx.grid import MAX_BITS, MIN_BITS, Grid
 from comq_onnx.ops import Gather
@@ -55,7 +55,7 @@ from comq_onnx.prepare import (
     prepare,
     select,
 )
-from comq_onnx.qdq import Quantization, code_bytes, emit, form, grid_for, stored_bytes
+from comq_onnx.qdq import Quantization, code_bytes, emit, form, grid_for, stored_as, stored_bytes
 from comq_onnx.report import ActivationReport, LayerReport, Report
 from comq_onnx.report.inputs import describe as describe_inputs
 from comq_onnx.samples import Recipe, Samples, load_samples
@@ -156,6 +156,12 @@ class Options:
         if self.shrink is not None and not 0 < self.shrink <= 2:
             raise OptionError(f"--shrink {self.shrink}: a factor on the scale, above 0 and at most 2")
         _one_of("--activations", self.activations, ("auto", "none", "8", "16"))
+        try:
+            TARGETS[self.target].activation_dtype(self.activations)
+        except ValueError as error:
+            raise OptionError(f"--activations {self.activations}: {error}; use auto or none") from None
+        if not (self.symmetric or TARGETS[self.target].weight_zero_points):
+            raise OptionError(f"--asymmetric: {self.target} takes only weights of zero point 0; leave it out")
         devices.check_name(self.device)
         for option, number in (("--samples", self.max_samples), ("--batch-size", self.batch_size)):
             if number < 1:
@@ -350,7 +356,7 @@ class Run:
             planned = self.planned()
         self.progress("prepare", 1, 1)
         with timed(self.seconds, "survey"):
-            space = self.space(planned) if self._wants_survey() else None
+            space = self.space(planned) if self._wants_survey(planned) else None
         if space is not None and self.options.max_drop is not None:
             solved = self._within_drop(planned, space)
         else:
@@ -365,7 +371,7 @@ class Run:
             self.open()
             planned = self.planned()
         space = None
-        if self._wants_survey():
+        if self._wants_survey(planned):
             if self.source_samples is None and self.options.fixed_bits is not None and not self.options.sensitivity:
                 self.notes.append(
                     "without samples it cannot be told which layers gain most from more bits: shown with equal bits"
@@ -386,7 +392,9 @@ class Run:
         for solution in found.solutions.values():
             check_codes(solution.weight)
         with timed(self.seconds, "emit"):
-            return Solved(planned, found, self._emitted(planned, found.solutions, found.grids))
+            model = self._emitted(planned, found.solutions, found.grids)
+            check_emitted(model, self._quantization(planned, found.solutions, found.grids))
+            return Solved(planned, found, model)
 
     def settings(self) -> Settings:
         return Settings(
@@ -405,6 +413,11 @@ class Run:
         """Read the model and the samples, run one batch: everything that can be wrong with either shows here."""
         model, self.source = graphs.load(self.path)
         check_source(model, str(self.path))
+        if graphs.opset(model) > self.target.max_opset:
+            raise ModelError(
+                f"{self.path}: has opset {graphs.opset(model)}; {self.target.name} reads {self.target.max_opset} at "
+                "most: export the model with a lower one"
+            )
         chosen = devices.choose(self.options.device)
         self.device = chosen.device
         if chosen.why is not None:
@@ -507,7 +520,7 @@ class Run:
         if not prepared.layers:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in list(unreached.items())[:3])
             raise ModelError(f"{self.path}: the samples reach no layer that can be quantized ({reasons})")
-        dtype = {"none": None, "16": "uint16"}.get(self.options.activations, self.target.activation)
+        dtype = self.target.activation_dtype(self.options.activations)
         if self.options.granularity.isdigit() and prepared.opset < 21:
             raise OptionError(
                 f"--granularity {self.options.granularity} needs opset 21; this model could not be raised above "
@@ -515,10 +528,12 @@ class Run:
             )
         if dtype == "uint16" and prepared.opset < 21:
             raise OptionError(f"--activations 16 needs opset 21; this model could not be raised above {prepared.opset}")
-        planned = Planned(
-            prepared, walked, specialized.probes, ActivationPlan(self.target.activation), {}, {}, prepared.skipped
-        )
-        return self._even(self._with_activations(self.with_bits(planned, self._bits(prepared.layers)), dtype), dtype)
+        planned = Planned(prepared, walked, specialized.probes, ActivationPlan("float32"), {}, {}, prepared.skipped)
+        planned = self._with_activations(planned, dtype)
+        bits = self._bits(prepared.layers)
+        if self.options.fixed_bits is not None and not self.options.uniform:
+            bits = self._filled(planned, bits)
+        return self._even(self.with_bits(planned, bits), dtype)
 
     def _with_activations(self, planned: Planned, dtype: str | None) -> Planned:
         """With what is quantized between the layers: where nobody says so, what makes the model faster."""
@@ -531,7 +546,7 @@ class Run:
             if layer.name not in planned.probes and not (blocks and layer.op in ("MatMul", "Gemm"))
         ]
         found = plan_activations(walked.model, whole, self.target, dtype)
-        costs = COSTS.get(self.target.name)
+        costs = self.target.costs
         if self.options.activations != "auto" or costs is None or not found.integer_layers:
             return replace(planned, activations=found)
         faster = gains.choose(
@@ -593,7 +608,7 @@ class Run:
 
     def with_bits(self, planned: Planned, bits: Bits) -> Planned:
         layers = planned.prepared.layers
-        grids = {layer.name: grid_for(layer, self.options.grid(bits[layer.name])) for layer in layers}
+        grids = {layer.name: grid_for(layer, self.options.grid(bits[layer.name]), self.target) for layer in layers}
         return replace(planned, bits=bits, grids=grids)
 
     def _prepare(self) -> Prepared:
@@ -601,7 +616,8 @@ class Run:
         # where a budget decides, 4 bits have a container, and all other widths are bit planes
         widths = [self.options.fixed_bits or 4, *(n for _, n in self.options.bits_for)]
         # uint16 activations, and the blocks of a weight-only MatMul, came with opset 21
-        modern = self.options.granularity.isdigit() or self.options.activations in ("none", "16")
+        dtype = self.target.activation_dtype(self.options.activations)
+        modern = self.options.granularity.isdigit() or dtype in (None, "uint16")
         # HardSwish as one operator came with 14
         wanted = max(least, HARDSWISH_OPSET, *(self.target.opset_for(bits) for bits in widths), 21 if modern else 0)
         failed = []
@@ -646,12 +662,43 @@ class Run:
             bits.update(dict.fromkeys(matching, number))
         return bits
 
+    def _filled(self, planned: Planned, bits: Bits) -> Bits:
+        """The most bits that take as many bytes as those asked for: what containers hold anyway."""
+        sharing: dict[str, list[Layer]] = {}
+        for layer in planned.prepared.layers:
+            sharing.setdefault(layer.weight, []).append(layer)
+        filled = dict(bits)
+        for layers in sharing.values():
+            if not any(self._told(layer.name) or isinstance(layer.kind, Gather) for layer in layers):
+                most = min(self._as_large(layer, bits[layer.name], planned) for layer in layers)
+                filled.update({layer.name: max(most, bits[layer.name]) for layer in layers})
+        more = [name for name in bits if filled[name] > bits[name]]
+        if more:
+            self.notes.append(
+                f"{len(more)} of {len(bits)} layers have more bits than asked for, which their containers on "
+                f"{self.target.name} hold in the same bytes (--uniform: not)"
+            )
+        return filled
+
+    def _as_large(self, layer: Layer, bits: int, planned: Planned) -> int:
+        """The most bits whose codes are stored as those of `bits` are."""
+        stored = [
+            stored_as(layer, n, planned.activations, self.target, planned.prepared.opset)
+            for n in range(bits, MAX_BITS + 1)
+        ]
+        return max(bits + i for i, how in enumerate(stored) if how == stored[0])
+
     # which layer gets how many bits
 
-    def _wants_survey(self) -> bool:
+    def _wants_survey(self, planned: Planned) -> bool:
         if self.options.fixed_bits is None or self.options.sensitivity:
             return True
-        return not self.options.uniform and self.options.fixed_bits < MAX_BITS
+        free = [x.name for x in planned.prepared.layers if not (self._told(x.name) or isinstance(x.kind, Gather))]
+        return not self.options.uniform and any(planned.bits[name] < MAX_BITS for name in free)
+
+    def _told(self, name: str) -> bool:
+        """Whether --bits-for says what a layer gets."""
+        return any(compile_pattern(pattern, "--bits-for").search(name) for pattern, _ in self.options.bits_for)
 
     def space(self, planned: Planned) -> Space:
         """What every width of every layer costs, in accuracy and bytes."""
@@ -663,7 +710,6 @@ class Run:
             self.settings(), self.progress, wanted,
         )  # fmt: skip
         layers = {layer.name: layer for layer in prepared.layers}
-        expressions = [compile_pattern(pattern, "--bits-for") for pattern, _ in self.options.bits_for]
         widths: dict[str, Sequence[int]] = {}
         sizes: dict[str, dict[int, int]] = {}
         counts: dict[str, int] = {}
@@ -673,7 +719,7 @@ class Run:
             sizes[name] = {
                 bits: code_bytes(layer, bits, planned.activations, target, prepared.opset) for bits in wanted
             }
-            told = any(expression.search(member) for expression in expressions for member in members)
+            told = any(self._told(member) for member in members)
             if told or (self.options.fixed_bits is not None and isinstance(layer.kind, Gather)):
                 widths[name] = (now,)
             else:
@@ -764,7 +810,7 @@ class Run:
         assert self.float_session is not None
         with graphs.private_directory() as work:
             source = graphs.to_bytes_or_file(model, work, "quantized")
-            session = runtime.Session(source, self.device, what="the quantized model")
+            session = self._quantized_session(source)
             outputs = compare_outputs(self.float_session, session, self.held_back, self.options.batch_size)
             changes = None
             if drop.points is not None:
@@ -778,6 +824,13 @@ class Run:
                 )
         return judge_drop(drop, known, outputs, changes)
 
+    def _quantized_session(self, source: Path | bytes | str) -> runtime.Session:
+        # ONNX Runtime's CPU alone rounds the activations of weight-only products
+        exact = self.device != self.target.device
+        return runtime.Session(
+            source, self.device, what="the quantized model", exact=exact, literal=self.target.elsewhere
+        )
+
     def _memory(self) -> int:
         if self.options.memory_gb is not None:
             return int(self.options.memory_gb * 1e9)
@@ -790,16 +843,11 @@ class Run:
     ) -> ir.Model:
         """The quantized model."""
         model = planned.prepared.model.clone()
-        emit(
-            model,
-            Quantization(
-                planned.prepared.layers, solutions, planned.activations, grids, self.target, planned.prepared.opset
-            ),
-        )  # fmt: skip
+        emit(model, self._quantization(planned, solutions, grids))
         self.stored = {layer.name: stored_bytes(model, layer) for layer in planned.prepared.layers}
         used = {t.dtype for v in model.graph.initializers.values() if (t := v.const_value) is not None}
         lowest_ir = 13 if ir.DataType.INT2 in used else 10 if ir.DataType.INT4 in used else 8
-        model.ir_version = min(max(model.ir_version, lowest_ir), graphs.MAX_IR_VERSION)
+        model.ir_version = min(max(model.ir_version, lowest_ir), self.target.max_ir)
         model.metadata_props.update(
             {
                 "comq_onnx.version": version(),
@@ -810,23 +858,37 @@ class Run:
         )
         return model
 
+    def _quantization(
+        self, planned: Planned, solutions: Mapping[str, Solution], grids: Mapping[str, ActivationGrid]
+    ) -> Quantization:
+        return Quantization(
+            planned.prepared.layers, solutions, planned.activations, grids, self.target, planned.prepared.opset
+        )
+
     def _compare(self, path: Path) -> dict[str, Any]:
         assert self.float_session is not None
-        quantized = runtime.Session(path, self.device, what="the quantized model")
+        quantized = self._quantized_session(path)
         outputs = compare_outputs(
             self.float_session, quantized, self.held_back, self.options.batch_size,
             lambda done, total: self.progress("compare", done, total),
         )  # fmt: skip
         self.float_session = None
-        pair = [runtime.Session(x, self.device, threads=1) for x in (self.reference, path)]
-        times = latency(pair, self.held_back)
-        kernels = executed_kernels(path, self.device)
         lost = [f"{o.name} {o.sqnr_db:.1f} dB" for o in outputs if not o.sqnr_db >= LEAST_DB]
         if lost:
             self.warnings.append(
                 f"the quantized model's outputs are far from its source's (SQNR {', '.join(lost)}): give more --bits, "
                 "more samples, or --exclude the layers of most error"
             )
+        device = self.target.device
+        if device is None or not runtime.has_device(device):
+            self.notes.append(
+                f"compared by ONNX Runtime, not on {self.target.name}: docs/deploy.md tells how to see kernels and "
+                "speed there"
+            )
+            return {"outputs": outputs}
+        pair = [runtime.Session(x, device, threads=1) for x in (self.reference, path)]
+        times = latency(pair, self.held_back)
+        kernels = executed_kernels(path, device)
         if times[1] > 1.05 * times[0]:
             self.warnings.append(
                 f"the quantized model is slower than its source ({times[1]:.2f} against {times[0]:.2f} ms): "

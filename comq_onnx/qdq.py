@@ -6,10 +6,12 @@ ships.
 Weights, from fastest to most general:
 
 - *integer*: codes -> (Cast to INT8) -> DequantizeLinear per channel, the layer's input quantized, an int32 bias of
-  scale s_x * s_w. ONNX Runtime folds the Cast at load and runs its int8 kernels; the file holds 4 (2) bits a weight.
+  scale s_x * s_w (float where the target wants that). ONNX Runtime folds the Cast at load and runs its int8 kernels;
+  the file holds 4 (2) bits a weight.
 - *blocked* (weight-only MatMul): codes in blocks along the inputs -> DequantizeLinear: MatMulNBits.
 - *folded* (any other weight-only layer): codes -> Cast to FLOAT -> Mul by the scale. Runtimes fold both at load: the
-  file is small, the speed that of the float layer. A DequantizeLinear there would run at every call.
+  file is small, the speed that of the float layer. A DequantizeLinear there would run at every call in ONNX Runtime;
+  TensorRT takes codes nowhere else, so there one of scale 1 takes the place of the Cast.
 - *looked up* (embeddings): Gather of codes -> Cast -> Mul by the Gather of scales; only the rows looked up become
   float.
 """
@@ -27,7 +29,7 @@ import onnx_ir.passes.common as passes
 
 from comq_onnx import graph as graphs
 from comq_onnx.activations import ActivationGrid, ActivationPlan
-from comq_onnx.codes import pack, store
+from comq_onnx.codes import pack, shared_constant, store
 from comq_onnx.grid import Array, Grid, QuantizedWeight
 from comq_onnx.ops import ConvTranspose, Gather, Gemm, MatMul
 from comq_onnx.prepare import Layer, nodes_by_name
@@ -126,10 +128,11 @@ def _emit_layer(model: ir.Model, nodes: dict[str, ir.Node], layer: Layer, quanti
     bias = _float_bias(model, layer, solution)
     if how == "integer":
         grid = quantization.grids[quantization.plan.root(layer.input)]
-        weight = _fit_bias(solution.weight, bias, grid.scale)
+        exact = quantization.target.integer_bias
+        weight = _fit_bias(solution.weight, bias, grid.scale) if exact else solution.weight
         dequantized = _dequantize(model, node, layer, weight, quantization)
         _set_weight(node, layer, dequantized)
-        _set_bias(model, nodes, layer, bias, dequantized, grid.scale)
+        _set_bias(model, nodes, layer, bias, dequantized if exact else None, grid.scale)
         if isinstance(layer.kind, Gemm):
             # alpha has gone into the scales
             node.attributes.pop("alpha", None)
@@ -266,7 +269,7 @@ def _fit_bias(weight: QuantizedWeight, bias: Array | None, input_scale: np.float
     return QuantizedWeight((steps + zero).astype(np.int8), scale, weight.zero_point, weight.grid)
 
 
-def _channel_scale(layer: Layer, weight: QuantizedWeight) -> Array:
+def channel_scale(layer: Layer, weight: QuantizedWeight) -> Array:
     """Scales as DequantizeLinear wants them: [channels] along the layer's axis, or rank 0 for one per tensor; with the
     alpha of a Gemm, whose emitted form has none."""
     alpha = np.float32(layer.kind.alpha if isinstance(layer.kind, Gemm) else 1)
@@ -278,10 +281,12 @@ def _channel_scale(layer: Layer, weight: QuantizedWeight) -> Array:
 def stored_as(layer: Layer, bits: int, plan: ActivationPlan, target: Target, opset: int) -> tuple[str, tuple[int, ...]]:
     """The container of a layer's codes, and the widths of the bit planes that take its place: none where they save less
     than the nodes that join them take, or in a weight-only MatMul that would lose its 4-bit kernel by them."""
-    container, planes = target.container(bits, opset)[0], target.planes(bits, opset)
+    how = form(layer, plan)
+    storage = target.integer if how == "integer" else target.weight_only
+    container, planes = storage.container(bits, opset)[0], storage.planes(bits, opset)
     if int(np.prod(layer.weight_shape)) * (WIDTHS[container] - bits) < 8 * PLANE_NODE_BYTES:
         planes = ()
-    if form(layer, plan) == "blocked" and container != "INT8":
+    if how == "blocked" and container != "INT8":
         columns = layer.kind.axis
         assert columns is not None
         if container == "INT2" and layer.weight_shape[columns] % target.int2_columns:
@@ -308,7 +313,7 @@ def _dequantize(model: ir.Model, node: ir.Node, layer: Layer, weight: QuantizedW
     codes = _codes(model, layer, layer.kind.from_matrix(weight.codes), weight, q)
     if codes.dtype != ir.DataType.INT8:
         codes = graphs.insert(node, "Cast", [codes], {"to": ir.DataType.INT8}, f"{layer.name}.int8")
-    scale = _channel_scale(layer, weight)
+    scale = channel_scale(layer, weight)
     zero = weight.zero_point.flat[0] if weight.grid.per_tensor else weight.zero_point.reshape(-1)
     parts = [codes, graphs.add_initializer(model.graph, f"{layer.name}.scale", scale)]
     if weight.zero_point.any() or layer.op in ("MatMul", "Gemm"):
@@ -320,15 +325,16 @@ def _dequantize(model: ir.Model, node: ir.Node, layer: Layer, weight: QuantizedW
 def _dequantize_blocks(
     model: ir.Model, node: ir.Node, layer: Layer, weight: QuantizedWeight, q: Quantization
 ) -> ir.Value:
-    """A weight-only MatMul's weight [in, out] in blocks along the inputs; per channel where the opset has no blocks.
+    """A weight-only MatMul's weight [in, out] in blocks along the inputs; per channel where the opset or the target has
+    no blocks.
 
     A channel's one scale is repeated for every block: the same weight, and the form that becomes MatMulNBits.
     """
     inputs = weight.codes.shape[-1]
     grid = weight.grid
-    if q.opset < 21:
+    block = grid.block_size or q.target.block_of(inputs, grid.bits)
+    if q.opset < 21 or block is None:
         return _dequantize_columns(model, node, layer, weight, q)
-    block = grid.block_size or max(16, min(q.target.block, 1 << max(inputs - 1, 1).bit_length()))
     of = np.minimum(np.arange(-(-inputs // block)) * block, inputs - 1) // (grid.block_size or inputs)
     scale = np.asarray(weight.scale[0][:, of].T * _alpha(layer), np.float32)
     zero = weight.zero_point[0][:, of].T
@@ -345,11 +351,13 @@ def _dequantize_columns(
     model: ir.Model, node: ir.Node, layer: Layer, weight: QuantizedWeight, q: Quantization
 ) -> ir.Value:
     codes = _codes(model, layer, weight.codes[0].T, weight, q)
-    scale = _channel_scale(layer, weight)
+    scale = channel_scale(layer, weight)
     zero = weight.zero_point.flat[0] if weight.grid.per_tensor else weight.zero_point.reshape(-1)
     parts = [codes, graphs.add_initializer(model.graph, f"{layer.name}.scale", scale)]
     if weight.zero_point.any():
-        parts.append(graphs.add_initializer(model.graph, f"{layer.name}.zero_point", np.asarray(zero, np.int8)))
+        assert codes.dtype is not None
+        packed = pack(np.asarray(zero), codes.dtype.name)
+        parts.append(graphs.add_initializer(model.graph, f"{layer.name}.zero_point", packed))
     attributes = {} if weight.grid.per_tensor else {"axis": 1}
     return graphs.insert(node, "DequantizeLinear", parts, attributes, f"{layer.name}.weight")
 
@@ -359,17 +367,19 @@ def _alpha(layer: Layer) -> np.float32:
 
 
 def _unpack_at_load(model: ir.Model, node: ir.Node, layer: Layer, weight: QuantizedWeight, q: Quantization) -> ir.Value:
-    """codes -> Cast to FLOAT (-> Sub zero point) -> Mul scale, all constant: folded when the runtime loads the
-    model."""
+    """codes -> floats (-> Sub zero point) -> Mul scale, all constant: folded when the runtime loads the model."""
+
+    # a stack of INT4 matrices times one number is what TensorRT fails to compile
+    single = weight.grid.per_tensor and not isinstance(layer.kind, MatMul)
 
     def spread(numbers: Numbers) -> Numbers:
-        return np.asarray(numbers.flat[0]) if weight.grid.per_tensor else layer.kind.spread_scale(numbers[..., 0])
+        return np.asarray(numbers.flat[0]) if single else layer.kind.spread_scale(numbers[..., 0])
 
     if layer.nested:
         # in the main graph, where every runtime folds constants, and once for all iterations
         node = next(iter(model.graph))
     codes = _codes(model, layer, layer.kind.from_matrix(weight.codes), weight, q)
-    value = graphs.insert(node, "Cast", [codes], {"to": ir.DataType.FLOAT}, f"{layer.name}.float")
+    value = _as_float(model, node, codes, q.target.unpack, f"{layer.name}.float")
     if weight.zero_point.any():
         zero = spread(weight.zero_point).astype(np.float32)
         part = graphs.add_initializer(model.graph, f"{layer.name}.zero_point", zero)
@@ -378,16 +388,28 @@ def _unpack_at_load(model: ir.Model, node: ir.Node, layer: Layer, weight: Quanti
     return graphs.insert(node, "Mul", [value, part], {}, f"{layer.name}.weight")
 
 
+def _as_float(model: ir.Model, node: ir.Node, codes: ir.Value, unpack: str, name: str) -> ir.Value:
+    """Codes as floats of the same numbers: by a Cast, or by a DequantizeLinear of scale 1."""
+    if unpack == "Cast":
+        return graphs.insert(node, "Cast", [codes], {"to": ir.DataType.FLOAT}, name)
+    one = shared_constant(model.graph, "comq_onnx.one", np.asarray(1, np.float32))
+    return graphs.insert(node, "DequantizeLinear", [codes, one], {}, name)
+
+
 def _emit_gather(model: ir.Model, node: ir.Node, layer: Layer, weight: QuantizedWeight, q: Quantization) -> None:
     indices = node.inputs[1]
     codes = _codes(model, layer, weight.codes[0], weight, q)
     scale = graphs.add_initializer(model.graph, f"{layer.name}.scale", weight.scale[0])
     attributes = {"axis": 0}
-    if codes.dtype != ir.DataType.INT8:
-        # folded at load: ONNX Runtime looks nothing up in packed tables
-        codes = graphs.insert(node, "Cast", [codes], {"to": ir.DataType.INT8}, f"{layer.name}.int8")
-    found = graphs.insert(node, "Gather", [codes, indices], attributes, f"{layer.name}.row_codes")
-    value = graphs.insert(node, "Cast", [found], {"to": ir.DataType.FLOAT}, f"{layer.name}.row")
+    if q.target.unpack != "Cast":
+        table = _as_float(model, node, codes, q.target.unpack, f"{layer.name}.float")
+        value = graphs.insert(node, "Gather", [table, indices], attributes, f"{layer.name}.row")
+    else:
+        if codes.dtype != ir.DataType.INT8:
+            # folded at load: ONNX Runtime looks nothing up in packed tables
+            codes = graphs.insert(node, "Cast", [codes], {"to": ir.DataType.INT8}, f"{layer.name}.int8")
+        found = graphs.insert(node, "Gather", [codes, indices], attributes, f"{layer.name}.row_codes")
+        value = _as_float(model, node, found, q.target.unpack, f"{layer.name}.row")
     if weight.zero_point.any():
         zeros = graphs.add_initializer(model.graph, f"{layer.name}.zero_point", weight.zero_point[0].astype(np.float32))
         offset = graphs.insert(node, "Gather", [zeros, indices], attributes, f"{layer.name}.row_zero_point")
@@ -498,15 +520,19 @@ def _pair(model: ir.Model, value: ir.Value, q: Quantization, home: ir.Graph | ir
     return dequantize.outputs[0]
 
 
-def grid_for(layer: Layer, grid: Grid) -> Grid:
-    """The grid a layer's graph form can carry: blocks only along a matrix's inputs, one scale for grouped
+def grid_for(layer: Layer, grid: Grid, target: Target) -> Grid:
+    """The grid a layer's graph form can carry on a target: blocks only along a matrix's inputs, one scale for grouped
     ConvTranspose, symmetric where a zero point would have no place."""
     kind = layer.kind
     if isinstance(kind, Gather):
         return Grid(grid.bits, symmetric=True)
     matrix = isinstance(kind, (MatMul, Gemm)) and len(layer.weight_shape) == 2 and not layer.nested
     matrix = matrix and not (isinstance(kind, Gemm) and kind.trans_a)
-    if grid.block_size is not None and (not matrix or grid.block_size >= kind.inputs):
+    if not (grid.symmetric or target.weight_zero_points):
+        grid = replace(grid, symmetric=True)
+    if grid.block_size is not None and (
+        not matrix or grid.block_size >= kind.inputs or not target.takes_blocks(kind.inputs, grid.block_size)
+    ):
         return Grid(grid.bits, grid.symmetric)
     if isinstance(kind, ConvTranspose) and kind.group > 1:
         return Grid(grid.bits, grid.symmetric, per_tensor=True)

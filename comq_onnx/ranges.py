@@ -213,7 +213,9 @@ class Objective:
 
     def cost(self, grid: ActivationGrid) -> float:
         """The relative error for a grid."""
-        error = rounding_error(self.rows, grid.scale, np.float32(grid.zero_point), np.float32(0), np.float32(grid.qmax))
+        error = rounding_error(
+            self.rows, grid.scale, np.float32(grid.zero_point), np.float32(grid.qmin), np.float32(grid.qmax)
+        )
         total = 0.0
         if self.mixed is not None:
             out = error @ self.mixed

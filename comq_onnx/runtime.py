@@ -114,6 +114,11 @@ def _product() -> bytes:
     return bytes(onnx.parser.parse_model(text).SerializeToString())
 
 
+def has_device(device: str) -> bool:
+    """Whether ONNX Runtime runs models on `cpu` or `cuda` here."""
+    return device == "cpu" or "CUDAExecutionProvider" in require().get_available_providers()
+
+
 @dataclass(frozen=True)
 class InputInfo:
     """A model input: its numpy dtype and its dimensions, None where one is free; dims is None where even the rank
@@ -140,7 +145,8 @@ def _is_numeric(kind: str) -> bool:
 
 class Session:
     """One loaded model. `optimized` names a file for the graph that ONNX Runtime made of it; level as in its
-    API; exact keeps activations float where the model has no QuantizeLinear for them."""
+    API; exact keeps activations float where the model has no QuantizeLinear for them; literal computes each
+    QuantizeLinear and DequantizeLinear as it is written, with no integer kernels of its own."""
 
     def __init__(
         self,
@@ -151,6 +157,7 @@ class Session:
         optimized: Path | None = None,
         what: str = "the model",
         exact: bool = False,
+        literal: bool = False,
     ) -> None:
         runtime = require()
         options = runtime.SessionOptions()
@@ -161,6 +168,9 @@ class Session:
         if exact:
             # float activations in weight-only MatMuls: the default rounds them to int8
             options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+        if literal:
+            # its rewriting of int8 activations to uint8 fails on some models, besides
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
         if level is not None:
             options.graph_optimization_level = runtime.GraphOptimizationLevel(level)
         if optimized is not None:

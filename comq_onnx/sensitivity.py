@@ -186,7 +186,7 @@ class _Survey:
         return gains
 
     def _grid(self, layer: Layer, bits: int) -> Grid:
-        return grid_for(layer, self.grid_of(bits))
+        return grid_for(layer, self.grid_of(bits), self.target)
 
     def _errors(self, layer: Layer, weight: Array, moments: Statistics, has_bias: bool) -> dict[int, float]:
         groups = spread(len(weight), CHANNELS)
@@ -227,7 +227,10 @@ class _Survey:
     def _session(self, model: ir.Model, level: int | None = None) -> Session:
         with graphs.private_directory() as work:
             source = graphs.to_bytes_or_file(model, work, "survey")
-            return Session(source, self.settings.device, level=level, what="the model for the survey", exact=True)
+            return Session(
+                source, self.settings.device, level=level, what="the model for the survey", exact=True,
+                literal=self.target.elsewhere,
+            )  # fmt: skip
 
 
 def _floats(outputs: Tensors) -> Tensors:

@@ -1,45 +1,31 @@
 """What each runtime runs in integers, as data: adding a target is adding one constant here.
 
-Sources: ONNX Runtime's quantization guide (https://onnxruntime.ai/docs/performance/model-
-optimizations/quantization.html) and measurements with ONNX Runtime 1.31 noted in docs/runtimes.md.
+What is measured stands in docs/runtimes.md; where else a rule comes from, in a target's `sources`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from comq_onnx.costs import ORT_CPU_COSTS, Costs
+
 # bits that a number takes in each container
 WIDTHS = {"INT2": 2, "INT4": 4, "INT8": 8}
 
 
 @dataclass(frozen=True)
-class Target:
-    """The QDQ forms a runtime executes in integers.
+class Storage:
+    """How codes lie in the file.
 
-    activation: dtype of quantized activations. integer_layers: op types whose product runs in integers.
-    needs_output: those that must also have their output quantized. fused_after: ops that fuse into the one before.
-    any_scale: float ops with an integer kernel for any scales of inputs and output. same_scale: ops that only move
-    data, integer if input and output share scale and zero point. containers: smallest weight dtype for (max bits),
-    with the opset it needs. plane_opset: from which opset on codes may be stored as bit planes, which the runtime puts
-    together at load; None for never. block: the block of a weight-only MatMul.
+    containers: the dtypes that hold up to so many bits, smallest first, with the opset that each needs. plane_opset:
+    from which opset on codes may be stored as bit planes, which the runtime puts together at load; None for never.
     """
 
-    name: str
-    why: str
-    activation: str
-    integer_layers: frozenset[str]
-    needs_output: frozenset[str]
-    fused_after: frozenset[str]
-    any_scale: frozenset[str]
-    same_scale: frozenset[str]
     containers: tuple[tuple[int, str, int], ...]
-    plane_opset: int | None
-    min_opset: int
-    block: int
-    int2_columns: int
+    plane_opset: int | None = None
 
     def container(self, bits: int, opset: int = 99) -> tuple[str, int]:
-        """The smallest weight dtype that holds `bits` at `opset`, and the opset that it needs."""
+        """The smallest dtype that holds `bits` at `opset`, and the opset that it needs."""
         for most, container, needs in self.containers:
             if bits <= most and needs <= opset:
                 return container, needs
@@ -47,38 +33,230 @@ class Target:
 
     def planes(self, bits: int, opset: int) -> tuple[int, ...]:
         """The widths of the bit planes that store codes of `bits` bits, from the highest bits down: powers of two that
-        add up to `bits`. Empty where a container fits without waste, or the target has no planes at `opset`."""
+        add up to `bits`. Empty where a container fits without waste, or there are no planes at `opset`."""
         if self.plane_opset is None or opset < self.plane_opset or WIDTHS[self.container(bits, opset)[0]] == bits:
             return ()
         return tuple(width for width in (4, 2, 1) if bits & width)
 
     def opset_for(self, bits: int) -> int:
-        """The opset from which on codes of `bits` bits are stored without waste."""
+        """The opset from which on codes of `bits` bits are stored with as little waste as can be."""
         container, needs = self.container(bits)
         return needs if WIDTHS[container] == bits else max(needs, self.plane_opset or 0)
 
 
+@dataclass(frozen=True)
+class Target:
+    """The QDQ forms that a runtime executes.
+
+    about: a line for people who choose; why: what decides its forms; sources: where that is said.
+    device: the device of ONNX Runtime that is this target; None where another runtime executes the model, and what
+    ONNX Runtime says of speed and kernels is beside the point.
+
+    Activations. activation: dtype of quantized ones, None where the target has no use for them; wide_activation: the
+    one of 16 bits. Signed ones have zero point 0. integer_layers: op types whose product runs in integers.
+    needs_output: those that must also have their output quantized. fused_after: ops that fuse into the one before.
+    skip_layers: those that an Add behind them fuses into, if what it adds to their output is quantized.
+    split_outputs: whether a product whose output is taken apart must have that output quantized. any_scale: float
+    ops with an integer kernel for any scales of inputs and output. same_scale: ops that only move data, integer
+    if input and output share scale and zero point.
+
+    Weights. integer: how the codes of layers with quantized activations are stored; weight_only: those of all others.
+    weight_zero_points: whether others than 0 are taken. integer_bias: whether integer layers take an int32 bias of
+    scale s_x * s_w, or a float one. unpack: the op that makes floats of codes at load.
+
+    Weight-only matrix products in blocks of inputs. block: how many inputs share a stored scale; whole_blocks: whether
+    blocks must fill the inputs, twice at least; block_bits: codes of more bits are stored by whole channels;
+    int2_columns: what the number of outputs must be a multiple of for codes of 2 bits.
+
+    min_opset, max_opset, max_ir: what the target reads. costs: what operators take, where that was measured: by them
+    it is decided which layers gain by integers.
+    """
+
+    name: str
+    about: str
+    why: str
+    sources: tuple[str, ...]
+    device: str | None
+    activation: str | None
+    wide_activation: str | None
+    integer_layers: frozenset[str]
+    needs_output: frozenset[str]
+    fused_after: frozenset[str]
+    skip_layers: frozenset[str]
+    split_outputs: bool
+    any_scale: frozenset[str]
+    same_scale: frozenset[str]
+    integer: Storage
+    weight_only: Storage
+    weight_zero_points: bool
+    integer_bias: bool
+    unpack: str
+    block: int = 128
+    whole_blocks: bool = False
+    block_bits: int = 8
+    int2_columns: int = 1
+    min_opset: int = 13
+    max_opset: int = 26
+    max_ir: int = 13
+    costs: Costs | None = None
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether another runtime than ONNX Runtime executes the model: then that only computes what is written."""
+        return self.device is None
+
+    def activation_dtype(self, activations: str) -> str | None:
+        """The dtype that `auto`, `none`, `8` or `16` bits of activations mean here. Raises ValueError where the target
+        has none of that width."""
+        dtype = {"none": None, "16": self.wide_activation}.get(activations, self.activation)
+        if dtype is None and activations in ("8", "16"):
+            raise ValueError(f"{self.name} runs nothing with activations of {activations} bits")
+        return dtype
+
+    def takes_blocks(self, inputs: int, block: int) -> bool:
+        """Whether scales per `block` of `inputs` inputs can be written."""
+        return not self.whole_blocks or (inputs % block == 0 and inputs > block)
+
+    def block_of(self, inputs: int, bits: int) -> int | None:
+        """The block in which codes with one scale per channel are written all the same; None for whole channels."""
+        least, most = 16, max(16, min(self.block, 1 << max(inputs - 1, 1).bit_length()))
+        if bits > self.block_bits:
+            return None
+        sizes = (1 << k for k in range(most.bit_length() - 1, least.bit_length() - 2, -1))
+        return next((size for size in sizes if self.takes_blocks(inputs, size)), None)
+
+    def opset_for(self, bits: int) -> int:
+        """The opset from which on codes of `bits` bits are stored with as little waste as can be."""
+        return max(self.integer.opset_for(bits), self.weight_only.opset_for(bits))
+
+
+_INT8 = (8, "INT8", 13)
+_INT4_INT8 = ((4, "INT4", 21), _INT8)
+# what ONNX Runtime joins with BitwiseOr
+_PLANES = 18
+
 ORT_CPU = Target(
     name="ort-cpu",
+    about="ONNX Runtime, CPU; uint8 activations, packed weights",
     why=(
         "ONNX Runtime on the CPU fuses uint8 activations with int8 weights; packed INT4 and INT2 weights behind a Cast "
         "to INT8, and bit planes put together by constant operators, are unpacked once at load and run the same kernels"
     ),
+    sources=(
+        "https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html",
+        "measured with ONNX Runtime 1.23 to 1.31: docs/runtimes.md",
+    ),
+    device="cpu",
     activation="uint8",
+    wide_activation="uint16",
     integer_layers=frozenset({"Conv", "MatMul", "Gemm"}),
     needs_output=frozenset({"Conv"}),
     fused_after=frozenset({"Relu", "Clip"}),
+    skip_layers=frozenset(),
+    split_outputs=False,
     any_scale=frozenset({"Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "Sigmoid", "LeakyRelu"}),
     same_scale=frozenset(
         {"MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "DepthToSpace", "SpaceToDepth", "Slice"}
     ),
-    containers=((2, "INT2", 25), (4, "INT4", 21), (8, "INT8", 13)),
-    # BitwiseOr
-    plane_opset=18,
-    min_opset=13,
-    block=128,
+    integer=Storage(((2, "INT2", 25), *_INT4_INT8), _PLANES),
+    weight_only=Storage(((2, "INT2", 25), *_INT4_INT8), _PLANES),
+    weight_zero_points=True,
+    integer_bias=True,
+    unpack="Cast",
     # ONNX Runtime 1.31: MatMulNBits of INT2 codes gives garbage for other numbers of outputs
     int2_columns=4,
+    costs=ORT_CPU_COSTS,
 )
 
-TARGETS: dict[str, Target] = {target.name: target for target in (ORT_CPU,)}
+ORT_CUDA = Target(
+    name="ort-cuda",
+    about="ONNX Runtime, NVIDIA; weight-only, float arithmetic",
+    why=(
+        "ONNX Runtime's CUDA provider fuses DequantizeLinear and MatMul to MatMulNBits (4 and 8 bits) and runs no "
+        "other QDQ form in integers, so activations stay float; the weights of convolutions and other layers are "
+        "unpacked to float once at load, by the same constant folding on the CPU as for ort-cpu"
+    ),
+    sources=(
+        "https://github.com/microsoft/onnxruntime/pull/21846 (CUDA for DequantizeLinear and MatMul alone)",
+        "https://github.com/microsoft/onnxruntime/pull/27614 (2 and 8 bits)",
+        "not measured on a GPU: the form was looked at in the CPU provider, docs/runtimes.md",
+    ),
+    device="cuda",
+    activation=None,
+    wide_activation=None,
+    integer_layers=frozenset(),
+    needs_output=frozenset(),
+    fused_after=frozenset(),
+    skip_layers=frozenset(),
+    split_outputs=False,
+    any_scale=frozenset(),
+    same_scale=frozenset(),
+    integer=Storage(_INT4_INT8, _PLANES),
+    weight_only=Storage(_INT4_INT8, _PLANES),
+    weight_zero_points=True,
+    integer_bias=False,
+    unpack="Cast",
+)
+
+TENSORRT = Target(
+    name="tensorrt",
+    about="int8 activations, INT8 weights; INT4 if weight-only",
+    why=(
+        "TensorRT runs int8 times int8 with zero points of 0 alone and a float bias; it wants every input of a "
+        "weighted layer quantized, what an Add adds to a convolution too, and outputs left alone but those that it "
+        "takes apart (queries, keys and values of one product), which it else computes in float. Codes must go into a "
+        "DequantizeLinear, and INT4 ones stay packed only in two blocks or more that fill the inputs, in weight-only "
+        "products; with int8 activations they would be cast at run time or refused, so those are INT8"
+    ),
+    sources=(
+        "https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/work-quantized-types.html",
+        "https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/"
+        "quantized-types-explicit-quantization.html",
+        "engines built with TensorRT for RTX 1.7.1: docs/runtimes.md",
+    ),
+    device=None,
+    activation="int8",
+    wide_activation=None,
+    integer_layers=frozenset({"Conv", "MatMul", "Gemm"}),
+    needs_output=frozenset(),
+    fused_after=frozenset(),
+    skip_layers=frozenset({"Conv"}),
+    split_outputs=True,
+    any_scale=frozenset(),
+    same_scale=frozenset(),
+    integer=Storage((_INT8,)),
+    weight_only=Storage(_INT4_INT8),
+    weight_zero_points=False,
+    integer_bias=False,
+    unpack="DequantizeLinear",
+    whole_blocks=True,
+    block_bits=4,
+)
+
+OPENVINO = Target(
+    name="openvino",
+    about="OpenVINO, CPU; uint8 activations, INT4 or INT8 weights",
+    why=(
+        "OpenVINO on the CPU runs the forms of ort-cpu in integers, INT4 codes behind a Cast among them; it reads no "
+        "INT2 and no blocks that do not fill the inputs, and joins bit planes at every call, in float"
+    ),
+    sources=("compiled with OpenVINO 2026.4.1: docs/runtimes.md",),
+    device=None,
+    activation="uint8",
+    wide_activation=None,
+    integer_layers=ORT_CPU.integer_layers,
+    needs_output=ORT_CPU.needs_output,
+    fused_after=ORT_CPU.fused_after,
+    skip_layers=frozenset(),
+    split_outputs=False,
+    any_scale=ORT_CPU.any_scale,
+    same_scale=ORT_CPU.same_scale,
+    integer=Storage(_INT4_INT8),
+    weight_only=Storage(_INT4_INT8),
+    weight_zero_points=False,
+    integer_bias=True,
+    unpack="Cast",
+    whole_blocks=True,
+)
+
+TARGETS: dict[str, Target] = {target.name: target for target in (ORT_CPU, ORT_CUDA, TENSORRT, OPENVINO)}

@@ -28,6 +28,7 @@ from comq_onnx.targets import ORT_CPU
 
 QUICK = settings(max_examples=60, deadline=None, derandomize=True)
 dtypes = st.sampled_from(["uint8", "uint16"])
+signed_too = st.sampled_from(["uint8", "uint16", "int8"])
 numbers = st.one_of(st.floats(-1e6, 1e6, width=32), st.floats(-8, 8, width=32), st.sampled_from([0.0, 1e-35, -1e-35]))
 
 # Ranges ---------------------------------------------------------------------------------------------------------------
@@ -43,8 +44,10 @@ def test_a_range_does_not_forget_what_is_not_finite(bad: float, place: int) -> N
 
 
 @QUICK
-@given(numbers, numbers, dtypes)
+@given(numbers, numbers, signed_too)
 @example(0.0, 0.0, "uint8")
+@example(0.0, 0.0, "int8")
+@example(-3.0, 1.0, "int8")
 @example(3.0, 5.0, "uint8")
 @example(-5.0, -3.0, "uint16")
 @example(-1e38, 1e38, "uint8")
@@ -105,13 +108,22 @@ def test_a_span_that_is_all_of_six_ends_at_six() -> None:
     assert grid.scale == pytest.approx(6 / 255, rel=1e-6)
 
 
+@pytest.mark.parametrize("bounds", [None, (0.0, 6.0), (-1.0, np.inf)])
+def test_a_signed_grid_is_symmetric_whatever_the_bounds(bounds: tuple[float, float] | None) -> None:
+    grid = fit_range(-0.5, 4.0, "int8", bounds)
+    assert (grid.zero_point, grid.qmin, grid.qmax) == (0, -128, 127)
+    assert grid.scale == np.float32(4 / 127)
+    # the ends that are not the farthest have their place too
+    np.testing.assert_allclose(grid.fake_quantize(np.array([-4, -0.5, 4], np.float32)), [-4, -0.5, 4], atol=2 / 127)
+
+
 @settings(max_examples=40, deadline=None, derandomize=True)
-@given(numbers, numbers, dtypes, st.integers(0, 2**32 - 1))
+@given(numbers, numbers, signed_too, st.integers(0, 2**32 - 1))
 def test_fake_quantize_is_onnx_runtimes_pair(first: float, second: float, dtype: str, seed: int) -> None:
     grid = fit_range(min(first, second), max(first, second), dtype)
     rng = np.random.default_rng(seed)
     spread = rng.uniform(-1, 2, 500) * (abs(first) + abs(second) + 1)
-    ties = (rng.integers(-10, grid.qmax + 10, 200) - grid.zero_point + 0.5) * np.float64(grid.scale)
+    ties = (rng.integers(grid.qmin - 10, grid.qmax + 10, 200) - grid.zero_point + 0.5) * np.float64(grid.scale)
     x = np.concatenate([spread, ties, [0, -0.0, 1e30, -1e30]]).astype(np.float32)
     assert np.array_equal(grid.fake_quantize(x), pair(x, grid))
 

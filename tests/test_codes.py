@@ -60,7 +60,7 @@ def test_the_runtime_joins_the_planes(bits: int, shape: tuple[int, ...], level: 
     model = passing(18)
     rng = np.random.default_rng(bits)
     numbers = rng.integers(-(1 << (bits - 1)), 1 << (bits - 1), shape).astype(np.int8)
-    planes = ORT_CPU.planes(bits, 18)
+    planes = ORT_CPU.integer.planes(bits, 18)
     assert sum(planes) == bits
     value = codes.store(model, "w", numbers, "INT8", planes)
     model.graph.outputs.append(value)
@@ -89,4 +89,4 @@ def test_equal_codes_are_stored_once_and_others_apart() -> None:
     ],
 )  # fmt: skip
 def test_which_widths_take_planes(bits: int, opset: int, planes: tuple[int, ...]) -> None:
-    assert ORT_CPU.planes(bits, opset) == planes
+    assert ORT_CPU.integer.planes(bits, opset) == planes

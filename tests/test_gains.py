@@ -15,11 +15,11 @@ import comq_onnx
 from comq_onnx import gains
 from comq_onnx import graph as graphs
 from comq_onnx.activations import ActivationPlan, plan_activations
-from comq_onnx.costs import COSTS, ORT_CPU_COSTS
+from comq_onnx.costs import ORT_CPU_COSTS
 from comq_onnx.gains import Clock
 from comq_onnx.ops import Conv
 from comq_onnx.prepare import Layer, Prepared, prepare
-from comq_onnx.targets import ORT_CPU, TARGETS
+from comq_onnx.targets import ORT_CPU
 from models import build, cnn, infer, normal, op_types, samples_for, weight
 
 
@@ -119,10 +119,6 @@ def test_a_choice_is_never_predicted_slower_than_all_or_none() -> None:
     best = gains.choose(prepared, prepared.layers, plan, shapes, ORT_CPU_COSTS)
     matrices = [layer for layer in prepared.layers if not isinstance(layer.kind, Conv)]
     assert clock.time(best) <= min(clock.time(plan(prepared.layers)), clock.time(plan(matrices)) * (1 + gains.WORTH))
-
-
-def test_each_target_with_costs_is_a_target() -> None:
-    assert COSTS.keys() <= TARGETS.keys()
 
 
 @pytest.mark.parametrize(("activations", "forms"), [("auto", {"folded"}), ("8", {"integer"})])

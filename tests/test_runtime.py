@@ -7,12 +7,15 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
+import comq_onnx
 from comq_onnx import runtime
+from comq_onnx.comparison import INTEGER_PRODUCTS
 from comq_onnx.errors import ModelError, OutOfMemory, RuntimeFailure
 from comq_onnx.runtime import Session
-from models import build, mlp, normal
+from models import build, mlp, normal, samples_for
 
 PLACE = "/onnxruntime_src/onnxruntime/core"
 
@@ -74,3 +77,16 @@ def test_onnx_runtime_is_asked_to_report_nothing(tmp_path: Path) -> None:
         assert done.stdout == f"{wanted}\n", done.stderr
         if given is None:
             assert not list(tmp_path.glob("*"))
+
+
+def test_a_literal_session_has_no_integer_kernels(tmp_path: Path) -> None:
+    source = mlp()
+    comq_onnx.quantize(source, tmp_path / "q.onnx", samples_for(source), bits=8)
+    ops = {}
+    for literal in (False, True):
+        seen = tmp_path / f"{literal}.onnx"
+        Session(tmp_path / "q.onnx", optimized=seen, literal=literal)
+        ops[literal] = {node.op_type for node in onnx.load(seen).graph.node}
+    assert ops[False] & INTEGER_PRODUCTS
+    assert not ops[True] & INTEGER_PRODUCTS
+    assert "QuantizeLinear" in ops[True]

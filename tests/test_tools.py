@@ -198,6 +198,38 @@ def test_inspecting_a_model_tells_what_it_consists_of(tmp_path: Path, quantized_
     assert found["metadata"]["comq_onnx.version"] == comq_onnx.version()
 
 
+def test_inspecting_tells_which_rules_of_a_target_a_model_breaks(tmp_path: Path) -> None:
+    out = tmp_path / "q.onnx"
+    comq_onnx.quantize(mlp(), out, {"x": np.ones((8, 32), np.float32)}, bits=8, target="openvino")
+    done = call(ROOT / "tools" / "inspect_model.py", out, "--target", "openvino")
+    assert done.returncode == 0, done.stderr
+    assert "keeps every rule of the target" in done.stdout
+    done = call(ROOT / "tools" / "inspect_model.py", out, "--target", "tensorrt")
+    assert done.returncode == 1
+    assert "breaks a rule: QuantizeLinear 'x.quantize': activations are uint8; tensorrt takes int8" in done.stdout
+
+
+def test_the_runtimes_are_asked_for_every_planned_layer(tmp_path: Path) -> None:
+    folder = tmp_path / "zoo" / "mlp"
+    folder.mkdir(parents=True)
+    onnx.save(mlp(), folder / "model.onnx")
+    for name in ("calib", "test"):
+        np.savez(folder / f"{name}.npz", x=np.random.default_rng(0).standard_normal((32, 32)).astype(np.float32))
+    there = {"ort-cpu": True, "openvino": find_spec("openvino"), "tensorrt": find_spec("tensorrt_rtx_bindings")}
+    targets = [name for name, found in there.items() if found]
+    options = [word for name in targets for word in ("--target", name)]
+    rows = tmp_path / "rows.json"
+    done = call(ROOT / "tools" / "check_runtimes.py", folder.parent, "--bits", 8, *options, "--json", rows)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(rows.read_text())
+    assert [(r["target"], r["planned"], r["missing"], r["broken"]) for r in found] == [(t, 2, [], []) for t in targets]
+    assert all(f"| {t} | mlp | 8 | " in done.stdout for t in targets)
+    # an option that comq-onnx refuses is the row, and the exit code
+    done = call(ROOT / "tools" / "check_runtimes.py", folder.parent, "--bits", 8, *options[:2], "--", "--exclude", "fc")
+    assert done.returncode == 1
+    assert "comq-onnx: " in done.stdout
+
+
 def test_a_file_that_is_no_model_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "m.onnx").write_text("no model")
     done = call(ROOT / "tools" / "inspect_model.py", tmp_path / "m.onnx")

@@ -93,7 +93,7 @@ class Subject:
 
     def grids(self, grid: Grid) -> dict[str, Grid]:
         """The grid of each layer, by name."""
-        return {layer.name: grid_for(layer, grid) for layer in self.walked.layers}
+        return {layer.name: grid_for(layer, grid, TARGET) for layer in self.walked.layers}
 
 
 def find(zoo: Path, name: str) -> tuple[Path, Path, Path]:

@@ -2,8 +2,10 @@
 
     python tools/inspect_model.py model.onnx
     python tools/inspect_model.py model.onnx --json model.json
+    python tools/inspect_model.py model_q.onnx --target tensorrt
 
-Nothing is calibrated or written. A quantized model may be looked at too: then only what it consists of is shown.
+Nothing is calibrated or written. A quantized model may be looked at too, by whatever tool it was made: then what it
+consists of is shown, and with --target which rules of a runtime it breaks (exit code 1 where there are any).
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ from rich.table import Table
 from rich.text import Text
 
 import comq_onnx
+from comq_onnx.check import lint
 from comq_onnx.graph import find_model, load
+from comq_onnx.targets import TARGETS
 
 
 def value(info: onnx.ValueInfoProto) -> dict[str, Any]:
@@ -58,10 +62,10 @@ def weights(graph: onnx.GraphProto) -> Counter[str]:
     return sizes
 
 
-def inspect(path: Path) -> dict[str, Any]:
+def inspect(path: Path, target: str | None = None) -> dict[str, Any]:
     """All that is known about a model without running samples through it."""
     path = find_model(path)
-    _, source = load(path)
+    model, source = load(path)
     proto = onnx.load(path, load_external_data=False)
     initializers = {tensor.name for tensor in proto.graph.initializer}
     found: dict[str, Any] = {
@@ -75,6 +79,7 @@ def inspect(path: Path) -> dict[str, Any]:
         "outputs": [value(v) for v in proto.graph.output],
         "operators": dict(operators(proto.graph).most_common()),
         "weight_bytes": dict(weights(proto.graph).most_common()),
+        "broken_rules": None if target is None else lint(model, TARGETS[target]),
     }
     try:
         plan = comq_onnx.plan(path)
@@ -96,6 +101,9 @@ def show(found: dict[str, Any], console: Console) -> None:
         lines += [f"{which[:-1]} {v['name']} {v['type']} {v['dims']}" for v in found[which]]
     lines.append("operators: " + ", ".join(f"{n} {op}" for op, n in found["operators"].items()))
     lines.append("weights: " + ", ".join(f"{n / 1e6:,.2f} MB {kind}" for kind, n in found["weight_bytes"].items()))
+    broken = found["broken_rules"]
+    if broken is not None:
+        lines += [f"breaks a rule: {fault}" for fault in broken] or ["keeps every rule of the target"]
     if found["why_not"]:
         lines.append(f"nothing to quantize: {found['why_not']}")
     for line in lines:
@@ -118,12 +126,13 @@ def show(found: dict[str, Any], console: Console) -> None:
 
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path))
+@click.option("--target", type=click.Choice(list(TARGETS)), help="Look whether the model keeps this target's rules.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write what is found as JSON.")
-def main(model: Path, json_path: Path | None) -> None:
+def main(model: Path, target: str | None, json_path: Path | None) -> None:
     """Show what MODEL consists of, and what comq-onnx would quantize."""
     logging.basicConfig(level=logging.ERROR)
     try:
-        found = inspect(model)
+        found = inspect(model, target)
     except comq_onnx.ComqError as error:
         click.echo(f"inspect_model: {error}", err=True)
         sys.exit(error.exit_code)
@@ -131,6 +140,7 @@ def main(model: Path, json_path: Path | None) -> None:
     show(found, console if console.is_terminal else Console(width=140))
     if json_path:
         json_path.write_text(json.dumps(found, indent=2) + "\n")
+    sys.exit(bool(found["broken_rules"]))
 
 
 if __name__ == "__main__":

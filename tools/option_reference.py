@@ -41,7 +41,7 @@ def row(option: click.Option, ctx: click.Context) -> str:
     names, meaning = record
     known = [name for name, other in by_long_name(command).items() if other is option]
     in_config = "" if option.name in NOT_IN_CONFIG or not known else ", ".join(f"`{name}`" for name in known)
-    return f"| `{cell(names)}` | {cell(' '.join(meaning.split()))} | {in_config} |"
+    return f"| `{cell(names)}` | {cell(' '.join(meaning.replace(chr(8), '').split()))} | {in_config} |"
 
 
 def reference() -> str:
@@ -51,7 +51,11 @@ def reference() -> str:
     for title, options in grouped(command.get_params(ctx)):
         lines += ["", f"## {title}", "", "| option | what it does | in a file |", "|---|---|---|"]
         lines += [row(option, ctx) for option in options]
-    lines += ["", "Exit codes: 0 done, 2 the command line, 3 the model, 4 the samples, 5 the runtime, 130 interrupted."]
+    lines += [
+        "",
+        "Exit codes: 0 done, 1 a fault of comq-onnx itself, 2 the command line, 3 the model, 4 the samples, 5 the "
+        "runtime, 130 interrupted.",
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -168,6 +168,7 @@ def compare(
     device = choose_device(device)
     with private_directory() as work:
         paths = [as_path(model, work) for model in (before, after)]
+        sizes = [load(path)[1].size for path in paths]
         first, second = (Session(path, device, what=str(path)) for path in paths)
         missing = [name for name in first.output_names if name not in second.output_names]
         if missing:
@@ -179,7 +180,6 @@ def compare(
         data = data.take(np.arange(min(count, len(data))))
         times = latency([Session(path, device, threads=1) for path in paths], data, seconds)
         kernels = executed_kernels(paths[1], device)
-        sizes = [load(path)[1].size for path in paths]
         return Comparison(
             outputs=compare_outputs(first, second, data, batch_size),
             size={"before": sizes[0], "after": sizes[1]},

@@ -29,6 +29,10 @@ MAX_IR_VERSION = 13
 # nodes after all functions are inlined: a small file can ask for more than any memory holds
 MOST_NODES = 1_000_000
 MOST_PARTS = 3 * MOST_NODES
+# the fields of the format that refer to nothing
+_PROSE = frozenset(
+    {"doc_string", "producer_name", "producer_version", "key", "value", "onnx.NodeProto.name", "onnx.GraphProto.name"}
+)
 # a work directory that nobody holds is one of a process that was killed; younger ones may be about to be held
 STALE_SECONDS = 60.0
 
@@ -81,6 +85,7 @@ def read(path: Path) -> ir.Model:
             raise ModelError(f"{path}: the file is empty; expected an ONNX model")
         proto = onnx.load(path, load_external_data=False)
         _check_counts(proto, path)
+        _check_texts(proto, path)
         model = ir.from_proto(proto)
     except OSError as error:
         raise _unreadable(path, error) from error
@@ -114,6 +119,22 @@ def _check_counts(proto: onnx.ModelProto, path: Path) -> None:
                     pending.append(attribute.g)
     if left < 0:
         raise ModelError(f"{path}: more than {MOST_PARTS:,} nodes, values and attributes; no real model has so many")
+
+
+def _check_texts(message: Any, path: Path) -> None:
+    """Refuse names that are not UTF-8, which protobuf lets through and no library takes; in what refers to
+    nothing, replace what is not."""
+    for field, value in message.ListFields():
+        if field.type == field.TYPE_MESSAGE:
+            for inner in value if isinstance(value, Sequence) else (value,):
+                _check_texts(inner, path)
+        elif field.type == field.TYPE_STRING:
+            for text in (value,) if isinstance(value, (str, bytes)) else value:
+                if isinstance(text, str):
+                    continue
+                if field.name not in _PROSE and field.full_name not in _PROSE:
+                    raise ModelError(f"{path}: the {field.name} {text[:40]!r} is not UTF-8, as ONNX wants it; rename")
+                setattr(message, field.name, text.decode(errors="replace"))
 
 
 def _unreadable(path: Path, error: OSError) -> ModelError:

@@ -308,6 +308,39 @@ def test_nesting_beyond_protobufs_limit_is_refused(tmp_path: Path) -> None:
         graph.load(tmp_path / "m.onnx")
 
 
+def _with_bytes(model: onnx.ModelProto, text: bytes, other: bytes) -> bytes:
+    """The model with other bytes, as many, for a text."""
+    whole = model.SerializeToString()
+    assert len(text) == len(other)
+    # a byte of its length stands before each text
+    changed = whole.replace(bytes([len(text)]) + text, bytes([len(text)]) + other)
+    assert changed != whole
+    return changed
+
+
+@pytest.mark.parametrize("name", ["x", "y", "w1", "h", "batch", "Relu", "domain"])
+def test_a_name_that_is_not_utf_8_is_refused(tmp_path: Path, out: Path, name: str) -> None:
+    model = mlp()
+    model.graph.node[1].domain = "" if name != "domain" else name
+    (tmp_path / "m.onnx").write_bytes(_with_bytes(model, name.encode(), b"\xe9" + name[1:].encode()))
+    with pytest.raises(ModelError, match=r"b'\\xe9.*' is not UTF-8"):
+        comq_onnx.quantize(tmp_path / "m.onnx", out, samples_for(mlp()), **EIGHT)
+
+
+@pytest.mark.parametrize("field", ["doc_string", "producer_name", "key", "value", "graph", "node"])
+def test_a_text_that_is_not_utf_8_and_refers_to_nothing_is_no_obstacle(tmp_path: Path, out: Path, field: str) -> None:
+    model, text = mlp(), "encyclopedie"
+    if field in ("key", "value"):
+        model.metadata_props.add(**{"key": "k", "value": "v", field: text})
+    elif field in ("graph", "node"):
+        (model.graph if field == "graph" else model.graph.node[0]).name = text
+    else:
+        setattr(model, field, text)
+    (tmp_path / "m.onnx").write_bytes(_with_bytes(model, text.encode(), "encyclopédie".encode("latin-1")))
+    comq_onnx.quantize(tmp_path / "m.onnx", out, samples_for(mlp()), **EIGHT)
+    assert worst_sqnr(mlp(), out, samples_for(mlp())) >= 25
+
+
 def test_what_a_library_found_wrong_is_told(tmp_path: Path) -> None:
     model = mlp()
     model.graph.initializer[0].data_type = 99

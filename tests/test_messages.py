@@ -111,6 +111,13 @@ def not_finite_weight() -> onnx.ModelProto:
     return made
 
 
+def name_in_latin_1() -> Setup:
+    """An input that is called as another alphabet has it."""
+    made = mlp().SerializeToString()
+    # a byte of its length stands before each name
+    return lambda _: Path("m.onnx").write_bytes(made.replace(b"\x01x", b"\x01\xe9")) and None
+
+
 def no_converter(made: onnx.ModelProto) -> Setup:
     """A model that no converter takes to another opset."""
 
@@ -247,6 +254,7 @@ CASES: list[tuple[Setup, Sequence[str], int, str]] = [
      "d: a directory with 2 .onnx files (a.onnx, b.onnx); name one of them"),
     (text("m.onnx", ""), RUN, 3, "m.onnx: the file is empty; expected an ONNX model"),
     (text("m.onnx", "no model\n" * 9), RUN, 3, "m.onnx: not an ONNX model, or a truncated one (…)"),
+    (name_in_latin_1(), RUN, 3, "m.onnx: the input b'\\xe9' is not UTF-8, as ONNX wants it; rename"),
     (model(build("g (float[n, 32] x) => (float[n, 32] x) { }")), RUN, 3,
      "m.onnx: the file holds no ONNX graph with nodes; expected an ONNX model"),
     (external("../w.data"), RUN, 3,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,9 @@ import numpy as np
 from comq_onnx.errors import ModelError, OutOfMemory, RuntimeFailure
 
 Feeds = Mapping[str, Any]
+
+# what takes longer for one batch is ended: a Loop may have no end
+MOST_SECONDS = 1800.0
 
 # official builds since 1.31 report what they run to their makers and leave a file among the temporary ones; this counts
 # only before the import, and who wants it sets 0
@@ -99,8 +104,12 @@ class Session:
             options.optimized_model_filepath = str(optimized)
         providers = ["CUDAExecutionProvider"] if device == "cuda" else []
         source = str(model) if isinstance(model, Path) else model
+        # from the CPU it would fall back to the CPU, and print that
+        fallback = {"enable_fallback": int(device == "cuda")}
         try:
-            self._session = runtime.InferenceSession(source, options, providers=[*providers, "CPUExecutionProvider"])
+            self._session = runtime.InferenceSession(
+                source, options, providers=[*providers, "CPUExecutionProvider"], **fallback
+            )
         except Exception as error:
             if _is_memory(error):
                 raise OutOfMemory(f"no memory to load {what}: {_reason(error)}") from error
@@ -113,14 +122,52 @@ class Session:
 
     def run(self, feeds: Feeds, names: Sequence[str] | None = None) -> dict[str, Any]:
         """Outputs by name. Raises RuntimeFailure with the runtime's own reason in one line, OutOfMemory where that is
-        memory."""
+        memory, ModelError where it takes more than MOST_SECONDS."""
         wanted = list(names) if names is not None else self.output_names
         try:
-            return dict(zip(wanted, self._session.run(wanted, dict(feeds)), strict=True))
+            return dict(zip(wanted, self._stoppable(wanted, dict(feeds)), strict=True))
+        except TimeoutError as error:
+            raise ModelError(
+                f"{self._what}: no end after {MOST_SECONDS:,.0f} s on one batch; it may loop without end; if it is "
+                "only slow, give a smaller --batch-size"
+            ) from error
         except Exception as error:
             if _is_memory(error):
                 raise OutOfMemory(f"no memory to run {self._what}: {_reason(error)}") from error
             raise RuntimeFailure(f"ONNX Runtime failed running {self._what}: {_reason(error)}") from error
+
+    def milliseconds(self, feeds: Feeds) -> float:
+        """How long one run takes, of which it is known that it ends."""
+        inputs = dict(feeds)
+        start = time.perf_counter()
+        self._session.run(None, inputs)
+        return (time.perf_counter() - start) * 1e3
+
+    def _stoppable(self, wanted: list[str], feeds: dict[str, Any]) -> list[Any]:
+        """Run in a thread beside this one, which native code does not keep from seeing signals and the time."""
+        options, ended = require().RunOptions(), threading.Event()
+        outputs: list[Any] = []
+        errors: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                outputs.extend(self._session.run(wanted, feeds, options))
+            except BaseException as error:
+                errors.append(error)
+            finally:
+                ended.set()
+
+        threading.Thread(target=work, daemon=True).start()
+        try:
+            if not ended.wait(MOST_SECONDS):
+                raise TimeoutError
+        finally:
+            # noticed before the next node
+            options.terminate = True
+            ended.wait()
+        if errors:
+            raise errors.pop()
+        return outputs
 
 
 def _input_info(node: Any) -> InputInfo:

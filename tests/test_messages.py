@@ -20,7 +20,7 @@ from PIL import Image
 
 import comq_onnx
 from comq_onnx import cli, graph, pipeline, prepare, runtime
-from models import build, cnn, mlp, normal, samples_for, several_inputs, weight
+from models import build, cnn, endless, mlp, normal, samples_for, several_inputs, weight
 
 PACKAGE = Path(comq_onnx.__file__).parent
 ERRORS = {"OptionError", "ModelError", "SamplesError", "RuntimeFailure"}
@@ -283,6 +283,8 @@ CASES: list[tuple[Setup, Sequence[str], int, str]] = [
      "preprocessing, or --exclude its readers"),
     (both(BRANCHES, x=normal(9, 2, 32), c=np.zeros(9, bool)), RUN, 3,
      "m.onnx: the samples reach no layer that can be quantized (fc: …)"),
+    (several(model(endless()), lambda patch: patch.setattr(runtime, "MOST_SECONDS", 0.5)), RUN, 3,
+     "m.onnx: no end after 0 s on one batch; it may loop without end; if it is only slow, give a smaller --batch-size"),
     # the samples
     (nothing, ["m.onnx", "--calib", "none", "-o", "q.onnx"], 4,
      "none: no such file or folder of samples; samples are …"),

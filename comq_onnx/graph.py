@@ -39,11 +39,22 @@ STALE_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Source:
-    """The file a model came from: its path, its bytes with external data, the SHA-256 over all of them."""
+    """The file a model came from: its path, its bytes with external data, the SHA-256 over all of them, and size and
+    time of each file."""
 
     path: Path
     size: int
     sha256: str
+    stamps: Mapping[Path, tuple[int, int]]
+
+    def check(self) -> None:
+        """Raise ModelError where a file is not what it was: a runtime that has it mapped dies of one cut short."""
+        try:
+            changed = [str(file) for file, stamp in self.stamps.items() if _stamp(file) != stamp]
+        except OSError as error:
+            raise _unreadable(self.path, error) from error
+        if changed:
+            raise ModelError(f"{', '.join(changed)}: changed meanwhile; give a file that stays as it is")
 
 
 def find_model(path: Path) -> Path:
@@ -66,16 +77,22 @@ def load(path: Path) -> tuple[ir.Model, Source]:
     model = read(path)
     files = {path, *_external_files(model, path)}
     _check_functions(model, path)
-    size, digest = 0, hashlib.sha256()
+    size, digest, stamps = 0, hashlib.sha256(), {}
     try:
         for file in sorted(files):
-            size += file.stat().st_size
+            stamps[file] = _stamp(file)
+            size += stamps[file][0]
             with file.open("rb") as handle:
                 while chunk := handle.read(1 << 24):
                     digest.update(chunk)
     except OSError as error:
         raise _unreadable(path, error) from error
-    return model, Source(path, size, digest.hexdigest())
+    return model, Source(path, size, digest.hexdigest(), stamps)
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    found = file.stat()
+    return found.st_size, found.st_mtime_ns
 
 
 def read(path: Path) -> ir.Model:

@@ -397,7 +397,7 @@ class Run:
         self.float_session: runtime.Session | None = None
         inputs: Sequence[Any]
         try:
-            self.float_session = runtime.Session(self.path, self.device, what=str(self.path))
+            self.float_session = runtime.Session(self.path, self.device, what=str(self.path), check=self.source.check)
             inputs = self.float_session.inputs
         except ModelError as refused:
             if not any(v.dtype == ir.DataType.BFLOAT16 for v in graphs.walk_values(model)):
@@ -738,6 +738,7 @@ class Run:
             lambda done, total: self.progress("compare", done, total),
         )  # fmt: skip
         self.float_session = None
+        self.source.check()
         pair = [runtime.Session(x, self.device, threads=1) for x in (self.reference, path)]
         times = latency(pair, self.held_back)
         kernels = executed_kernels(path, self.device)

@@ -6,7 +6,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,8 @@ _DTYPES = {
 
 class Session:
     """One loaded model. `optimized` names a file for the graph that ONNX Runtime made of it; level as in its
-    API; exact keeps activations float where the model has no QuantizeLinear for them."""
+    API; exact keeps activations float where the model has no QuantizeLinear for them; check is called before each run:
+    external data are mapped, not read."""
 
     def __init__(
         self,
@@ -88,6 +89,7 @@ class Session:
         optimized: Path | None = None,
         what: str = "the model",
         exact: bool = False,
+        check: Callable[[], None] | None = None,
     ) -> None:
         runtime = require()
         options = runtime.SessionOptions()
@@ -118,12 +120,14 @@ class Session:
             raise RuntimeFailure("ONNX Runtime fell back to the CPU: its CUDA or cuDNN libraries do not load")
         self.output_names: list[str] = [o.name for o in self._session.get_outputs()]
         self.inputs: list[InputInfo] = [_input_info(i) for i in self._session.get_inputs()]
-        self._what = what
+        self._what, self._check = what, check
 
     def run(self, feeds: Feeds, names: Sequence[str] | None = None) -> dict[str, Any]:
         """Outputs by name. Raises RuntimeFailure with the runtime's own reason in one line, OutOfMemory where that is
         memory, ModelError where it takes more than MOST_SECONDS."""
         wanted = list(names) if names is not None else self.output_names
+        if self._check is not None:
+            self._check()
         try:
             return dict(zip(wanted, self._stoppable(wanted, dict(feeds)), strict=True))
         except TimeoutError as error:

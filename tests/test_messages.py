@@ -7,6 +7,7 @@ code itself; what a user of the command cannot meet stands in UNREACHABLE with t
 from __future__ import annotations
 
 import ast
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -103,6 +104,17 @@ def raising(module: object, name: str, error: BaseException) -> Setup:
         raise error
 
     return lambda patch: patch.setattr(module, name, fail)
+
+
+def before(module: object, name: str, act: Callable[[], object]) -> Setup:
+    """Something that happens right before a function is called."""
+    true = getattr(module, name)
+
+    def first(*arguments: object, **options: object) -> object:
+        act()
+        return true(*arguments, **options)
+
+    return lambda patch: patch.setattr(module, name, first)
 
 
 def not_finite_weight() -> onnx.ModelProto:
@@ -285,6 +297,8 @@ CASES: list[tuple[Setup, Sequence[str], int, str]] = [
      "m.onnx: the samples reach no layer that can be quantized (fc: …)"),
     (several(model(endless()), lambda patch: patch.setattr(runtime, "MOST_SECONDS", 0.5)), RUN, 3,
      "m.onnx: no end after 0 s on one batch; it may loop without end; if it is only slow, give a smaller --batch-size"),
+    (before(pipeline, "walk", lambda: os.utime("m.onnx", (0, 0))), RUN, 3,
+     "m.onnx: changed meanwhile; give a file that stays as it is"),
     # the samples
     (nothing, ["m.onnx", "--calib", "none", "-o", "q.onnx"], 4,
      "none: no such file or folder of samples; samples are …"),

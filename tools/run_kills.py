@@ -314,6 +314,13 @@ FAULTS = (
     Fault("external data cut off after it was checked",
           with_external("before(pipeline, 'check_source', lambda: os.truncate(folder / 'in' / 'weights.bin', 100))"),
           ("model.onnx",)),
+    Fault("external data cut off while calibrating",
+          with_external("before(pipeline, 'walk', lambda: os.truncate(folder / 'in' / 'weights.bin', 100))"),
+          ("weights.bin", "changed")),
+    Fault("external data overwritten while calibrating",
+          with_external("data = folder / 'in' / 'weights.bin'\n"
+                        "before(pipeline, 'walk', lambda: data.write_bytes(bytes(data.stat().st_size)))"),
+          ("weights.bin", "changed")),
     Fault("model overwritten with bad bytes after it was checked",
           hooked("before(pipeline, 'check_source', lambda: (folder / 'in' / 'model.onnx').write_bytes(b'bad' * 999))"),
           ("model.onnx",)),

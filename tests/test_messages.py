@@ -242,6 +242,8 @@ CASES: list[tuple[Setup, Sequence[str], int, str]] = [
      "--config none.toml: cannot be read (No such file or directory); give a TOML file"),
     (text("c.toml", "bits: 4"), [*RUN, "--config", "c.toml"], 2,
      "--config c.toml: not a TOML file (…); expected lines such as bits = 4, by options' long names"),
+    (text("c.toml", "bits = " + "[" * 100_000), [*RUN, "--config", "c.toml"], 2,
+     "--config c.toml: not a TOML file (…); expected lines such as bits = 4, by options' long names"),
     (text("c.toml", "bitz = 4"), [*RUN, "--config", "c.toml"], 2,
      "--config c.toml: no option is called 'bitz'; expected long names without dashes, such as bits; did you mean "
      "bits?"),

@@ -203,8 +203,16 @@ def _beside(folder: Path) -> Found | None:
 # ---------------------------------------------------------------------------------------------------------
 
 
+def parse_json(text: str) -> Any:
+    """What a JSON text says. Raises ValueError, also for one nested more deeply than the parser goes."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
 def _read_json(path: Path) -> Mapping[str, Any]:
-    value = json.loads(path.read_text(encoding="utf-8"))
+    value = parse_json(path.read_text(encoding="utf-8"))
     if not isinstance(value, dict):
         raise ValueError("no JSON object")
     return value

@@ -234,6 +234,17 @@ def test_a_size_that_no_file_has_is_refused_before_memory_is_taken(tmp_path: Pat
         comq_onnx.quantize(tmp_path / "m.onnx", out, samples_for(mlp()), **EIGHT)
 
 
+def test_a_constant_that_says_to_be_larger_than_its_bytes_is_refused(tmp_path: Path, out: Path) -> None:
+    model = mlp()
+    model.graph.initializer.add(name="t", data_type=1, dims=[1 << 30, 1 << 20], raw_data=bytes(64))
+    model.graph.node.append(onnx.helper.make_node("Identity", ["t"], ["z"]))
+    model.graph.output.append(onnx.helper.make_tensor_value_info("z", 1, None))
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.raises(ModelError, match=r"cannot load .*m\.onnx"):
+        comq_onnx.quantize(tmp_path / "m.onnx", out, samples_for(mlp()), **EIGHT)
+    assert not os.listdir(out.parent)
+
+
 def _calling(depth: int, width: int, itself: bool = False) -> onnx.ModelProto:
     """A layer behind a function that calls another `width` times, which calls a third, `depth` deep."""
     model = build(

@@ -229,6 +229,9 @@ CASES: list[tuple[str, Act]] = [
      beside("how.json", '{"crop_pct": 3}', photo(NCHW, preprocess="how.json"))),
     (f"--preprocess how.json: nested too deeply; expected a JSON object with some of {FIELDS}",
      beside("how.json", DEEP, photo(NCHW, preprocess="how.json"))),
+    (f"~/preprocessor_config.json: {BESIDE} used (cannot convert float infinity to integer); say how to preprocess "
+     "with --preprocess",
+     beside("preprocessor_config.json", '{"do_resize": true, "size": {"height": 1e400, "width": 9}}', photo(NCHW))),
     ("--mean 127.5: pixels are 0..1 here; give a mean of that range, or add --preprocess raw for pixels 0..255",
      photo(NCHW, mean=(127.5,), std=(127.5,))),
     (f"~/preprocessor_config.json: {BESIDE} used (a size of longest_edge, not of shortest_edge or height and width); "
@@ -288,6 +291,8 @@ CASES: list[tuple[str, Act]] = [
      beside("preprocessor_config.json", '{"sampling_rate": "high"}', sound(WAVE))),
     (f"~/preprocessor_config.json: {BESIDE} read (nested too deeply); correct or remove it",
      beside("preprocessor_config.json", DEEP, sound(WAVE))),
+    (f"~/preprocessor_config.json: {BESIDE} read (cannot convert float infinity to integer); correct or remove it",
+     beside("preprocessor_config.json", '{"sampling_rate": 1e400}', sound(WAVE))),
     ("~/preprocessor_config.json: a sampling_rate of 0; correct or remove it",
      beside("preprocessor_config.json", '{"sampling_rate": 0}', sound(WAVE))),
     # Python

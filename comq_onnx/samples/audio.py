@@ -115,7 +115,7 @@ def _configured(clues: Clues) -> tuple[int | None, bool, list[str]]:
             if "sampling_rate" not in config:
                 continue
             rate, normalize = int(config["sampling_rate"]), bool(config.get("do_normalize", False))
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, AttributeError, OverflowError) as error:
             raise SamplesError(
                 f"{path}: lies beside the model and cannot be read ({error}); correct or remove it"
             ) from error

@@ -161,7 +161,10 @@ class Session:
             finally:
                 ended.set()
 
-        threading.Thread(target=work, daemon=True).start()
+        try:
+            threading.Thread(target=work, daemon=True).start()
+        except RuntimeError:  # no memory for its stack
+            work()
         try:
             if not ended.wait(MOST_SECONDS):
                 raise TimeoutError

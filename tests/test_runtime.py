@@ -107,6 +107,17 @@ def test_a_signal_ends_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _back_to(threads)
 
 
+def test_a_run_needs_no_thread_where_none_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", full)
+    session = Session(mlp().SerializeToString())
+    assert session.run({"x": normal(4, 32)})["y"].shape == (4, 10)
+    with pytest.raises(RuntimeFailure, match="failed running"):
+        session.run({"x": normal(4, 31)})
+
+
 def test_a_model_that_cannot_be_loaded_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     # of an error of this kind ONNX Runtime's Python part tries again, and says so on standard output
     broken = mlp().SerializeToString().replace(b"\x04Relu", b"\x04\xe9elu")

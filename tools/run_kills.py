@@ -95,8 +95,10 @@ class Place:
         """Begin a run."""
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(self.temporary), **self.environment}
         return subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT
-        )
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT,
+            # a shell has jobs in the background ignore it
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )  # fmt: skip
 
     def run(self, command: list[str]) -> Said:
         """A whole run."""
@@ -416,6 +418,7 @@ def main(kills: int, seed: int, faults: str, no_faults: bool) -> None:
     for fault in FAULTS:
         if faults in fault.name and not no_faults:
             found = check(fault)
+            click.echo(f"{fault.name}: {found}", err=True)
             failed |= found.startswith("wrong")
             rows.append((fault.name, found.replace("|", "/").replace("\n", " ")))
     if rows:

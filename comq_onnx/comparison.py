@@ -170,6 +170,7 @@ def compare(
     device = devices.choose(device, ("tensorrt",)).device
     with private_directory() as work:
         paths = [as_path(model, work) for model in (before, after)]
+        sizes = [load(path)[1].size for path in paths]
         first, second = (Session(path, device, what=str(path)) for path in paths)
         missing = [name for name in first.output_names if name not in second.output_names]
         if missing:
@@ -181,7 +182,6 @@ def compare(
         data = data.take(np.arange(min(count, len(data))))
         times = latency([Session(path, device, threads=1) for path in paths], data, seconds)
         kernels = executed_kernels(paths[1], device)
-        sizes = [load(path)[1].size for path in paths]
         return Comparison(
             outputs=compare_outputs(first, second, data, batch_size),
             size={"before": sizes[0], "after": sizes[1]},
@@ -243,9 +243,7 @@ def latency(sessions: Sequence[Session], samples: Samples, seconds: float = 2.0,
     end = time.perf_counter() + seconds
     while len(times[0]) < 3 or (time.perf_counter() < end and len(times[0]) < most):
         for session, spent in zip(sessions, times, strict=True):
-            start = time.perf_counter()
-            session.run(feeds)
-            spent.append((time.perf_counter() - start) * 1e3)
+            spent.append(session.milliseconds(feeds))
     return [float(np.median(t)) for t in times]
 
 

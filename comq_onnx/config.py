@@ -69,7 +69,7 @@ def load_config(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise OptionError(f"--config {path}: cannot be read ({error.strerror}); give a TOML file") from error
-    except ValueError as error:  # not UTF-8, or not TOML
+    except (ValueError, RecursionError) as error:  # not UTF-8, not TOML, or nested too deeply
         raise OptionError(
             f"--config {path}: not a TOML file ({error}); expected lines such as bits = 4, by options' long names"
         ) from error

@@ -30,17 +30,32 @@ MAX_IR_VERSION = 13
 # nodes after all functions are inlined: a small file can ask for more than any memory holds
 MOST_NODES = 1_000_000
 MOST_PARTS = 3 * MOST_NODES
+# the fields of the format that refer to nothing
+_PROSE = frozenset(
+    {"doc_string", "producer_name", "producer_version", "key", "value", "onnx.NodeProto.name", "onnx.GraphProto.name"}
+)
 # a work directory that nobody holds is one of a process that was killed; younger ones may be about to be held
 STALE_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
 class Source:
-    """The file a model came from: its path, its bytes with external data, the SHA-256 over all of them."""
+    """The file a model came from: its path, its bytes with external data, the SHA-256 over all of them, and size and
+    time of each file."""
 
     path: Path
     size: int
     sha256: str
+    stamps: Mapping[Path, tuple[int, int]]
+
+    def check(self) -> None:
+        """Raise ModelError where a file is not what it was: a runtime that has it mapped dies of one cut short."""
+        try:
+            changed = [str(file) for file, stamp in self.stamps.items() if _stamp(file) != stamp]
+        except OSError as error:
+            raise _unreadable(self.path, error) from error
+        if changed:
+            raise ModelError(f"{', '.join(changed)}: changed meanwhile; give a file that stays as it is")
 
 
 def find_model(path: Path) -> Path:
@@ -63,16 +78,22 @@ def load(path: Path) -> tuple[ir.Model, Source]:
     model = read(path)
     files = {path, *_external_files(model, path)}
     _check_functions(model, path)
-    size, digest = 0, hashlib.sha256()
+    size, digest, stamps = 0, hashlib.sha256(), {}
     try:
         for file in sorted(files):
-            size += file.stat().st_size
+            stamps[file] = _stamp(file)
+            size += stamps[file][0]
             with file.open("rb") as handle:
                 while chunk := handle.read(1 << 24):
                     digest.update(chunk)
     except OSError as error:
         raise _unreadable(path, error) from error
-    return model, Source(path, size, digest.hexdigest())
+    return model, Source(path, size, digest.hexdigest(), stamps)
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    found = file.stat()
+    return found.st_size, found.st_mtime_ns
 
 
 def read(path: Path) -> ir.Model:
@@ -82,6 +103,7 @@ def read(path: Path) -> ir.Model:
             raise ModelError(f"{path}: the file is empty; expected an ONNX model")
         proto = onnx.load(path, load_external_data=False)
         _check_counts(proto, path)
+        _check_texts(proto, path)
         model = ir.from_proto(proto)
     except OSError as error:
         raise _unreadable(path, error) from error
@@ -115,6 +137,22 @@ def _check_counts(proto: onnx.ModelProto, path: Path) -> None:
                     pending.append(attribute.g)
     if left < 0:
         raise ModelError(f"{path}: more than {MOST_PARTS:,} nodes, values and attributes; no real model has so many")
+
+
+def _check_texts(message: Any, path: Path) -> None:
+    """Refuse names that are not UTF-8, which protobuf lets through and no library takes; in what refers to
+    nothing, replace what is not."""
+    for field, value in message.ListFields():
+        if field.type == field.TYPE_MESSAGE:
+            for inner in value if isinstance(value, Sequence) else (value,):
+                _check_texts(inner, path)
+        elif field.type == field.TYPE_STRING:
+            for text in (value,) if isinstance(value, (str, bytes)) else value:
+                if isinstance(text, str):
+                    continue
+                if field.name not in _PROSE and field.full_name not in _PROSE:
+                    raise ModelError(f"{path}: the {field.name} {text[:40]!r} is not UTF-8, as ONNX wants it; rename")
+                setattr(message, field.name, text.decode(errors="replace"))
 
 
 def _unreadable(path: Path, error: OSError) -> ModelError:

@@ -425,7 +425,7 @@ class Run:
         self.float_session: runtime.Session | None = None
         inputs: Sequence[Any]
         try:
-            self.float_session = runtime.Session(self.path, self.device, what=str(self.path))
+            self.float_session = runtime.Session(self.path, self.device, what=str(self.path), check=self.source.check)
             inputs = self.float_session.inputs
         except ModelError as refused:
             if not any(v.dtype == ir.DataType.BFLOAT16 for v in graphs.walk_values(model)):
@@ -873,6 +873,7 @@ class Run:
             lambda done, total: self.progress("compare", done, total),
         )  # fmt: skip
         self.float_session = None
+        self.source.check()
         lost = [f"{o.name} {o.sqnr_db:.1f} dB" for o in outputs if not o.sqnr_db >= LEAST_DB]
         if lost:
             self.warnings.append(

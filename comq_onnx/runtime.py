@@ -7,8 +7,10 @@ import functools
 import io
 import os
 import re
+import threading
+import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,9 @@ from comq_onnx import arrays
 from comq_onnx.errors import ModelError, OutOfMemory, RuntimeFailure
 
 Feeds = Mapping[str, Any]
+
+# what takes longer for one batch is ended: a Loop may have no end
+MOST_SECONDS = 1800.0
 
 # official builds since 1.31 report what they run to their makers and leave a file among the temporary ones; this counts
 # only before the import, and who wants it sets 0
@@ -146,7 +151,8 @@ def _is_numeric(kind: str) -> bool:
 class Session:
     """One loaded model. `optimized` names a file for the graph that ONNX Runtime made of it; level as in its
     API; exact keeps activations float where the model has no QuantizeLinear for them; literal computes each
-    QuantizeLinear and DequantizeLinear as it is written, with no integer kernels of its own."""
+    QuantizeLinear and DequantizeLinear as it is written, with no integer kernels of its own; check is called before
+    each run: external data are mapped, not read."""
 
     def __init__(
         self,
@@ -158,6 +164,7 @@ class Session:
         what: str = "the model",
         exact: bool = False,
         literal: bool = False,
+        check: Callable[[], None] | None = None,
     ) -> None:
         runtime = require()
         options = runtime.SessionOptions()
@@ -179,8 +186,10 @@ class Session:
             options.use_deterministic_compute = True
         providers = _providers(device)
         source = str(model) if isinstance(model, Path) else model
+        # from a GPU it would go on with the CPU, in a run too, and from the CPU with the CPU, and print that
+        fallback = {"enable_fallback": 0}
         try:
-            self._session = runtime.InferenceSession(source, options, providers=providers)
+            self._session = runtime.InferenceSession(source, options, providers=providers, **fallback)
         except Exception as error:
             if is_memory(error):
                 raise OutOfMemory(f"no memory to load {what}: {_reason(error)}") from error
@@ -194,15 +203,17 @@ class Session:
         # numbers that stay on the device; integers are mostly shapes and indices, which the CPU wants
         self._floating = {o.name for o in self._session.get_outputs() if o.type in _FLOATING}
         self._tensors = {o.name for o in self._session.get_outputs() if _is_numeric(o.type)}
-        self._what = what
+        self._what, self._check = what, check
         self._device = device
 
     def run(self, feeds: Feeds, names: Sequence[str] | None = None) -> dict[str, Any]:
         """Outputs by name. Raises RuntimeFailure with the runtime's own reason in one line, OutOfMemory where that is
-        memory."""
+        memory, ModelError where it takes more than MOST_SECONDS."""
         wanted = list(names) if names is not None else self.output_names
+        inputs = dict(feeds)
         with self._failures():
-            return dict(zip(wanted, self._session.run(wanted, dict(feeds)), strict=True))
+            outputs = self._stoppable(lambda options: self._session.run(wanted, inputs, options))
+            return dict(zip(wanted, outputs, strict=True))
 
     def run_tensors(self, feeds: Feeds, names: Sequence[str] | None = None) -> dict[str, Any]:
         """`run` with torch tensors on the session's device, without a copy either way: floating-point outputs are such,
@@ -234,19 +245,63 @@ class Session:
                 # ONNX Runtime has a stream of its own: what torch still does to the inputs, or to memory that was
                 # given back to ONNX Runtime, must be done
                 torch.cuda.current_stream(device).synchronize()
-            self._session.run_with_iobinding(binding)
+            self._stoppable(lambda options: self._session.run_with_iobinding(binding, options))
             outputs = dict(zip(wanted, binding.get_outputs(), strict=True))
         return {k: torch.from_dlpack(v) if k in self._floating else v.numpy() for k, v in outputs.items()}
 
     @contextlib.contextmanager
     def _failures(self) -> Iterator[None]:
-        """Turns what ONNX Runtime raises into RuntimeFailure and OutOfMemory."""
+        """Turns what ONNX Runtime raises into RuntimeFailure or OutOfMemory, what takes too long into ModelError."""
+        if self._check is not None:
+            self._check()
         try:
             yield
+        except TimeoutError as error:
+            raise ModelError(
+                f"{self._what}: no end after {MOST_SECONDS:,.0f} s on one batch; it may loop without end; if it is "
+                "only slow, give a smaller --batch-size"
+            ) from error
         except Exception as error:
             if is_memory(error):
                 raise OutOfMemory(f"no memory to run {self._what}: {_reason(error)}") from error
             raise RuntimeFailure(f"ONNX Runtime failed running {self._what}: {_reason(error)}") from error
+
+    def milliseconds(self, feeds: Feeds) -> float:
+        """How long one run takes, of which it is known that it ends."""
+        inputs = dict(feeds)
+        start = time.perf_counter()
+        self._session.run(None, inputs)
+        return (time.perf_counter() - start) * 1e3
+
+    def _stoppable(self, compute: Callable[[Any], Any]) -> Any:
+        """What `compute` makes with run options, in a thread beside this one, which native code does not keep from
+        seeing signals and the time. Raises TimeoutError."""
+        options, ended = require().RunOptions(), threading.Event()
+        outputs: list[Any] = []
+        errors: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                outputs.append(compute(options))
+            except BaseException as error:
+                errors.append(error)
+            finally:
+                ended.set()
+
+        try:
+            threading.Thread(target=work, daemon=True).start()
+        except RuntimeError:  # no memory for its stack
+            work()
+        try:
+            if not ended.wait(MOST_SECONDS):
+                raise TimeoutError
+        finally:
+            # noticed before the next node
+            options.terminate = True
+            ended.wait()
+        if errors:
+            raise errors.pop()
+        return outputs.pop()
 
 
 def _input_info(node: Any) -> InputInfo:

@@ -282,6 +282,22 @@ def several_inputs() -> onnx.ModelProto:
     )
 
 
+def endless() -> onnx.ModelProto:
+    """A layer, and a Loop that goes on for ever."""
+    return build(
+        """endless (float[batch, 32] x) => (float[batch, 10] y) <int64 most = {9223372036854775807}, bool yes = {1}> {
+            l = Loop (most, yes, x) <
+                body = once (int64 i, bool go_in, float[batch, 32] v) => (bool go, float[batch, 32] v_out) {
+                    go = Identity (go_in)
+                    v_out = Tanh (v)
+                }
+            >
+            [fc] y = MatMul (l, w)
+        }""",
+        {"w": weight(32, 10)},
+    )
+
+
 def samples_for(model: onnx.ModelProto, count: int = 40, seed: int = 7, free: int = 12) -> Arrays:
     """Random samples by input name: `count` along the first axis, `free` for other dimensions that are not fixed."""
     rng = np.random.default_rng(seed)

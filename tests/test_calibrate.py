@@ -15,7 +15,7 @@ from conftest import Solved
 from onnx import helper, numpy_helper
 
 import comq_onnx
-from comq_onnx import calibrate, moments, patches, prepare, smooth
+from comq_onnx import calibrate, moments, patches, prepare, runtime, smooth
 from comq_onnx.errors import ModelError, OptionError, SamplesError
 from comq_onnx.samples import Samples
 from comq_onnx.solve import METHODS
@@ -306,7 +306,7 @@ def test_beyond_a_number_of_positions_they_are_drawn(
 
 
 @pytest.mark.parametrize("make", [*MODELS.values(), encoder], ids=[*MODELS, "encoder"])
-@pytest.mark.parametrize("limit", [None, "MOST_POSITIONS", "CHUNK_BYTES"])
+@pytest.mark.parametrize("limit", [None, "MOST_POSITIONS", "CHUNK_BYTES", "survey"])
 def test_the_batch_size_changes_no_byte(
     tmp_path: Path, make: Callable[[], onnx.ModelProto], limit: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -320,10 +320,29 @@ def test_the_batch_size_changes_no_byte(
     written = []
     # what ONNX Runtime computes for a sample is the same to the bit in batches of multiples of 8 (of any size, for
     # convolutions)
-    for batch_size in (16, 8, 24, 40):
-        quantize(make(), tmp_path / "q.onnx", samples, batch_size=batch_size)
+    for batch_size in (16, 24) if limit == "survey" else (16, 8, 24, 40):
+        quantize(make(), tmp_path / "q.onnx", samples, batch_size=batch_size, uniform=limit != "survey")
         written.append((tmp_path / "q.onnx").read_bytes())
     assert len(set(written)) == 1
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: mlp(width=512), lambda: cnn(size=32), attention], ids=["mlp", "cnn", "attention"]
+)
+def test_the_threads_of_onnx_runtime_change_no_byte(
+    tmp_path: Path, make: Callable[[], onnx.ModelProto], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true, written = runtime.Session.__init__, []
+    for count in (1, 2):
+
+        def with_threads(self: runtime.Session, *arguments: Any, count: int = count, **options: Any) -> None:
+            true(self, *arguments, **{**options, "threads": count})
+
+        monkeypatch.setattr(runtime.Session, "__init__", with_threads)
+        # the survey, too
+        quantize(make(), tmp_path / "q.onnx", uniform=False)
+        written.append((tmp_path / "q.onnx").read_bytes())
+    assert written[0] == written[1]
 
 
 def test_rows_are_grouped_the_same_whatever_the_batches() -> None:

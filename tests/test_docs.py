@@ -181,6 +181,12 @@ def test_every_page_is_linked_from_the_index() -> None:
     assert "docs/README.md" in (ROOT / "README.md").read_text()
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_test_that_is_named_is_there(page: Path) -> None:
+    for file, name in re.findall(r"`(test_\w+)::(\w+)`", page.read_text()):
+        assert f"def {name}(" in (ROOT / "tests" / f"{file}.py").read_text(), name
+
+
 def test_every_tool_and_module_is_named_where_it_should_be() -> None:
     readme, contributing = (ROOT / "README.md").read_text(), (ROOT / "CONTRIBUTING.md").read_text()
     assert [p.name for p in sorted((ROOT / "tools").glob("[a-z]*.py")) if f"tools/{p.name}" not in readme] == []

@@ -234,6 +234,17 @@ def test_a_size_that_no_file_has_is_refused_before_memory_is_taken(tmp_path: Pat
         comq_onnx.quantize(tmp_path / "m.onnx", out, samples_for(mlp()), **EIGHT)
 
 
+def test_a_constant_that_says_to_be_larger_than_its_bytes_is_refused(tmp_path: Path, out: Path) -> None:
+    model = mlp()
+    model.graph.initializer.add(name="t", data_type=1, dims=[1 << 30, 1 << 20], raw_data=bytes(64))
+    model.graph.node.append(onnx.helper.make_node("Identity", ["t"], ["z"]))
+    model.graph.output.append(onnx.helper.make_tensor_value_info("z", 1, None))
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.raises(ModelError, match=r"cannot load .*m\.onnx"):
+        comq_onnx.quantize(tmp_path / "m.onnx", out, samples_for(mlp()), **EIGHT)
+    assert not os.listdir(out.parent)
+
+
 def _calling(depth: int, width: int, itself: bool = False) -> onnx.ModelProto:
     """A layer behind a function that calls another `width` times, which calls a third, `depth` deep."""
     model = build(
@@ -306,6 +317,39 @@ def test_nesting_beyond_protobufs_limit_is_refused(tmp_path: Path) -> None:
     (tmp_path / "m.onnx").write_bytes(field(7, nested))
     with pytest.raises(ModelError, match=r"m\.onnx: not an ONNX model"):
         graph.load(tmp_path / "m.onnx")
+
+
+def _with_bytes(model: onnx.ModelProto, text: bytes, other: bytes) -> bytes:
+    """The model with other bytes, as many, for a text."""
+    whole = model.SerializeToString()
+    assert len(text) == len(other)
+    # a byte of its length stands before each text
+    changed = whole.replace(bytes([len(text)]) + text, bytes([len(text)]) + other)
+    assert changed != whole
+    return changed
+
+
+@pytest.mark.parametrize("name", ["x", "y", "w1", "h", "batch", "Relu", "domain"])
+def test_a_name_that_is_not_utf_8_is_refused(tmp_path: Path, out: Path, name: str) -> None:
+    model = mlp()
+    model.graph.node[1].domain = "" if name != "domain" else name
+    (tmp_path / "m.onnx").write_bytes(_with_bytes(model, name.encode(), b"\xe9" + name[1:].encode()))
+    with pytest.raises(ModelError, match=r"b'\\xe9.*' is not UTF-8"):
+        comq_onnx.quantize(tmp_path / "m.onnx", out, samples_for(mlp()), **EIGHT)
+
+
+@pytest.mark.parametrize("field", ["doc_string", "producer_name", "key", "value", "graph", "node"])
+def test_a_text_that_is_not_utf_8_and_refers_to_nothing_is_no_obstacle(tmp_path: Path, out: Path, field: str) -> None:
+    model, text = mlp(), "encyclopedie"
+    if field in ("key", "value"):
+        model.metadata_props.add(**{"key": "k", "value": "v", field: text})
+    elif field in ("graph", "node"):
+        (model.graph if field == "graph" else model.graph.node[0]).name = text
+    else:
+        setattr(model, field, text)
+    (tmp_path / "m.onnx").write_bytes(_with_bytes(model, text.encode(), "encyclopédie".encode("latin-1")))
+    comq_onnx.quantize(tmp_path / "m.onnx", out, samples_for(mlp()), **EIGHT)
+    assert worst_sqnr(mlp(), out, samples_for(mlp())) >= 25
 
 
 def test_what_a_library_found_wrong_is_told(tmp_path: Path) -> None:

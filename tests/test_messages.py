@@ -7,6 +7,7 @@ code itself; what a user of the command cannot meet stands in UNREACHABLE with t
 from __future__ import annotations
 
 import ast
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ from PIL import Image
 
 import comq_onnx
 from comq_onnx import cli, device, graph, pipeline, prepare, runtime
-from models import build, cnn, mlp, normal, samples_for, several_inputs, weight
+from models import build, cnn, endless, mlp, normal, samples_for, several_inputs, weight
 
 PACKAGE = Path(comq_onnx.__file__).parent
 ERRORS = {"OptionError", "ModelError", "SamplesError", "RuntimeFailure"}
@@ -106,10 +107,28 @@ def raising(module: object, name: str, error: BaseException) -> Setup:
     return lambda patch: patch.setattr(module, name, fail)
 
 
+def before(module: object, name: str, act: Callable[[], object]) -> Setup:
+    """Something that happens right before a function is called."""
+    true = getattr(module, name)
+
+    def first(*arguments: object, **options: object) -> object:
+        act()
+        return true(*arguments, **options)
+
+    return lambda patch: patch.setattr(module, name, first)
+
+
 def not_finite_weight() -> onnx.ModelProto:
     made = mlp()
     made.graph.initializer[0].raw_data = np.full((48, 32), np.nan, np.float32).tobytes()
     return made
+
+
+def name_in_latin_1() -> Setup:
+    """An input that is called as another alphabet has it."""
+    made = mlp().SerializeToString()
+    # a byte of its length stands before each name
+    return lambda _: Path("m.onnx").write_bytes(made.replace(b"\x01x", b"\x01\xe9")) and None
 
 
 def no_converter(made: onnx.ModelProto) -> Setup:
@@ -246,6 +265,8 @@ CASES: list[tuple[Setup, Sequence[str], int, str]] = [
      "--config none.toml: cannot be read (No such file or directory); give a TOML file"),
     (text("c.toml", "bits: 4"), [*RUN, "--config", "c.toml"], 2,
      "--config c.toml: not a TOML file (…); expected lines such as bits = 4, by options' long names"),
+    (text("c.toml", "bits = " + "[" * 100_000), [*RUN, "--config", "c.toml"], 2,
+     "--config c.toml: not a TOML file (…); expected lines such as bits = 4, by options' long names"),
     (text("c.toml", "bitz = 4"), [*RUN, "--config", "c.toml"], 2,
      "--config c.toml: no option is called 'bitz'; expected long names without dashes, such as bits; did you mean "
      "bits?"),
@@ -270,6 +291,7 @@ CASES: list[tuple[Setup, Sequence[str], int, str]] = [
      "d: a directory with 2 .onnx files (a.onnx, b.onnx); name one of them"),
     (text("m.onnx", ""), RUN, 3, "m.onnx: the file is empty; expected an ONNX model"),
     (text("m.onnx", "no model\n" * 9), RUN, 3, "m.onnx: not an ONNX model, or a truncated one (…)"),
+    (name_in_latin_1(), RUN, 3, "m.onnx: the input b'\\xe9' is not UTF-8, as ONNX wants it; rename"),
     (model(build("g (float[n, 32] x) => (float[n, 32] x) { }")), RUN, 3,
      "m.onnx: the file holds no ONNX graph with nodes; expected an ONNX model"),
     (external("../w.data"), RUN, 3,
@@ -300,6 +322,10 @@ CASES: list[tuple[Setup, Sequence[str], int, str]] = [
      "preprocessing, or --exclude its readers"),
     (both(BRANCHES, x=normal(9, 2, 32), c=np.zeros(9, bool)), RUN, 3,
      "m.onnx: the samples reach no layer that can be quantized (fc: …)"),
+    (several(model(endless()), lambda patch: patch.setattr(runtime, "MOST_SECONDS", 0.5)), RUN, 3,
+     "m.onnx: no end after 0 s on one batch; it may loop without end; if it is only slow, give a smaller --batch-size"),
+    (before(pipeline, "walk", lambda: os.utime("m.onnx", (0, 0))), RUN, 3,
+     "m.onnx: changed meanwhile; give a file that stays as it is"),
     # the samples
     (nothing, ["m.onnx", "--calib", "none", "-o", "q.onnx"], 4,
      "none: no such file or folder of samples; samples are …"),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +18,7 @@ from comq_onnx import runtime
 from comq_onnx.comparison import INTEGER_PRODUCTS
 from comq_onnx.errors import ModelError, OutOfMemory, RuntimeFailure
 from comq_onnx.runtime import Session
-from models import build, mlp, normal, samples_for
+from models import build, endless, mlp, normal, samples_for
 
 PLACE = "/onnxruntime_src/onnxruntime/core"
 
@@ -64,6 +67,66 @@ def test_a_failed_allocation_is_out_of_memory() -> None:
         Session(model.SerializeToString(), what="the thing").run(
             {"x": np.ones(1, np.float32), "size": np.array([1 << 45])}
         )
+
+
+def _back_to(threads: int) -> bool:
+    """Whether no more than so many threads are left, after a moment in which one may take its leave."""
+    for _ in range(1000):
+        if threading.active_count() <= threads:
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def test_a_run_without_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "MOST_SECONDS", 0.2)
+    threads = threading.active_count()
+    with pytest.raises(ModelError, match="the thing: no end after 0 s on one batch"):
+        Session(endless().SerializeToString(), what="the thing").run({"x": normal(4, 32)})
+    assert _back_to(threads)
+
+
+class _Asked(BaseException):
+    """What the handler of a signal raises."""
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="other signals here")
+def test_a_signal_ends_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object) -> None:
+        raise _Asked
+
+    before = signal.signal(signal.SIGALRM, stop)
+    # without signals it would end by this
+    monkeypatch.setattr(runtime, "MOST_SECONDS", 30.0)
+    threads = threading.active_count()
+    session = Session(endless().SerializeToString())
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        with pytest.raises(_Asked):
+            session.run({"x": normal(4, 32)})
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert _back_to(threads)
+
+
+def test_a_run_needs_no_thread_where_none_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", full)
+    session = Session(mlp().SerializeToString())
+    assert session.run({"x": normal(4, 32)})["y"].shape == (4, 10)
+    with pytest.raises(RuntimeFailure, match="failed running"):
+        session.run({"x": normal(4, 31)})
+
+
+def test_a_model_that_cannot_be_loaded_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    # of an error of this kind ONNX Runtime's Python part tries again, and says so on standard output
+    broken = mlp().SerializeToString().replace(b"\x04Relu", b"\x04\xe9elu")
+    with pytest.raises(ModelError, match=r"cannot load the model: .*codec"):
+        Session(broken)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_onnx_runtime_is_asked_to_report_nothing(tmp_path: Path) -> None:

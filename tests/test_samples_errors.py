@@ -35,6 +35,7 @@ KINDS += "module:name of a Python reader"
 PRESETS = "imagenet, imagenet-inception, clip, 0-1, raw"
 FIELDS = "scale, mean, std, resize, crop, crop_pct, channels, layout, resample, dtype"
 BY_READER = "give an .npz or a Python reader"
+DEEP = "[" * 100_000
 BESIDE = "lies beside the model and cannot be"
 
 
@@ -226,6 +227,11 @@ CASES: list[tuple[str, Act]] = [
      beside("how.json", "[]", photo(NCHW, preprocess="how.json"))),
     (f"--preprocess how.json: crop_pct is 3, not above 0 and at most 1; expected a JSON object with some of {FIELDS}",
      beside("how.json", '{"crop_pct": 3}', photo(NCHW, preprocess="how.json"))),
+    (f"--preprocess how.json: nested too deeply; expected a JSON object with some of {FIELDS}",
+     beside("how.json", DEEP, photo(NCHW, preprocess="how.json"))),
+    (f"~/preprocessor_config.json: {BESIDE} used (cannot convert float infinity to integer); say how to preprocess "
+     "with --preprocess",
+     beside("preprocessor_config.json", '{"do_resize": true, "size": {"height": 1e400, "width": 9}}', photo(NCHW))),
     ("--mean 127.5: pixels are 0..1 here; give a mean of that range, or add --preprocess raw for pixels 0..255",
      photo(NCHW, mean=(127.5,), std=(127.5,))),
     (f"~/preprocessor_config.json: {BESIDE} used (a size of longest_edge, not of shortest_edge or height and width); "
@@ -252,6 +258,7 @@ CASES: list[tuple[str, Act]] = [
     ("~/a.jsonl: line 2: no text in 'text' (it has words, label); choose one with --text-field",
      file("a.jsonl", '{"text": "a"}\n{"words": "b", "label": 1}', BERT)),
     ("~/a.jsonl: line 1: not JSON (...)", file("a.jsonl", "the fox", BERT)),
+    ("~/a.jsonl: line 1: not JSON (nested too deeply)", file("a.jsonl", DEEP, BERT)),
     ("--text-field t: is for .jsonl files; ~/a.txt holds plain lines", file("a.txt", "a", BERT, text_field="t")),
     (f"text fits a model with an input of token ids [batch, tokens]; this one has 'x': {BY_READER}", text(VECTOR)),
     ("text needs a tokenizer.json (of the tokenizers library): put it beside the model, or name it with --tokenizer",
@@ -282,6 +289,10 @@ CASES: list[tuple[str, Act]] = [
      sound([*WAVE, an_input(None, 3, name="text", dtype=np.int64)])),
     (f"~/preprocessor_config.json: {BESIDE} read (...); correct or remove it",
      beside("preprocessor_config.json", '{"sampling_rate": "high"}', sound(WAVE))),
+    (f"~/preprocessor_config.json: {BESIDE} read (nested too deeply); correct or remove it",
+     beside("preprocessor_config.json", DEEP, sound(WAVE))),
+    (f"~/preprocessor_config.json: {BESIDE} read (cannot convert float infinity to integer); correct or remove it",
+     beside("preprocessor_config.json", '{"sampling_rate": 1e400}', sound(WAVE))),
     ("~/preprocessor_config.json: a sampling_rate of 0; correct or remove it",
      beside("preprocessor_config.json", '{"sampling_rate": 0}', sound(WAVE))),
     # Python

@@ -303,6 +303,6 @@ def test_whatever_a_run_does_to_its_process_is_one_outcome(monkeypatch: pytest.M
 def test_a_kill_leaves_the_source_and_nothing_partial() -> None:
     done = call(ROOT / "tools" / "run_kills.py", "--kills", 2, "--no-faults")
     assert done.returncode == 0, done.stdout + done.stderr
-    done = call(ROOT / "tools" / "run_kills.py", "--kills", 0, "--faults", "external data cut off")
+    done = call(ROOT / "tools" / "run_kills.py", "--kills", 0, "--faults", "cut off while calibrating")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "| external data cut off after it was checked | comq-onnx: " in done.stdout
+    assert "| external data cut off while calibrating | comq-onnx: " in done.stdout

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Sequence
 from math import gcd
@@ -15,7 +14,7 @@ from scipy.signal import resample_poly
 
 from comq_onnx.errors import OptionError, SamplesError
 from comq_onnx.samples.core import AnyArray, Clues, ModelInput, names_of
-from comq_onnx.samples.recipe import Recipe, beside
+from comq_onnx.samples.recipe import Recipe, beside, parse_json
 
 AUDIO_SUFFIXES = frozenset({".wav"})
 WINDOW = 16_000  # points, where the model leaves the length free
@@ -111,12 +110,12 @@ def _configured(clues: Clues) -> tuple[int | None, bool, list[str]]:
     """(rate, whether to normalize, notes) as a preprocessor_config.json beside the model says."""
     for path in beside(clues.folder, ("preprocessor_config.json", "processor_config.json")) if clues.folder else []:
         try:
-            config = json.loads(path.read_text(encoding="utf-8"))
+            config = parse_json(path.read_text(encoding="utf-8"))
             config = config.get("feature_extractor", config)
             if "sampling_rate" not in config:
                 continue
             rate, normalize = int(config["sampling_rate"]), bool(config.get("do_normalize", False))
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, AttributeError, OverflowError) as error:
             raise SamplesError(
                 f"{path}: lies beside the model and cannot be read ({error}); correct or remove it"
             ) from error

@@ -174,7 +174,7 @@ def _base(recipe: Recipe, folder: Path | None, whole_numbers: bool) -> Found | N
     try:
         config = _read_json(path)
         return Found(_interpret(config) or _own(config), f"--preprocess {name}")
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, OverflowError) as error:
         allowed = ", ".join(f.name for f in fields(Preprocess))
         raise OptionError(f"--preprocess {name}: {error}; expected a JSON object with some of {allowed}") from error
 
@@ -190,7 +190,7 @@ def _beside(folder: Path) -> Found | None:
     for path in beside(folder, ("preprocessor_config.json", "processor_config.json", "config.json")):
         try:
             how = _interpret(_read_json(path))
-        except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, AttributeError, KeyError, OverflowError) as error:
             raise SamplesError(
                 f"{path}: lies beside the model and cannot be used ({error}); say how to preprocess with --preprocess"
             ) from error
@@ -203,8 +203,16 @@ def _beside(folder: Path) -> Found | None:
 # ---------------------------------------------------------------------------------------------------------
 
 
+def parse_json(text: str) -> Any:
+    """What a JSON text says. Raises ValueError, also for one nested more deeply than the parser goes."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
 def _read_json(path: Path) -> Mapping[str, Any]:
-    value = json.loads(path.read_text(encoding="utf-8"))
+    value = parse_json(path.read_text(encoding="utf-8"))
     if not isinstance(value, dict):
         raise ValueError("no JSON object")
     return value

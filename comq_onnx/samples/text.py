@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from tokenizers import Tokenizer
 
 from comq_onnx.errors import OptionError, SamplesError
 from comq_onnx.samples.core import AnyArray, Clues, ModelInput, names_of
-from comq_onnx.samples.recipe import Recipe, beside
+from comq_onnx.samples.recipe import Recipe, beside, parse_json
 
 TEXT_SUFFIXES = frozenset({".txt", ".jsonl"})
 TOKENS = 128
@@ -55,7 +54,7 @@ def _lines(path: Path, field: str) -> Iterator[str]:
 
 def _field(line: str, field: str) -> str:
     try:
-        value = json.loads(line)
+        value = parse_json(line)
     except ValueError as error:
         raise ValueError(f"not JSON ({error})") from error
     if not isinstance(value, dict) or not isinstance(value.get(field), str):

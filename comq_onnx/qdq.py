@@ -6,8 +6,8 @@ ships.
 Weights, from fastest to most general:
 
 - *integer*: codes -> (Cast to INT8) -> DequantizeLinear per channel, the layer's input quantized, an int32 bias of
-  scale s_x * s_w (float where the target wants that). ONNX Runtime folds the Cast at load and runs its int8 kernels;
-  the file holds 4 (2) bits a weight.
+  scale s_x * s_w (float where the target wants that, or it would be dequantized at every call). ONNX Runtime folds the
+  Cast at load and runs its int8 kernels; the file holds 4 (2) bits a weight.
 - *blocked* (weight-only MatMul): codes in blocks along the inputs -> DequantizeLinear: MatMulNBits.
 - *folded* (any other weight-only layer): codes -> Cast to FLOAT -> Mul by the scale. Runtimes fold both at load: the
   file is small, the speed that of the float layer. A DequantizeLinear there would run at every call in ONNX Runtime;
@@ -128,7 +128,7 @@ def _emit_layer(model: ir.Model, nodes: dict[str, ir.Node], layer: Layer, quanti
     bias = _float_bias(model, layer, solution)
     if how == "integer":
         grid = quantization.grids[quantization.plan.root(layer.input)]
-        exact = quantization.target.integer_bias
+        exact = quantization.target.integer_bias and not _is_open_product(node)
         weight = _fit_bias(solution.weight, bias, grid.scale) if exact else solution.weight
         dequantized = _dequantize(model, node, layer, weight, quantization)
         _set_weight(node, layer, dequantized)
@@ -151,6 +151,16 @@ def _emit_layer(model: ir.Model, nodes: dict[str, ir.Node], layer: Layer, quanti
         return
     _set_bias(model, nodes, layer, bias, None, None)
     _set_weight(node, layer, _unpack_at_load(model, node, layer, solution.weight, quantization))
+
+
+def _is_open_product(node: ir.Node) -> bool:
+    """Whether a node is a MatMul of more than two axes, not all of known size. ONNX Runtime takes any other one and
+    its Add for a Gemm, which runs in integers only with an int32 bias; here it would dequantize that at every call."""
+    value = node.inputs[0]
+    shape = value.shape if value is not None else None
+    return (
+        node.op_type == "MatMul" and shape is not None and len(shape) > 2 and not all(isinstance(d, int) for d in shape)
+    )
 
 
 def stored_bytes(model: ir.Model, layer: Layer) -> int:

@@ -40,7 +40,7 @@ def emitted(monkeypatch: pytest.MonkeyPatch, source: object, **options: object) 
 def written() -> Emitted:
     """A convolutional model for ort-cpu at 4 bits."""
     with pytest.MonkeyPatch.context() as patch:
-        return emitted(patch, cnn(size=12), bits=4, uniform=True)
+        return emitted(patch, cnn(size=12), bits=4, uniform=True, activations="8")
 
 
 @pytest.fixture(scope="module")

@@ -549,6 +549,19 @@ def test_a_matmul_becomes_an_integer_kernel(quantize: Quantize, static: bool, ra
     assert not {"MatMul", "Gemm", "FusedMatMul"} & set(found.counts)
 
 
+@pytest.mark.parametrize("shape", [["n", 64], ["n", 5, 64], [4, 5, 64]])
+def test_nothing_of_a_bias_is_dequantized_at_run_time(quantize: Quantize, shape: list[Any]) -> None:
+    """Behind a MatMul that cannot become a Gemm it is float, elsewhere the kernel takes it in."""
+    source = model(
+        [node("MatMul", "x w", "m"), node("Add", "m b", "y")], {"w": (64, 32), "b": (32,)}, {"x": shape}, ["y"]
+    )
+    written = quantize(source, {"x": normal(*[24 if d == "n" else d for d in shape])}, bits=8)
+    found = written.kernels
+    assert sum(found.integer.values()) == 1, found.counts
+    if shape == ["n", 5, 64]:
+        assert not {"DequantizeLinear", "Gemm", "MatMul"} & set(found.counts)
+
+
 @pytest.mark.parametrize("trans_b", [0, 1])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("alpha", "beta"), [(1.0, 1.0), (0.5, 3.0)])

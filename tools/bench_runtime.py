@@ -4,10 +4,10 @@
     python tools/bench_runtime.py zoo efficientnet_lite0 minilm --bits 8 --bits 4
 
 All calibrate on the same samples (all of a model's calib.npz) and are measured on its test.npz, by what ONNX Runtime
-computes in integers. Speed: one sample, one thread, all models in turn in one process, the median over rounds of the
-ratios of medians. onnxruntime.quantization: QDQ, per channel, uint8 activations, int8 weights, MinMax, after its own
-pre-processing, reduce_range off. Kernels: integer products found in the graph that ONNX Runtime made, and how many
-layers of ours were written for them.
+computes in integers (on a GPU: --device cuda --target ort-cuda). Speed: one sample, one thread, all models in turn in
+one process, the median over rounds of the ratios of medians. onnxruntime.quantization: QDQ, per channel, uint8
+activations, int8 weights, MinMax, after its own pre-processing, reduce_range off. Kernels: integer products found in
+the graph that ONNX Runtime made, and how many layers of ours were written for them.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 import comq_onnx
+from comq_onnx import device as devices
 from comq_onnx.comparison import INTEGER_PRODUCTS, compare_outputs, executed_kernels, latency
 from comq_onnx.runtime import Session
 from comq_onnx.samples import Samples, load_samples
@@ -53,9 +54,9 @@ def quantize_with_onnxruntime(model: Path, out: Path, samples: Samples, work: Pa
     )  # fmt: skip
 
 
-def rows(folder: Path, bits: tuple[int, ...], rounds: int, options: dict[str, Any]) -> Iterator[str]:
+def rows(folder: Path, bits: tuple[int, ...], rounds: int, device: str, options: dict[str, Any]) -> Iterator[str]:
     """The lines of one model's part of the table."""
-    source = Session(folder / "model.onnx")
+    source = Session(folder / "model.onnx", device)
     samples, test = (load_samples(folder / name, source.inputs) for name in ("calib.npz", "test.npz"))
     with tempfile.TemporaryDirectory() as work:
         paths = {"FP32": folder / "model.onnx"}
@@ -72,14 +73,14 @@ def rows(folder: Path, bits: tuple[int, ...], rounds: int, options: dict[str, An
                 paths["FP32"], paths[name], folder / "calib.npz", bits=b, max_samples=len(samples), **options
             )
             planned[name] = sum(layer.form in ("integer", "blocked") for layer in report.layers)
-        sessions = [Session(path, threads=1) for path in paths.values()]
+        sessions = [Session(path, device, threads=1) for path in paths.values()]
         spent = [latency(sessions, test, seconds=8, most=400) for _ in range(rounds)]
         for i, (name, path) in enumerate(paths.items()):
-            worst = min(compare_outputs(source, Session(path), test, 16), key=lambda o: o.sqnr_db)
+            worst = min(compare_outputs(source, Session(path, device), test, 16), key=lambda o: o.sqnr_db)
             agreement = "" if worst.top1_agreement is None else f"{worst.top1_agreement:.1%}"
             speed = float(np.median([times[0] / times[i] for times in spent]))
             best = min(times[i] for times in spent)
-            found = sum(n for op, n in executed_kernels(path).integer.items() if op in INTEGER_PRODUCTS)
+            found = sum(n for op, n in executed_kernels(path, device).integer.items() if op in INTEGER_PRODUCTS)
             kernels = f"{found} / {planned[name]}" if name in planned else str(found)
             kept = f"{worst.sqnr_db:.1f} | {worst.cosine:.4f} | {agreement}"
             megabytes = path.stat().st_size / 1e6
@@ -92,16 +93,27 @@ def rows(folder: Path, bits: tuple[int, ...], rounds: int, options: dict[str, An
 @click.option("--bits", multiple=True, type=int, default=(8, 4), show_default=True)
 @click.option("--rounds", default=3, show_default=True, help="Rounds of latency, each of some seconds.")
 @click.option("--activations", default="auto", show_default=True)
+@click.option("--target", default="ort-cpu", show_default=True, help="As for comq-onnx.")
+@click.option("--device", default="cpu", show_default=True, help="Where all of them run: cpu, cuda or tensorrt.")
 @click.option("--uniform", is_flag=True, help="The same bits for all layers.")
 def main(
-    zoo: Path, models: tuple[str, ...], bits: tuple[int, ...], rounds: int, activations: str, uniform: bool
+    zoo: Path,
+    models: tuple[str, ...],
+    bits: tuple[int, ...],
+    rounds: int,
+    activations: str,
+    target: str,
+    device: str,
+    uniform: bool,
 ) -> None:
     """Print the table."""
     click.echo(f"onnxruntime {onnxruntime.__version__}, {platform.machine()}")
     click.echo("| model | | MB | SQNR dB | cosine | top-1 agreement | ms | speed | kernels |")
     click.echo("|---|---|---|---|---|---|---|---|---|")
+    chosen = devices.choose(device, ("tensorrt",)).device
+    options = {"activations": activations, "target": target, "uniform": uniform}
     for name in models:
-        for row in rows(zoo / name, bits, rounds, {"activations": activations, "uniform": uniform}):
+        for row in rows(zoo / name, bits, rounds, chosen, options):
             click.echo(row)
 
 

@@ -13,7 +13,7 @@ what they write: no attention mask or layer norm ever gets a scale of its own.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +29,7 @@ from comq_onnx.targets import Target
 @dataclass(frozen=True)
 class QuantizedValue:
     """A value with a Q/DQ pair. everywhere: all its readers take the dequantized one; like: the value it shares its
-    scale with; bounds: what the fused Clip or Relu before it lets through."""
+    scale with, where that is known in time; bounds: what the fused Clip or Relu before it lets through."""
 
     name: str
     everywhere: bool
@@ -186,9 +186,24 @@ def plan_activations(model: ir.Model, layers: Sequence[Layer], target: Target, d
         whole = nodes[layer.bias_node or layer.name].outputs[0]
         if _is_split(whole):
             values[str(whole.name)] = QuantizedValue(str(whole.name), True)
+    for node in _in_order(model):
+        if node.op_type == "Concat" and node.outputs and str(node.outputs[0].name) in ends:
+            _share_scale(node, values)
     order = _topological(nodes)
     ordered = dict(sorted(values.items(), key=lambda item: order.get(item[0], -1)))
     return ActivationPlan(dtype, ordered, frozenset(by_name))
+
+
+def _share_scale(concat: ir.Node, values: dict[str, QuantizedValue]) -> None:
+    """Give what only a Concat reads the scale of what it writes: then it copies, where it would round once more."""
+    out = str(concat.outputs[0].name)
+    inputs = [v for v in concat.inputs if v is not None]
+    alone = [v for v in inputs if len(list(v.uses())) == 1 and not v.is_graph_output()]
+    mine = [values[str(v.name)] for v in alone if str(v.name) in values and values[str(v.name)].like is None]
+    if len(mine) != len(inputs) or len({value.bounds for value in mine}) != 1:
+        return
+    values[out] = replace(values[out], bounds=mine[0].bounds)
+    values.update((value.name, replace(value, like=out)) for value in mine)
 
 
 def runs_in_integers(layer: Layer, target: Target) -> bool:

@@ -212,7 +212,7 @@ class _Walk:
         sums = Moments()
         settings = self.settings
         quantize = layer.name in self.plan.integer_layers and not settings.independent
-        grid = self.result.grids[self.plan.root(layer.input)] if quantize else None
+        grid = self.result.grids[layer.input] if quantize else None
         shared = all(a is b for a, b in zip(x, x_hat, strict=True))
         counts: Sequence[int] = [] if layer.name in self.probes else self.counts
         masks: Sequence[Mask | None] = [] if layer.name in self.probes else self.kept
@@ -427,12 +427,12 @@ class _Walk:
         self._settle([name for name in tensors if name in self.ranges and name in self.samples.arrays])
 
     def _settle(self, names: Iterable[str]) -> None:
-        """Turn ranges that are complete into grids."""
-        for name in names:
-            if self.plan.values[name].like is None:
-                self.result.grids[name] = self._grid(name)
-            else:
-                self.result.grids[name] = self.result.grids[self.plan.root(name)]
+        """Turn ranges that are complete into grids. One that is shared may belong to a value behind: where that is not
+        yet reached, each has its own."""
+        grids = self.result.grids
+        for name in sorted(names, key=lambda name: self.plan.values[name].like is not None):
+            root = self.plan.root(name)
+            grids[name] = grids[root] if root != name and root in grids else self._grid(name)
 
     def _grid(self, name: str) -> ActivationGrid:
         seen, bounds = self.ranges[name], self.plan.values[name].bounds

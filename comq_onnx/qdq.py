@@ -127,7 +127,7 @@ def _emit_layer(model: ir.Model, nodes: dict[str, ir.Node], layer: Layer, quanti
         return
     bias = _float_bias(model, layer, solution)
     if how == "integer":
-        grid = quantization.grids[quantization.plan.root(layer.input)]
+        grid = quantization.grids[layer.input]
         exact = quantization.target.integer_bias and not _is_open_product(node)
         weight = _fit_bias(solution.weight, bias, grid.scale) if exact else solution.weight
         dequantized = _dequantize(model, node, layer, weight, quantization)
@@ -515,7 +515,7 @@ def _emit_activation(model: ir.Model, value: ir.Value, q: Quantization, readers:
 def _pair(model: ir.Model, value: ir.Value, q: Quantization, home: ir.Graph | ir.Function | None) -> ir.Value:
     """QuantizeLinear and DequantizeLinear behind `value` in graph `home`; scale and zero point of rank 0."""
     assert isinstance(home, ir.Graph)
-    grid = q.grids[q.plan.root(str(value.name))]
+    grid = q.grids[str(value.name)]
     scale = graphs.add_initializer(model.graph, f"{value.name}.scale", np.asarray(grid.scale, np.float32))
     zero = graphs.add_initializer(model.graph, f"{value.name}.zero_point", np.asarray(grid.zero_point, grid.dtype))
     quantize = ir.node("QuantizeLinear", [value, scale, zero], name=f"{value.name}.quantize")

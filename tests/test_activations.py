@@ -345,6 +345,35 @@ def test_pools_and_reshapes_share_the_scale_of_what_they_read() -> None:
     assert plan.values["r0"].bounds == (0, 6)
 
 
+def branches(left: str, right: str) -> Prepared:
+    """Two convolutions with something behind each, put together and read by a third."""
+    return made(
+        [
+            node("Conv", "x w0", "c0", **CONV),
+            node(left, "c0", "r0"),
+            node("Conv", "x w1", "c1", **CONV),
+            node(right, "c1", "r1"),
+            node("Concat", "r0 r1", "both", axis=1),
+            node("Conv", "both w2", "y", **CONV),
+        ],
+        {"w0": (8, 8, 3, 3), "w1": (8, 8, 3, 3), "w2": (8, 16, 3, 3)},
+        IMAGE,
+        ["y"],
+    )
+
+
+def test_what_is_only_put_together_shares_the_scale_of_the_whole() -> None:
+    plan = planned(branches("Relu", "Relu"))
+    assert {n: plan.root(n) for n in plan.values} == {"x": "x", "r0": "both", "r1": "both", "both": "both", "y": "y"}
+    # no code of the whole is negative, or the Relus would stay
+    assert plan.values["both"].bounds == (0, np.inf)
+
+
+def test_parts_with_other_bounds_keep_their_own_scales() -> None:
+    plan = planned(branches("Relu", "Identity"))
+    assert all(plan.root(name) == name for name in plan.values)
+
+
 def test_a_relu_that_others_look_behind_is_not_fused() -> None:
     prepared = made(
         [

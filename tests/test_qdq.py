@@ -501,6 +501,34 @@ def test_every_convolution_becomes_an_integer_kernel(
     all_in_integers(quantize(source, {"x": normal(*x)}, bits=8), QLinearConv=1)
 
 
+@pytest.mark.parametrize("deep", [False, True])
+def test_parts_of_a_concat_are_copied_where_they_are_made_together(quantize: Quantize, deep: bool) -> None:
+    """One more layer in a branch and the scale of the whole is not known in time: each has its own."""
+    middle = [node("Conv", "r0 w1 b", "d0", **PADS), node("Relu", "d0", "e0")] if deep else [node("Relu", "c0", "e0")]
+    source = model(
+        [
+            node("Conv", "x w0 b", "c0", **PADS),
+            *([node("Relu", "c0", "r0")] if deep else []),
+            *middle,
+            node("Conv", "x w2 b", "c1", **PADS),
+            node("Relu", "c1", "e1"),
+            node("Concat", "e0 e1", "both", axis=1),
+            node("Conv", "both w4 b", "y", **PADS),
+        ],
+        CONV | {"w2": (8, 8, 3, 3), "w4": (8, 16, 3, 3)},
+        IMAGE,
+        ["y"],
+    )
+    written = quantize(source, IMAGE_FEEDS, bits=8)
+    assert written.kernels.integer == {"QLinearConv": 4 if deep else 3, "QLinearConcat": 1}
+    tensors = {t.name: numpy_helper.to_array(t) for t in onnx.load(written.path).graph.initializer}
+    scales = [float(tensors[f"{name}.scale"]) for name in ("e0", "e1", "both")]
+    assert scales[0] == scales[2]
+    assert scales[1] <= scales[2] if deep else scales[1] == scales[2]
+    before = Session(written.source.SerializeToString()).run(written.feeds)
+    assert sqnr_of(before, Session(written.path).run(written.feeds)) > 28
+
+
 def test_a_residual_network_runs_in_integers_from_end_to_end(quantize: Quantize) -> None:
     source = model(
         [

@@ -437,7 +437,7 @@ class _Walk:
     def _grid(self, name: str) -> ActivationGrid:
         seen, bounds = self.ranges[name], self.plan.values[name].bounds
         positions = self.positions.pop(name, None)
-        if positions is None or positions.empty or not np.isfinite(seen.low):
+        if positions is None or not positions.enough or not np.isfinite(seen.low):
             return seen.grid(self.plan.dtype, bounds)
         rng, reading = np.random.default_rng(self.settings.seed), self.readers[name]
         readers = [

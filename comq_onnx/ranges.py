@@ -32,6 +32,8 @@ from comq_onnx.prepare import Layer, Prepared
 Shares = npt.NDArray[np.float32]
 # positions drawn at random, and those with the largest numbers
 DRAWN, EXTREME = 1024, 256
+# what is best for fewer is chance
+LEAST = 64
 # more numbers than these tell no more: of activations with many channels fewer positions are kept
 MOST_NUMBERS = 1 << 20
 # a layer's outputs are mixed to so many, at random: what is left of an error keeps its size on average
@@ -82,9 +84,9 @@ class Positions:
         return rows, (weights / weights.sum()).astype(np.float32)
 
     @property
-    def empty(self) -> bool:
-        """Whether nothing was seen."""
-        return self._extreme is None
+    def enough(self) -> bool:
+        """Whether there were positions enough to choose by."""
+        return self._seen >= LEAST
 
 
 @dataclass(frozen=True)
@@ -163,13 +165,16 @@ def readers(prepared: Prepared, plan: ActivationPlan) -> dict[str, Readers]:
 
 
 def mix(kind: OpKind, matrix: Array, rng: np.random.Generator) -> Array:
-    """The outputs of a layer with weight [groups, out, in] as random sums of them, [channels, MIXED]: those of a
-    convolution over all places of its window, as if the errors at them had nothing in common."""
+    """The outputs of a layer with weight [groups, out, in] as random sums of them, [channels, MIXED], or as they are
+    where they are no more: those of a convolution over all places of its window, as if the errors at them had nothing
+    in common."""
     groups, outputs, inputs = matrix.shape
     places = int(np.prod(kind.kernel))
     # [groups, channels, outputs * places]
     by_place = matrix.reshape(groups, outputs, inputs // places, places).transpose(0, 2, 1, 3)
     columns = by_place.reshape(groups, inputs // places, outputs * places)
+    if groups == 1 and outputs * places <= MIXED:
+        return np.ascontiguousarray(columns[0])
     sums = rng.standard_normal((groups, outputs * places, MIXED), np.float32) / np.float32(MIXED**0.5)
     return np.ascontiguousarray((columns @ sums).reshape(-1, MIXED))
 

@@ -82,7 +82,7 @@ def find_factors(
                 largest[name] = np.maximum(largest.get(name, size), size)
     found = {}
     for name, layers in among.items():
-        if not seen[name].empty and np.isfinite(largest[name]).all() and largest[name].max() > 0:
+        if seen[name].enough and np.isfinite(largest[name]).all() and largest[name].max() > 0:
             worth = WORTH if _absorbing(prepared.model, name, layers) else WORTH_A_NODE
             if worth == WORTH or sum(x.weight_shape[x.kind.axis or 0] for x in layers) >= LEAST_OUTPUTS:
                 factors = _best(prepared, layers, grids, plan.dtype, seen[name], largest[name], worth)

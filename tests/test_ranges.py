@@ -64,11 +64,14 @@ def test_many_channels_take_no_more_memory() -> None:
     assert rows.size <= ranges.MOST_NUMBERS
 
 
-def test_nothing_seen_is_empty() -> None:
+def test_few_positions_are_not_enough_to_choose_by() -> None:
     seen = Positions(-1)
     seen.observe(np.zeros((0, 4), np.float32))
     seen.observe(np.zeros(4, np.float32))
-    assert seen.empty
+    seen.observe(np.zeros((ranges.LEAST - 1, 4), np.float32))
+    assert not seen.enough
+    seen.observe(np.zeros((1, 4), np.float32))
+    assert seen.enough
 
 
 # Readers --------------------------------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ def choose(prepared: Prepared, layers: Sequence[Layer], plan: Planner, shapes: S
     clock = Clock(prepared, shapes, costs)
     best = plan(layers)
     chosen, least = set(best.integer_layers), clock.time(best)
-    convolutions = {layer.name for layer in layers if layer.name in chosen and isinstance(layer.kind, Conv)}
+    convolutions = {layer.name for layer in layers if layer.name in chosen and _is_measured(layer)}
     regions = [region & convolutions for region in _joined(prepared, best)]
     regions += [{layer.name} for layer in layers if layer.name in convolutions]
     for sweep in range(SWEEPS):
@@ -155,6 +155,12 @@ class Clock:
 
     def _size(self, value: Any) -> int:
         return int(np.prod(self.shapes.get(str(value.name), ()), dtype=np.int64)) if value is not None else 0
+
+
+def _is_measured(layer: Layer) -> bool:
+    """Whether the costs of floats are those of the layer: a convolution of images, for which there is a blocked layout;
+    others are slow in floats."""
+    return isinstance(layer.kind, Conv) and len(layer.weight_shape) == 4
 
 
 def _between(layer: Layer, node: ir.Node, plan: ActivationPlan) -> bool:

@@ -562,11 +562,12 @@ class Run:
         return replace(planned, activations=faster, slower=slower)
 
     def _shapes(self, model: ir.Model) -> gains.Shapes:
-        """The shape of every value of the main graph, for one sample."""
+        """The shape of every tensor of the main graph, for one sample."""
         names = [str(v.name) for node in model.graph for v in node.outputs if v.name]
         feeds = next(self.calibration.batches(1))
         outputs = self._values(model, names, [feeds])
-        return {name: np.shape(value) for name, value in {**feeds, **next(iter(outputs))}.items()}
+        made = {**feeds, **next(iter(outputs))}
+        return {name: value.shape for name, value in made.items() if isinstance(value, np.ndarray)}
 
     def _values(
         self, model: ir.Model, names: Sequence[str], batches: Iterable[Mapping[str, Any]]

@@ -60,6 +60,13 @@ def test_large_layers_gain_and_small_ones_do_not() -> None:
     assert chosen(net(4, 16)) == frozenset()
 
 
+def test_convolutions_of_signals_stay_in_integers() -> None:
+    model = build(
+        "g (float[n, 4, 64] x) => (float[n, 16, 62] y) { [layer] y = Conv (x, w) }", {"w": weight(16, 4, 3, fan=12)}
+    )
+    assert chosen(model) == {"layer"}
+
+
 def test_what_gains_stays_beside_what_does_not() -> None:
     model = build(
         """g (float[n, 64, 14, 14] x) => (float[n, 64, 14, 14] y) {
@@ -128,6 +135,19 @@ def test_who_says_8_has_it_in_integers(quantized: Callable[..., Done], activatio
     assert ("QuantizeLinear" in op_types(done.model)) == (activations == "8")
     assert any("slower" in note for note in done.report.notes) == (activations == "auto")
     assert {layer.slower for layer in done.report.layers} == {activations == "auto"}
+
+
+def test_sequences_have_no_shape(tmp_path: Path) -> None:
+    model = build(
+        """g (float[n, 4, 16, 16] x) => (float[n, 4, 16, 16] y) {
+            [layer] a = Conv <pads = [1, 1, 1, 1]> (x, w)
+            parts = SplitToSequence <axis = 1> (a, sizes)
+            y = ConcatFromSequence <axis = 1> (parts)
+        }""",
+        {"w": weight(4, 4, 3, 3, fan=36), "sizes": np.array([1, 3])},
+    )
+    report = comq_onnx.quantize(model, tmp_path / "q.onnx", {"x": normal(40, 4, 16, 16)}, device="cpu")
+    assert {layer.form for layer in report.layers} == {"folded"}
 
 
 def test_a_layer_in_a_branch_is_planned_as_it_is_walked(tmp_path: Path) -> None:

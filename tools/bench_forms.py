@@ -134,6 +134,30 @@ def gather_forms() -> dict[str, Model]:
     }  # fmt: skip
 
 
+def evened_forms() -> dict[str, Model]:
+    """Channels multiplied by factors before one scale serves them all: by a Mul, or by a scale for each channel."""
+    weights = RNG.integers(-127, 128, (1536, 384)).astype(np.int8)
+    scale, factors = np.full(384, 0.01, np.float32), RNG.uniform(0.5, 2, 1536).astype(np.float32)
+    constants = {
+        "q": weights, "s": scale, "z": np.zeros(384, np.int8), "sx": X_SCALE, "zx": MIDDLE, "t": factors,
+        "each": X_SCALE / factors, "middles": np.full(1536, MIDDLE),
+    }  # fmt: skip
+    product = [
+        node("DequantizeLinear", "xq sx zx", "xd"), node("DequantizeLinear", "q s z", "w", axis=1),
+        node("MatMul", "xd w", "y"),
+    ]  # fmt: skip
+    return {
+        "float": model([node("MatMul", "x w", "y")], {"w": weights * scale}, [1, 128, 1536]),
+        "integer": model([node("QuantizeLinear", "x sx zx", "xq"), *product], constants, [1, 128, 1536]),
+        "... with a Mul": model(
+            [node("Mul", "x t", "e"), node("QuantizeLinear", "e sx zx", "xq"), *product], constants, [1, 128, 1536]
+        ),
+        "... with a scale per channel": model(
+            [node("QuantizeLinear", "x each middles", "xq", axis=-1), *product], constants, [1, 128, 1536]
+        ),
+    }
+
+
 GROUPS: dict[str, tuple[Callable[[], dict[str, Model]], Any]] = {
     "Conv 3x3, 64 -> 64, 56x56": (conv_forms, RNG.standard_normal((1, 64, 56, 56)).astype(np.float32)),
     "MatMul 768 -> 3072 + bias, x [1,128,768]": (
@@ -145,6 +169,7 @@ GROUPS: dict[str, tuple[Callable[[], dict[str, Model]], Any]] = {
     "MatMul 768 -> 3072 + bias, x [n,768]": (
         lambda: matmul_forms(["n", 768]), RNG.standard_normal((128, 768)).astype(np.float32),
     ),
+    "MatMul 1536 -> 384, x [1,128,1536]": (evened_forms, RNG.standard_normal((1, 128, 1536)).astype(np.float32)),
     "Gather of 128 rows": (gather_forms, RNG.integers(0, 30522, (1, 128))),
 }  # fmt: skip
 

@@ -47,7 +47,7 @@ def choose(prepared: Prepared, layers: Sequence[Layer], plan: Planner, shapes: S
     clock = Clock(prepared, shapes, costs)
     best = plan(layers)
     chosen, least = set(best.integer_layers), clock.time(best)
-    convolutions = {layer.name for layer in layers if layer.name in chosen and _is_measured(layer)}
+    convolutions = {layer.name for layer in layers if layer.name in chosen and is_measured(layer)}
     regions = [region & convolutions for region in _joined(prepared, best)]
     regions += [{layer.name} for layer in layers if layer.name in convolutions]
     for sweep in range(SWEEPS):
@@ -97,20 +97,16 @@ class Clock:
             made = plan.values.get(str(node.outputs[0].name)) if node.outputs else None
             if made is None or not made.everywhere:
                 continue
-            producer = node
-            found.add(str(producer.name))
-            source = producer.inputs[0].producer() if producer.inputs and producer.inputs[0] is not None else None
+            found.add(str(node.name))
+            source = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
             # a Relu or Clip that goes into the zero point of what is before it
-            if source is not None and producer.op_type in ("Relu", "Clip"):
+            if source is not None and node.op_type in ("Relu", "Clip"):
                 found.add(str(source.name))
         return found
 
     def _layer(self, layer: Layer, node: ir.Node, integer: bool) -> float:
         out, read = self._size(node.outputs[0]), self._size(node.inputs[layer.kind.input_index])
-        kind = _kind(layer)
-        if kind not in self.costs.layers:
-            return 0.0
-        fixed, product, number = self.costs.layers[kind][integer]
+        fixed, product, number = self.costs.layers[_kind(layer)][integer]
         products = out * int(np.prod(layer.weight_shape)) / max(_outputs(layer), 1)
         return fixed + (products * product + (out + read) * number) * 1e-3
 
@@ -157,9 +153,9 @@ class Clock:
         return int(np.prod(self.shapes.get(str(value.name), ()), dtype=np.int64)) if value is not None else 0
 
 
-def _is_measured(layer: Layer) -> bool:
-    """Whether the costs of floats are those of the layer: a convolution of images, for which there is a blocked layout;
-    others are slow in floats."""
+def is_measured(layer: Layer) -> bool:
+    """Whether integers may cost the layer more than they win, as far as that was measured: a convolution of images. For
+    others floats have no blocked layout, and are slow."""
     return isinstance(layer.kind, Conv) and len(layer.weight_shape) == 4
 
 

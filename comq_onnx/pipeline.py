@@ -70,9 +70,9 @@ logger = logging.getLogger(__name__)
 EMBEDDING_BITS = 8
 DEFAULT_SAMPLES = 256
 HELD_BACK_SHARE, MOST_HELD_BACK = 8, 64
-# models that are made to keep an accuracy, the noise of the next over what should do, and the size that is worth it
 # samples that tell how the channels of activations compare, and how many of them run at once
 EVENED_SAMPLES, EVENED_BATCH = 64, 4
+# models that are made to keep an accuracy, the noise of the next over what should do, and the size that is worth it
 MOST_ATTEMPTS, NEXT_ATTEMPT, WORTHWHILE = 5, 0.9, 0.97
 # what folding may change: float32 reorderings stay above 90 dB in deep models, half precision above 40
 SAME_DB, SAME_HALF_DB = 60.0, 30.0
@@ -547,7 +547,8 @@ class Run:
         ]
         found = plan_activations(walked.model, whole, self.target, dtype)
         costs = self.target.costs
-        if self.options.activations != "auto" or costs is None or not found.integer_layers:
+        open_to_doubt = any(x.name in found.integer_layers and gains.is_measured(x) for x in whole)
+        if self.options.activations != "auto" or costs is None or not open_to_doubt:
             return replace(planned, activations=found)
         faster = gains.choose(
             walked, whole, lambda layers: plan_activations(walked.model, layers, self.target, dtype),

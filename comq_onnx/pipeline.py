@@ -988,8 +988,8 @@ def _activations(plan: ActivationPlan, found: Calibration) -> list[ActivationRep
 
 
 def _lasting(options: Options) -> str:
-    """The options that the written model depends on: not how it was calibrated in which memory."""
-    kept = {k: v for k, v in vars(options).items() if k not in ("batch_size", "memory_gb")}
+    """The options that the written model depends on, by name: not how it was calibrated in which memory."""
+    kept = {k: v for k, v in sorted(vars(options).items()) if k not in ("batch_size", "memory_gb")}
     return f"Options({', '.join(f'{k}={v!r}' for k, v in kept.items())})"
 
 

@@ -43,7 +43,7 @@ def _quick_latency(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def _integers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers run in integers where there is a kernel: those of tests are too small to gain by it."""
-    if request.path.stem != "test_gains":
+    if request.path.stem not in ("test_gains", "test_golden"):
         monkeypatch.setattr(gains, "choose", lambda _prepared, layers, plan, _shapes, _costs: plan(layers))
 
 

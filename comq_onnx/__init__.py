@@ -11,11 +11,15 @@ models on the same samples. A model is a path, an onnx.ModelProto or an onnx-gra
 arrays by input name, or whatever yields them. A `Report` shows itself in a notebook. Every error is a `ComqError`.
 """
 
-from comq_onnx.comparison import Comparison, OutputComparison, compare
 from comq_onnx.errors import ComqError, ModelError, OptionError, OutOfMemory, RuntimeFailure, SamplesError
+from comq_onnx.evaluate import Comparison, compare
+from comq_onnx.metrics import OutputComparison
+from comq_onnx.options.samples import Recipe
 from comq_onnx.pipeline import Options, inspect_samples, plan, quantize, version
-from comq_onnx.report import ActivationReport, InputReport, LayerReport, Report
-from comq_onnx.samples import Recipe, Samples, load_samples
+from comq_onnx.report.inputs import InputReport
+from comq_onnx.report.report import ActivationReport, LayerReport, Report
+from comq_onnx.samples.dataset import Samples
+from comq_onnx.samples.load import load_samples
 
 __all__ = [
     "ActivationReport",

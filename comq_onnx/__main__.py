@@ -1,5 +1,5 @@
 """python -m comq_onnx: the command line."""
 
-from comq_onnx.cli import main
+from comq_onnx.cli.command import main
 
 main()

@@ -18,52 +18,50 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from comq_onnx import config, gains, memory, padding, runtime, smooth, stages
-from comq_onnx import device as devices
-from comq_onnx import graph as graphs
-from comq_onnx.activations import ActivationGrid, ActivationPlan, plan_activations
-from comq_onnx.agreement import Floats, lead_changes, leads
-from comq_onnx.allocate import Allocation
-from comq_onnx.budget import (
-    UPGRADE_SHARE,
-    Bits,
-    Drop,
-    Kept,
-    Space,
-    judge_drop,
-    limit,
-    node_bytes,
-    parse_drop,
-    parse_size,
-)
-from comq_onnx.calibrate import Calibration, Progress, Settings, specialize, timed, walk
-from comq_onnx.check import check_emitted
-from comq_onnx.clues import misfitting, read_clues
-from comq_onnx.comparison import compare_outputs, doubtful, executed_kernels, latency, scores_among, sqnr_of
+from comq_onnx.bits.knapsack import Allocation
+from comq_onnx.bits.survey import BITS, REFERENCE_BITS, survey
+from comq_onnx.bits.tradeoff import UPGRADE_SHARE, Bits, Kept, Space, judge_drop, limit, node_bytes
+from comq_onnx.calibrate import stages
+from comq_onnx.calibrate.walk import Calibration, Progress, Settings, timed, walk
 from comq_onnx.errors import ModelError, OptionError, OutOfMemory, RuntimeFailure, SamplesError, did_you_mean
-from comq_onnx.grid import MAX_BITS, MIN_BITS, Grid
-from comq_onnx.ops import Gather
-from comq_onnx.prepare import (
-    HARDSWISH_OPSET,
-    Layer,
-    Prepared,
-    Unprepared,
-    calibrated,
-    check_source,
-    compile_pattern,
-    no_match,
-    prepare,
-    select,
-)
-from comq_onnx.qdq import Quantization, code_bytes, emit, form, grid_for, stored_as, stored_bytes
-from comq_onnx.report import ActivationReport, LayerReport, Report
+from comq_onnx.evaluate import compare_outputs, executed_kernels, latency
+from comq_onnx.metrics import Floats, lead_changes, leads, scores_among, sqnr_of, suspicious_scores
+from comq_onnx.model import files
+from comq_onnx.model import graph as graphs
+from comq_onnx.model.files import check_output, private_directory, subdirectory, to_bytes_or_file, written
+from comq_onnx.model.layers import Layer, Prepared, calibrated, compile_pattern, no_match, select
+from comq_onnx.model.operators import Gather
+from comq_onnx.model.prepare import HARDSWISH_OPSET, Unprepared, check_source, prepare
+from comq_onnx.model.source import as_path, load_source, read_model
+from comq_onnx.options import spelling
+from comq_onnx.options.budgets import Drop, parse_drop, parse_size
+from comq_onnx.options.samples import Recipe, Size
+from comq_onnx.options.spelling import command_line
+from comq_onnx.plan import integer_gain as gains
+from comq_onnx.plan import smoothing as smooth
+from comq_onnx.plan.activation_grid import ActivationGrid
+from comq_onnx.plan.activations import ActivationPlan, plan_activations
+from comq_onnx.plan.forms import code_bytes, form, grid_for, stored_as
+from comq_onnx.plan.subgraphs import specialize
 from comq_onnx.report.inputs import describe as describe_inputs
-from comq_onnx.samples import Recipe, Samples, load_samples
-from comq_onnx.samples.describe import Inspection, describe
-from comq_onnx.samples.recipe import Size
-from comq_onnx.sensitivity import BITS, REFERENCE_BITS, survey
-from comq_onnx.solve import EFFORTS, METHODS, ORDERS, SWEEPS, Method, Solution, blank, check_codes, error_db
-from comq_onnx.targets import TARGETS, Target
+from comq_onnx.report.report import ActivationReport, LayerReport, Report
+from comq_onnx.runtime import device as devices
+from comq_onnx.runtime import memory
+from comq_onnx.runtime import session as runtime
+from comq_onnx.samples import padding
+from comq_onnx.samples.clues import misfitting, read_clues
+from comq_onnx.samples.dataset import Samples
+from comq_onnx.samples.inspection import Inspection, describe
+from comq_onnx.samples.load import load_samples
+from comq_onnx.solve.comq import EFFORTS
+from comq_onnx.solve.grid import MAX_BITS, MIN_BITS, Grid
+from comq_onnx.solve.layer import METHODS, Method, Solution, blank, check_codes, error_db
+from comq_onnx.solve.paper import ORDERS, SWEEPS
+from comq_onnx.targets.catalog import TARGETS
+from comq_onnx.targets.target import Target
+from comq_onnx.write.check import check_emitted
+from comq_onnx.write.emit import emit
+from comq_onnx.write.weights import Quantization, stored_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -224,10 +222,10 @@ def quantize(
     are tried. Raises ComqError: see comq_onnx.errors.
     """
     chosen = Options(**options)
-    with graphs.private_directory() as work:
-        path = graphs.as_path(model, work)
+    with private_directory() as work:
+        path = as_path(model, work)
         # a folder of its own: the model may lie in this one under any name
-        target = Path(out) if out is not None else graphs.subdirectory(work, "out") / "model.onnx"
+        target = Path(out) if out is not None else subdirectory(work, "out") / "model.onnx"
         report = _quantized(path, target, samples, chosen, progress or _silent)
         report = _named(replace(report, command=_command(model, out or "OUTPUT", samples, chosen)), model)
         if out is not None:
@@ -272,8 +270,8 @@ def plan(
     """The layers, grids and stages that `quantize` would use, without calibrating: a Report without errors and
     outputs."""
     chosen = Options(**options)
-    with graphs.private_directory() as work:
-        report = Run(graphs.as_path(model, work), None, samples, chosen, _silent).plan()
+    with private_directory() as work:
+        report = Run(as_path(model, work), None, samples, chosen, _silent).plan()
     return _named(replace(report, command=_command(model, None, samples, chosen)), model)
 
 
@@ -284,8 +282,8 @@ def inspect_samples(
 ) -> Inspection:
     """What `quantize` would feed to the model and what the float model answers, without calibrating."""
     chosen = Options(**options)
-    with graphs.private_directory() as work:
-        return Run(graphs.as_path(model, work), None, samples, chosen, _silent).inspect()
+    with private_directory() as work:
+        return Run(as_path(model, work), None, samples, chosen, _silent).inspect()
 
 
 def _silent(_what: str, _done: int, _total: int) -> None:
@@ -301,11 +299,11 @@ def _command(model: Any, out: Any, samples: Any, options: Options) -> str:
     """The command line that does the same; MODEL, SAMPLES for what was handed over in memory."""
     paths = (str, os.PathLike)
     calib = None if samples is None else str(samples) if isinstance(samples, paths) else "SAMPLES"
-    return config.command_line(
+    return command_line(
         str(model) if isinstance(model, paths) else "MODEL",
         None if out is None else str(out),
         calib,
-        config.chosen(vars(options), vars(Options())),
+        spelling.chosen(vars(options), vars(Options())),
     )
 
 
@@ -349,7 +347,7 @@ class Run:
 
     def quantize(self) -> Report:
         assert self.out is not None
-        graphs.check_output(self.out, self.path)
+        check_output(self.out, self.path)
         self.progress("prepare", 0, 1)
         with timed(self.seconds, "load"):
             self.open()
@@ -362,7 +360,7 @@ class Run:
         else:
             solved = self.solve(planned if space is None else self._allocate(planned, space))
         # what does not load or run never gets the output's name
-        with graphs.written(solved.model, self.out) as (path, size), timed(self.seconds, "compare"):
+        with written(solved.model, self.out) as (path, size), timed(self.seconds, "compare"):
             compared = self._compare(path)
         return self._report(solved.planned, space, solved.found, size, compared)
 
@@ -411,7 +409,7 @@ class Run:
 
     def open(self) -> None:
         """Read the model and the samples, run one batch: everything that can be wrong with either shows here."""
-        model, self.source = graphs.load(self.path)
+        model, self.source = load_source(self.path)
         check_source(model, str(self.path))
         if graphs.opset(model) > self.target.max_opset:
             raise ModelError(
@@ -469,7 +467,7 @@ class Run:
             raise SamplesError(f"{everything.source}: the model cannot run on these samples: {error}") from error
         self.first_feeds = feeds
         if everything.source != "synthetic":  # which show nothing that has a class
-            doubts = [doubtful(name, output) for name, output in self.first_outputs.items()]
+            doubts = [suspicious_scores(name, output) for name, output in self.first_outputs.items()]
             self.warnings += filter(None, [*doubts, misfitting(clues, feeds)])
         self.mask = self._find_mask()
 
@@ -574,8 +572,8 @@ class Run:
         self, model: ir.Model, names: Sequence[str], batches: Iterable[Mapping[str, Any]]
     ) -> Iterator[dict[str, Any]]:
         """What some values of a model are, batch by batch."""
-        with graphs.private_directory() as work:
-            source = graphs.to_bytes_or_file(graphs.exposing(model, names), work, "values")
+        with private_directory() as work:
+            source = to_bytes_or_file(graphs.exposing(model, names), work, "values")
             session = runtime.Session(source, self.device, what="the model with its activations as outputs")
             taken = {i.name for i in session.inputs}
             for batch in batches:
@@ -625,7 +623,7 @@ class Run:
         failed = []
         for fold, opset in ((True, wanted), (False, wanted), (False, least)):
             try:
-                prepared = prepare(graphs.read(self.path), opset, least, fold)
+                prepared = prepare(read_model(self.path), opset, least, fold)
                 found = self._fidelity(prepared)
             except OutOfMemory:
                 raise
@@ -643,8 +641,8 @@ class Run:
     def _fidelity(self, prepared: Prepared) -> float:
         """SQNR in dB of the prepared model's outputs on the first batch; 200 for a model that is random by itself."""
         assert self.float_session is not None
-        with graphs.private_directory() as work:
-            source = graphs.to_bytes_or_file(prepared.model, work, "prepared")
+        with private_directory() as work:
+            source = to_bytes_or_file(prepared.model, work, "prepared")
             outputs = runtime.Session(source, self.device, what="the prepared model").run(self.first_feeds)
         found = sqnr_of(self.first_outputs, outputs)
         if found < SAME_DB and sqnr_of(self.first_outputs, self.float_session.run(self.first_feeds)) < SAME_DB:
@@ -751,7 +749,7 @@ class Run:
         solutions = {x.name: blank(planned.prepared.weight(x), planned.grids[x.name]) for x in planned.prepared.layers}
         one = ActivationGrid(np.float32(1), 0, planned.activations.dtype)
         model = self._emitted(planned, solutions, dict.fromkeys(planned.activations.values, one))
-        return graphs.file_size(model)
+        return files.file_size(model)
 
     def _allocate(self, planned: Planned, space: Space) -> Planned:
         """The bits that the budget gives; with a fixed number of bits, more for the layers that gain most."""
@@ -810,8 +808,8 @@ class Run:
 
     def _kept(self, model: ir.Model, known: Floats | None, drop: Drop) -> Kept:
         assert self.float_session is not None
-        with graphs.private_directory() as work:
-            source = graphs.to_bytes_or_file(model, work, "quantized")
+        with private_directory() as work:
+            source = to_bytes_or_file(model, work, "quantized")
             session = self._quantized_session(source)
             outputs = compare_outputs(self.float_session, session, self.held_back, self.options.batch_size)
             changes = None

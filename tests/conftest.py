@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from comq_onnx.calibrate.walk import _Walk
+from comq_onnx.evaluate import latency
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
@@ -19,8 +22,10 @@ import onnx
 import pytest
 
 import comq_onnx
-from comq_onnx import calibrate, comparison, gains, memory, pipeline
-from comq_onnx.solve import Statistics
+from comq_onnx import pipeline
+from comq_onnx.plan import integer_gain as gains
+from comq_onnx.runtime import memory
+from comq_onnx.solve.moments import Statistics
 from models import Arrays, samples_for, signature, worst_sqnr
 
 ROOT = Path(__file__).parents[1]
@@ -37,7 +42,7 @@ def _no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def _quick_latency(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two timed runs in place of two seconds of them: no test here is about time."""
-    monkeypatch.setattr(pipeline, "latency", functools.partial(comparison.latency, seconds=0.0))
+    monkeypatch.setattr(pipeline, "latency", functools.partial(latency, seconds=0.0))
 
 
 @pytest.fixture(autouse=True)
@@ -93,14 +98,14 @@ class Solved:
 @pytest.fixture
 def solved(monkeypatch: pytest.MonkeyPatch) -> Solved:
     """What the walks of this test solve; a later walk overwrites layers of the same name."""
-    seen, solve = Solved(), calibrate._Walk._solve
+    seen, solve = Solved(), _Walk._solve
 
     def spy(walk: Any, together: Any, statistics: Statistics) -> None:
         seen.together.append([layer.name for layer in together])
         seen.on.update({layer.name: statistics for layer in together})
         solve(walk, together, statistics)
 
-    monkeypatch.setattr(calibrate._Walk, "_solve", spy)
+    monkeypatch.setattr(_Walk, "_solve", spy)
     return seen
 
 

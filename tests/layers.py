@@ -9,8 +9,9 @@ import oracle
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from comq_onnx.grid import Array, Grid, QuantizedWeight
-from comq_onnx.solve import Method, Statistics, check_codes
+from comq_onnx.solve.grid import Array, Grid, QuantizedWeight
+from comq_onnx.solve.layer import Method, check_codes
+from comq_onnx.solve.moments import Statistics
 from comq_onnx.solve.problem import Part, arrange, pose, take_part
 
 CONDITIONS = [

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from comq_onnx.grid import Grid, fit_minmax, fit_mse
-from comq_onnx.solve import Statistics
+from comq_onnx.solve.grid import Grid, fit_minmax, fit_mse
+from comq_onnx.solve.moments import Statistics
 from comq_onnx.solve.paper import SHRINK
 from comq_onnx.solve.problem import RIDGE
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from comq_onnx.comparison import OutputComparison
-from comq_onnx.report import ActivationReport, LayerReport, Report
+from comq_onnx.metrics import OutputComparison
 from comq_onnx.report.inputs import describe
+from comq_onnx.report.report import ActivationReport, LayerReport, Report
 
 
 def layer(i: int, **changes: Any) -> LayerReport:

@@ -14,17 +14,12 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from comq_onnx.activations import (
-    ActivationGrid,
-    ActivationPlan,
-    Range,
-    clip_bounds,
-    fit_range,
-    plan_activations,
-    runs_in_integers,
-)
-from comq_onnx.prepare import Prepared, prepare
-from comq_onnx.targets import ORT_CPU
+from comq_onnx.calibrate.observed_ranges import Range
+from comq_onnx.model.layers import Prepared
+from comq_onnx.model.prepare import prepare
+from comq_onnx.plan.activation_grid import ActivationGrid, fit_range
+from comq_onnx.plan.activations import ActivationPlan, clip_bounds, plan_activations, runs_in_integers
+from comq_onnx.targets.catalog import ORT_CPU
 
 QUICK = settings(max_examples=60, deadline=None, derandomize=True)
 dtypes = st.sampled_from(["uint8", "uint16"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from comq_onnx.agreement import deviation_for, expected_agreement, lead_changes, leads
+from comq_onnx.metrics import deviation_for, expected_agreement, lead_changes, leads
 
 RNG = np.random.default_rng(0)
 

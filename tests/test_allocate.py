@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from comq_onnx import allocate as module
-from comq_onnx.allocate import Allocation, Choice, allocate
+from comq_onnx.bits import knapsack as module
+from comq_onnx.bits.knapsack import Allocation, Choice, allocate
 
 Layers = list[list[Choice]]
 choice = st.builds(Choice, st.integers(2, 8), st.integers(1, 60), st.floats(1e-9, 1.0))

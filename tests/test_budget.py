@@ -7,12 +7,12 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from comq_onnx.agreement import expected_agreement
-from comq_onnx.allocate import Allocation
-from comq_onnx.budget import Drop, Space, judge_drop, limit, node_bytes, parse_drop, parse_size
-from comq_onnx.comparison import OutputComparison
+from comq_onnx.bits.knapsack import Allocation
+from comq_onnx.bits.survey import BITS, Sensitivity
+from comq_onnx.bits.tradeoff import Space, judge_drop, limit, node_bytes
 from comq_onnx.errors import OptionError
-from comq_onnx.sensitivity import BITS, Sensitivity
+from comq_onnx.metrics import OutputComparison, expected_agreement
+from comq_onnx.options.budgets import Drop, parse_drop, parse_size
 
 RNG = np.random.default_rng(0)
 LEADS = RNG.exponential(1.0, 400)

@@ -15,10 +15,16 @@ from conftest import Solved
 from onnx import helper, numpy_helper
 
 import comq_onnx
-from comq_onnx import calibrate, moments, patches, prepare, runtime, smooth
+from comq_onnx.calibrate import walk as calibrate
+from comq_onnx.calibrate.walk import _regrouping
 from comq_onnx.errors import ModelError, OptionError, SamplesError
-from comq_onnx.samples import Samples
-from comq_onnx.solve import METHODS
+from comq_onnx.model import prepare as prepare_module
+from comq_onnx.plan import smoothing as smooth
+from comq_onnx.runtime import session as runtime
+from comq_onnx.samples.dataset import Samples
+from comq_onnx.solve import moment_sums as moments
+from comq_onnx.solve import patches
+from comq_onnx.solve.layer import METHODS
 from models import (
     Arrays,
     attention,
@@ -179,7 +185,7 @@ def test_layers_of_one_weight_and_one_input_get_the_same_codes(
         raise RuntimeError("not today")
 
     # folding would make one of the two
-    monkeypatch.setattr(prepare.optimizer, "optimize_ir", refuse)
+    monkeypatch.setattr(prepare_module.optimizer, "optimize_ir", refuse)
     model = build(
         """g (float[batch, 32] x) => (float[batch, 300] y, float[batch, 300] z) {
             [first] p = MatMul (x, w)
@@ -352,7 +358,7 @@ def test_rows_are_grouped_the_same_whatever_the_batches() -> None:
         for size in (1, 4, 16, 23):
             counts = [size] * (23 // size) + ([23 % size] if 23 % size else [])
             batches = np.split(whole, np.cumsum(counts)[:-1] * rows)
-            regroup = calibrate._regrouping(batches, counts)
+            regroup = _regrouping(batches, counts)
             assert regroup is not None
             groups = regroup(batches)
             assert groups.counts == [16, 7]
@@ -361,10 +367,10 @@ def test_rows_are_grouped_the_same_whatever_the_batches() -> None:
 
 
 def test_tensors_of_other_rows_are_not_grouped() -> None:
-    assert calibrate._regrouping([normal(4, 3), normal(4, 3)], [4, 3]) is None
-    assert calibrate._regrouping([normal(4, 3), normal(3, 2)], [4, 3]) is None
-    assert calibrate._regrouping([normal(3), normal(3)], [3, 3]) is None
-    assert calibrate._regrouping([normal(0, 3), normal(0, 3)], [3, 3]) is None
+    assert _regrouping([normal(4, 3), normal(4, 3)], [4, 3]) is None
+    assert _regrouping([normal(4, 3), normal(3, 2)], [4, 3]) is None
+    assert _regrouping([normal(3), normal(3)], [3, 3]) is None
+    assert _regrouping([normal(0, 3), normal(0, 3)], [3, 3]) is None
 
 
 def test_layers_whose_first_axis_is_no_batch_are_solved_on_their_rows(tmp_path: Path) -> None:

@@ -11,12 +11,15 @@ import onnx_ir as ir
 import pytest
 
 import comq_onnx
-from comq_onnx import check, graph, pipeline, qdq
-from comq_onnx.check import check_emitted, lint, missing
+from comq_onnx import pipeline
 from comq_onnx.errors import InternalError
-from comq_onnx.prepare import nodes_by_name
-from comq_onnx.qdq import Quantization
-from comq_onnx.targets import OPENVINO, ORT_CPU, ORT_CUDA, TARGETS, TENSORRT
+from comq_onnx.model import graph as graphs
+from comq_onnx.model.layers import nodes_by_name
+from comq_onnx.targets.catalog import OPENVINO, ORT_CPU, ORT_CUDA, TARGETS, TENSORRT
+from comq_onnx.write import check
+from comq_onnx.write.check import check_emitted, lint, missing
+from comq_onnx.write.emit import emit
+from comq_onnx.write.weights import Quantization
 from models import cnn, samples_for, tokens
 
 Emitted = tuple[ir.Model, Quantization]
@@ -60,7 +63,7 @@ def constant(model: ir.Model, name: str, array: np.ndarray) -> None:
 
 def numbers(model: ir.Model, name: str) -> np.ndarray:
     """A copy of the numbers of an initializer."""
-    found = graph.constant(model.graph.initializers[name])
+    found = graphs.constant(model.graph.initializers[name])
     assert found is not None
     return np.array(found)
 
@@ -68,12 +71,12 @@ def numbers(model: ir.Model, name: str) -> np.ndarray:
 def float_weight(model: ir.Model) -> None:
     """A layer that reads a float weight, as if emission had passed it by."""
     node = nodes_by_name(model)["point"]
-    node.replace_input_with(1, graph.add_initializer(model.graph, "w3", np.zeros((16, 16, 1, 1), np.float32)))
+    node.replace_input_with(1, graphs.add_initializer(model.graph, "w3", np.zeros((16, 16, 1, 1), np.float32)))
 
 
 def stale_weight(model: ir.Model) -> None:
     """A float weight that nothing reads."""
-    graph.add_initializer(model.graph, "w3", np.zeros((16, 16, 1, 1), np.float32))
+    graphs.add_initializer(model.graph, "w3", np.zeros((16, 16, 1, 1), np.float32))
 
 
 def other_codes(model: ir.Model) -> None:
@@ -135,7 +138,7 @@ def test_what_is_not_as_planned_is_an_error_of_one_line(written: Emitted, mutate
 
 def test_a_faulty_model_never_gets_the_outputs_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Emission that forgets a layer in the end, though not in the walk."""
-    plain = qdq.emit
+    plain = emit
 
     def forgetful(model: ir.Model, quantization: Quantization) -> None:
         plain(model, quantization)

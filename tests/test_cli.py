@@ -23,7 +23,9 @@ from onnx import helper
 from PIL import Image
 
 import comq_onnx
-from comq_onnx import cli, errors, graph, pipeline
+from comq_onnx import errors, pipeline
+from comq_onnx.cli import command as cli
+from comq_onnx.model import files as writing
 from models import attention, build, cnn, codes, infer, mlp, normal, samples_for, weight, worst_sqnr
 
 ROOT = Path(__file__).parents[1]
@@ -549,7 +551,7 @@ def test_an_output_that_cannot_be_is_one_line_and_code_2(
         def refuse(*_: object, **__: object) -> None:
             raise PermissionError(13, "Permission denied")
 
-        monkeypatch.setattr(graph.tempfile, "TemporaryFile", refuse)
+        monkeypatch.setattr(writing.tempfile, "TemporaryFile", refuse)
     out, words = {
         "directory": (files, "is a directory"),
         "missing": (files / "no" / "q.onnx", "no such directory"),
@@ -578,7 +580,7 @@ def test_a_full_disk_is_one_line_and_code_2(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(graph.os, "replace", full)
+    monkeypatch.setattr(writing.os, "replace", full)
     said = run(files / "mlp.onnx", "--calib", files / "mlp.npz", "-o", files / "q.onnx")
     assert_one_line(said, 2, "No space left on device", files)
 
@@ -586,7 +588,7 @@ def test_a_full_disk_is_one_line_and_code_2(
 def test_cuda_where_there_is_none_is_one_line_and_code_5(
     run: Callable[..., Said], files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from comq_onnx import runtime
+    from comq_onnx.runtime import session as runtime
 
     monkeypatch.setattr(runtime.ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
     said = run(files / "mlp.onnx", "--calib", files / "mlp.npz", "-o", files / "q.onnx", "--device", "cuda")
@@ -596,7 +598,7 @@ def test_cuda_where_there_is_none_is_one_line_and_code_5(
 def test_a_missing_runtime_is_one_line_and_code_5(
     run: Callable[..., Said], files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from comq_onnx import runtime
+    from comq_onnx.runtime import session as runtime
 
     monkeypatch.setattr(runtime, "ort", None)
     said = run(files / "mlp.onnx", "--calib", files / "mlp.npz", "-o", files / "q.onnx")

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from comq_onnx import codes, graph
-from comq_onnx.runtime import Session
-from comq_onnx.targets import ORT_CPU
+from comq_onnx.model import graph as graphs
+from comq_onnx.runtime.session import Session
+from comq_onnx.targets.catalog import ORT_CPU
+from comq_onnx.write import codes
 from models import build
 
 CONTAINERS = {"INT8": np.arange(-128, 128), "INT4": np.arange(-8, 8), "INT2": np.array([-2, -1, 0, 1])}
@@ -25,7 +26,7 @@ def passing(opset: int = 21) -> ir.Model:
 def test_packed_codes_survive_the_file(tmp_path: Path) -> None:
     model = ir.from_proto(build("g (float[2] x) => (float[2] y) { y = Relu(x) }", opset=25, ir_version=13))
     for container, numbers in CONTAINERS.items():
-        graph.add_initializer(model.graph, container, codes.pack(numbers.reshape(2, -1), container))
+        graphs.add_initializer(model.graph, container, codes.pack(numbers.reshape(2, -1), container))
     ir.save(model, tmp_path / "m.onnx")
     read = ir.load(tmp_path / "m.onnx").graph.initializers
     for container, numbers in CONTAINERS.items():

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from comq_onnx.comparison import INTEGER_KERNELS, compare_outputs, executed_kernels, latency, looks_like_scores, sqnr_of
-from comq_onnx.runtime import Session
-from comq_onnx.samples import load_samples
+from comq_onnx.evaluate import INTEGER_KERNELS, compare_outputs, executed_kernels, latency
+from comq_onnx.metrics import looks_like_scores, sqnr_of
+from comq_onnx.runtime.session import Session
+from comq_onnx.samples.load import load_samples
 
 
 def sqnr(a: np.ndarray, b: np.ndarray) -> float:

@@ -13,8 +13,11 @@ import numpy as np
 import onnx
 import pytest
 
-from comq_onnx import cli, config, pipeline
+from comq_onnx import pipeline
+from comq_onnx.cli import command as cli
+from comq_onnx.cli.config_file import load_config
 from comq_onnx.errors import OptionError
+from comq_onnx.options.spelling import LONG_NAMES, chosen, command_line
 from models import mlp, samples_for
 
 EVERYTHING = [
@@ -63,7 +66,7 @@ def test_every_option_comes_back_from_a_file(
     direct = parsed("m.onnx", *EVERYTHING)
     assert parsed("m.onnx", "--config", "quant.toml") == direct
     # every option that can be in a file is in this one
-    written = set(config.load_config(Path("quant.toml")))
+    written = set(load_config(Path("quant.toml")))
     possible = {p.name for p in cli.command.params if isinstance(p, click.Option)} - cli.NOT_IN_CONFIG
     assert {str(cli.by_long_name(cli.command)[name].name) for name in written} == possible
     assert called["bits_for"] == (("fc1", 8), ("^fc=2$", 4))
@@ -86,7 +89,7 @@ def test_a_run_from_a_file_gives_the_same_bytes(monkeypatch: pytest.MonkeyPatch)
         cli.main()
     assert Path("a.onnx").read_bytes() == Path("b.onnx").read_bytes()
     expected = {"output": "a.onnx", "bits": 3, "calib": "s.npz", "symmetric": False, "quiet": True}
-    assert list(config.load_config(Path("quant.toml")).items()) == list(expected.items())
+    assert list(load_config(Path("quant.toml")).items()) == list(expected.items())
 
 
 BAD = {
@@ -128,17 +131,17 @@ def test_a_single_text_stands_for_a_list_of_one(parsed: Callable[..., dict[str, 
 
 def test_a_command_line_says_what_differs_from_the_defaults(parsed: Callable[..., dict[str, Any]]) -> None:
     defaults = vars(pipeline.Options())
-    assert config.chosen(defaults, defaults) == {}
+    assert chosen(defaults, defaults) == {}
     options = {**defaults, "bits_for": (("a b", 8),), "symmetric": False, "memory_gb": 2.0, "max_samples": 9}
-    line = config.command_line("m.onnx", "q.onnx", "my photos", config.chosen(options, defaults))
+    line = command_line("m.onnx", "q.onnx", "my photos", chosen(options, defaults))
     found = parsed(*shlex.split(line)[1:])
     assert (found["bits_for"], found["symmetric"], found["memory_gb"]) == ((("a b", 8),), False, 2.0)
     assert (found["max_samples"], str(found["calib"]), found["plan"]) == (9, "my photos", False)
-    assert config.command_line("m.onnx", None, None, {}) == "comq-onnx m.onnx --plan"
+    assert command_line("m.onnx", None, None, {}) == "comq-onnx m.onnx --plan"
 
 
 def test_every_field_of_the_options_is_an_option_by_its_long_name() -> None:
     options = {name: str(option.name) for name, option in cli.by_long_name(cli.command).items()}
     for field in vars(pipeline.Options()):
-        name = config.LONG_NAMES.get(field, field).replace("_", "-")
+        name = LONG_NAMES.get(field, field).replace("_", "-")
         assert options[name] == field

@@ -14,12 +14,14 @@ import pytest
 from conftest import as_tensor, torch_device
 
 import comq_onnx
-from comq_onnx import arrays, calibrate, cuts, pipeline
-from comq_onnx.activations import ActivationGrid
+from comq_onnx import arrays, pipeline
 from comq_onnx.arrays import on_host
-from comq_onnx.calibrate import Calibration
+from comq_onnx.calibrate import cut_tensors as cuts
+from comq_onnx.calibrate import walk as walk_module
+from comq_onnx.calibrate.walk import Calibration
 from comq_onnx.errors import OutOfMemory, RuntimeFailure
-from comq_onnx.runtime import Session
+from comq_onnx.plan.activation_grid import ActivationGrid
+from comq_onnx.runtime.session import Session
 from models import attention, build, cnn, mlp, normal, samples_for, sentences, tokens, weight
 
 torch_device()
@@ -167,7 +169,7 @@ def walked() -> Callable[..., Calibration]:
 
     def run(model: onnx.ModelProto, samples: Any, tensors: bool, **options: Any) -> Calibration:
         found = []
-        settings, walk = pipeline.Run.settings, calibrate.walk
+        settings, walk = pipeline.Run.settings, walk_module.walk
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(pipeline.Run, "settings", lambda self: replace(settings(self), tensors=tensors))
             patch.setattr(pipeline, "walk", lambda *a, **k: found.append(walk(*a, **k)) or found[-1])

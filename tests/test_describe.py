@@ -13,11 +13,11 @@ from test_samples import picture
 from test_synthetic import norm_net, pixels
 
 from comq_onnx import pipeline
-from comq_onnx.clues import misfitting
-from comq_onnx.comparison import doubtful, softmax
 from comq_onnx.errors import ModelError
-from comq_onnx.samples import Clues
-from comq_onnx.samples.describe import contact_sheet, tensor_facts
+from comq_onnx.metrics import softmax, suspicious_scores
+from comq_onnx.samples.clues import misfitting
+from comq_onnx.samples.dataset import Clues
+from comq_onnx.samples.inspection import contact_sheet, tensor_facts
 from models import normal, samples_for, several_inputs, tokens
 
 
@@ -77,23 +77,23 @@ def confident(samples: int = 16, classes: int = 100) -> np.ndarray:
 
 
 def test_confident_scores_raise_no_doubt() -> None:
-    assert doubtful("logits", confident()) is None
-    assert doubtful("probs", softmax(confident())) is None
+    assert suspicious_scores("logits", confident()) is None
+    assert suspicious_scores("probs", softmax(confident())) is None
 
 
 def test_flat_scores_do() -> None:
-    line = doubtful("logits", normal(16, 100))
+    line = suspicious_scores("logits", normal(16, 100))
     assert line is not None
     assert line.startswith("the float model is undecided about these samples: its best class of 100 in 'logits' gets ")
     assert line.endswith(
         " on average; look at them with --inspect-samples, and see that they are preprocessed as the model was trained"
     )
-    assert doubtful("out", softmax(normal(16, 100))) is not None
+    assert suspicious_scores("out", softmax(normal(16, 100))) is not None
 
 
 def test_one_class_for_all_does() -> None:
     same = np.repeat(confident(1), 16, axis=0)
-    assert doubtful("logits", same) == (
+    assert suspicious_scores("logits", same) == (
         "the float model gives all of the first 16 samples the same of 100 classes ('logits'); look at them with "
         "--inspect-samples, and see that they are preprocessed as the model was trained"
     )
@@ -112,7 +112,7 @@ def test_one_class_for_all_does() -> None:
     ids=["few samples", "few classes", "features", "sequences", "no array", "whole numbers"],
 )
 def test_what_holds_no_scores_raises_none(output: object) -> None:
-    assert doubtful("out", output) is None
+    assert suspicious_scores("out", output) is None
 
 
 def test_pixels_of_another_scale_are_told_by_the_batch_normalizations() -> None:

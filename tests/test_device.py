@@ -8,9 +8,12 @@ import sys
 import numpy as np
 import pytest
 
-from comq_onnx import comparison, device, pipeline, runtime
+from comq_onnx import pipeline
 from comq_onnx.errors import OptionError, OutOfMemory, RuntimeFailure
+from comq_onnx.evaluate import compare
 from comq_onnx.pipeline import Options
+from comq_onnx.runtime import device
+from comq_onnx.runtime import session as runtime
 from models import mlp, samples_for
 
 WITH_CUDA = [device.CUDA, "CPUExecutionProvider"]
@@ -67,7 +70,7 @@ def test_providers_and_their_options_are_those_of_the_device() -> None:
 def test_tensorrt_is_for_comparing_and_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "providers", lambda: WITH_CUDA)
     with pytest.raises(RuntimeFailure, match="--device tensorrt: ONNX Runtime has no TensorRT here"):
-        comparison.compare(mlp(), mlp(), samples_for(mlp()), device="tensorrt")
+        compare(mlp(), mlp(), samples_for(mlp()), device="tensorrt")
 
 
 def test_a_session_that_fell_back_to_the_cpu_is_refused() -> None:

@@ -15,9 +15,9 @@ import onnx
 import pytest
 
 import comq_onnx
-from comq_onnx import qdq
-from comq_onnx.comparison import sqnr_of
-from comq_onnx.runtime import Session
+from comq_onnx.metrics import sqnr_of
+from comq_onnx.plan import forms
+from comq_onnx.runtime.session import Session
 from models import cnn, encoder, mlp, samples_for, tokens
 
 ROOT = Path(__file__).parents[1]
@@ -90,7 +90,7 @@ def test_openvino_reads_packed_weights_of_weight_only_products(tmp_path: Path, o
 
 def test_openvino_would_run_bit_planes_in_float(tmp_path: Path, openvino: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Why the target has none; and that what is looked for can be missing."""
-    monkeypatch.setattr(qdq, "PLANE_NODE_BYTES", 0)
+    monkeypatch.setattr(forms, "PLANE_NODE_BYTES", 0)
     made = Made(tmp_path / "q.onnx", cnn(), bits=3, target="ort-cpu")
     program = openvino.openvino_program(made.path)
     planned = made.layers("integer")

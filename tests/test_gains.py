@@ -12,14 +12,15 @@ import pytest
 from conftest import Done
 
 import comq_onnx
-from comq_onnx import gains
-from comq_onnx import graph as graphs
-from comq_onnx.activations import ActivationPlan, plan_activations
-from comq_onnx.costs import ORT_CPU_COSTS
-from comq_onnx.gains import Clock
-from comq_onnx.ops import Conv
-from comq_onnx.prepare import Layer, Prepared, prepare
-from comq_onnx.targets import ORT_CPU
+from comq_onnx.model import graph as graphs
+from comq_onnx.model.convolutions import Conv
+from comq_onnx.model.layers import Layer, Prepared
+from comq_onnx.model.prepare import prepare
+from comq_onnx.plan import integer_gain as gains
+from comq_onnx.plan.activations import ActivationPlan, plan_activations
+from comq_onnx.plan.integer_gain import Clock
+from comq_onnx.targets.catalog import ORT_CPU
+from comq_onnx.targets.costs import ORT_CPU_COSTS
 from models import build, cnn, infer, normal, op_types, samples_for, weight
 
 

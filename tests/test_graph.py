@@ -19,8 +19,13 @@ from onnx import external_data_helper
 from PIL import Image
 
 import comq_onnx
-from comq_onnx import graph, pipeline
+from comq_onnx import pipeline
 from comq_onnx.errors import ModelError, OptionError, RuntimeFailure
+from comq_onnx.model import files
+from comq_onnx.model import source as reading
+from comq_onnx.model import graph as graphs
+from comq_onnx.model.files import _hold, private_directory
+from comq_onnx.model.source import find_model, load_source
 from models import build, cnn, infer, mlp, samples_for, weight, worst_sqnr
 
 EIGHT = {"bits": 8, "device": "cpu"}
@@ -64,7 +69,7 @@ def test_a_directory_with_one_model_is_that_model(source: Path, out: Path) -> No
 
 def test_of_several_models_the_one_called_model_is_taken(source: Path) -> None:
     onnx.save(mlp(), source.parent / "model.onnx")
-    assert graph.find_model(source.parent).name == "model.onnx"
+    assert find_model(source.parent).name == "model.onnx"
 
 
 def test_a_directory_with_several_models_is_refused_by_their_names(source: Path, out: Path) -> None:
@@ -76,7 +81,7 @@ def test_a_directory_with_several_models_is_refused_by_their_names(source: Path,
 
 def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"0 \.onnx files"):
-        graph.find_model(tmp_path)
+        find_model(tmp_path)
 
 
 def test_external_data_is_read_and_counted(tmp_path: Path, out: Path) -> None:
@@ -290,7 +295,7 @@ def test_functions_that_call_one_another_are_inlined(quantized: Callable[..., An
 def test_a_bomb_of_empty_parts_is_refused(
     tmp_path: Path, out: Path, part: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(graph, "MOST_PARTS", 5000)
+    monkeypatch.setattr(reading, "MOST_PARTS", 5000)
     model = mlp()
     inner = onnx.GraphProto()
     place = {"attribute": model.graph.node[0].attribute, "in a subgraph": inner.node}.get(part)
@@ -316,7 +321,7 @@ def test_nesting_beyond_protobufs_limit_is_refused(tmp_path: Path) -> None:
         nested = field(1, field(5, field(6, nested)))  # graph.node.attribute.g
     (tmp_path / "m.onnx").write_bytes(field(7, nested))
     with pytest.raises(ModelError, match=r"m\.onnx: not an ONNX model"):
-        graph.load(tmp_path / "m.onnx")
+        load_source(tmp_path / "m.onnx")
 
 
 def _with_bytes(model: onnx.ModelProto, text: bytes, other: bytes) -> bytes:
@@ -357,7 +362,7 @@ def test_what_a_library_found_wrong_is_told(tmp_path: Path) -> None:
     model.graph.initializer[0].data_type = 99
     onnx.save(model, tmp_path / "m.onnx")
     with pytest.raises(ModelError, match="99"):
-        graph.load(tmp_path / "m.onnx")
+        load_source(tmp_path / "m.onnx")
 
 
 @pytest.mark.parametrize("error", [FileNotFoundError(2, "No such file"), PermissionError(13, "Permission denied")])
@@ -365,32 +370,32 @@ def test_a_model_that_vanishes_is_named(source: Path, monkeypatch: pytest.Monkey
     def vanish(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(graph.onnx, "load", vanish)
+    monkeypatch.setattr(reading.onnx, "load", vanish)
     with pytest.raises(ModelError, match=rf"mlp\.onnx: cannot be read \({error.strerror}"):
-        graph.load(source)
+        load_source(source)
 
 
 def test_an_empty_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.onnx").touch()
     with pytest.raises(ModelError, match="the file is empty"):
-        graph.load(tmp_path / "empty.onnx")
+        load_source(tmp_path / "empty.onnx")
 
 
 def test_a_text_file_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "readme.onnx").write_text("# A model\n\nIt is not.\n" * 20)
     with pytest.raises(ModelError, match=r"readme\.onnx"):
-        graph.load(tmp_path / "readme.onnx")
+        load_source(tmp_path / "readme.onnx")
 
 
 def test_a_picture_is_no_model(tmp_path: Path) -> None:
     Image.new("RGB", (20, 20), "red").save(tmp_path / "cat.png")
     with pytest.raises(ModelError, match=r"cat\.png"):
-        graph.load(tmp_path / "cat.png")
+        load_source(tmp_path / "cat.png")
 
 
 def test_a_file_that_does_not_exist_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"nothing\.onnx: no such file"):
-        graph.load(tmp_path / "nothing.onnx")
+        load_source(tmp_path / "nothing.onnx")
 
 
 @pytest.mark.parametrize("share", [0.001, 0.1, 0.5, 0.9, 0.999])
@@ -415,7 +420,7 @@ def test_an_output_that_cannot_be_is_refused_before_any_work(
     if where == "hardlink":
         os.link(source, link)
     path = {"directory": tmp_path, "missing": tmp_path / "no" / "q.onnx", "same": source}.get(where, link)
-    monkeypatch.setattr(graph, "load", lambda _: pytest.fail("the model was read"))
+    monkeypatch.setattr(pipeline, "load_source", lambda _: pytest.fail("the model was read"))
     before, bytes_before = _tree(tmp_path), source.read_bytes()
     with pytest.raises(OptionError):
         comq_onnx.quantize(source, path, samples_for(mlp()), **EIGHT)
@@ -442,7 +447,7 @@ def test_a_directory_that_cannot_be_written_is_refused(
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(graph.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(files.tempfile, "TemporaryFile", refuse)
     with pytest.raises(OptionError, match="Permission denied"):
         comq_onnx.quantize(source, out, samples_for(mlp()), **EIGHT)
 
@@ -469,7 +474,7 @@ def test_a_full_disk_leaves_nothing_behind(source: Path, out: Path, monkeypatch:
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(*((graph.ir, "save") if step == "save" else (graph.os, "replace")), full)
+    monkeypatch.setattr(*((files.ir, "save") if step == "save" else (files.os, "replace")), full)
     with pytest.raises(OptionError, match="No space left on device"):
         comq_onnx.quantize(source, out, samples_for(mlp()), **EIGHT)
     assert not os.listdir(out.parent)
@@ -481,7 +486,7 @@ def test_a_full_disk_leaves_an_older_output_as_it_was(source: Path, out: Path, m
         raise OSError(errno.ENOSPC, "No space left on device")
 
     out.write_text("an older result")
-    monkeypatch.setattr(graph.ir, "save", half)
+    monkeypatch.setattr(files.ir, "save", half)
     with pytest.raises(OptionError):
         comq_onnx.quantize(source, out, samples_for(mlp()), **EIGHT)
     assert out.read_text() == "an older result"
@@ -492,7 +497,7 @@ def test_an_interrupt_leaves_nothing_behind(source: Path, out: Path, monkeypatch
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(graph.ir, "save", interrupt)
+    monkeypatch.setattr(files.ir, "save", interrupt)
     with pytest.raises(KeyboardInterrupt):
         comq_onnx.quantize(source, out, samples_for(mlp()), **EIGHT)
     assert not os.listdir(out.parent)
@@ -536,8 +541,8 @@ def test_what_a_killed_run_left_is_removed(tmp_path: Path, name: str, age: int, 
     left.mkdir()
     (left / "q.onnx").write_bytes(b"half")
     os.utime(left, (time.time() - age,) * 2)
-    lock = graph._hold(left) if held else None
-    with graph.private_directory(tmp_path) as work:
+    lock = _hold(left) if held else None
+    with private_directory(tmp_path) as work:
         assert work.stat().st_mode & 0o77 == 0
         assert left.exists() == kept
     assert not work.exists()
@@ -550,14 +555,14 @@ def test_a_link_called_like_a_work_directory_is_not_followed(tmp_path: Path) -> 
     os.utime(tmp_path / "precious", (0, 0))
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / ".comq-held-1").symlink_to(tmp_path / "precious")
-    with graph.private_directory(tmp_path / "in"):
+    with private_directory(tmp_path / "in"):
         pass
     assert (tmp_path / "precious").is_dir()
 
 
 def test_two_runs_do_not_remove_each_others_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graph, "STALE_SECONDS", -1.0)
-    with graph.private_directory(tmp_path) as first, graph.private_directory(tmp_path) as second:
+    monkeypatch.setattr(files, "STALE_SECONDS", -1.0)
+    with private_directory(tmp_path) as first, private_directory(tmp_path) as second:
         assert first.is_dir()
         assert second.is_dir()
     assert not os.listdir(tmp_path)
@@ -568,7 +573,7 @@ def test_a_model_that_outgrows_one_message_gets_a_data_file_that_loads(
 ) -> None:
     inline = out.with_name("inline.onnx")
     comq_onnx.quantize(source, inline, samples_for(mlp()), **EIGHT)
-    monkeypatch.setattr(graph, "INLINE_LIMIT", 100)
+    monkeypatch.setattr(files, "INLINE_LIMIT", 100)
     report = comq_onnx.quantize(source, out, samples_for(mlp()), **EIGHT)
     data = out.with_name("q.onnx.data")
     assert sorted(os.listdir(out.parent)) == ["inline.onnx", "q.onnx", "q.onnx.data"]
@@ -609,9 +614,9 @@ def test_the_source_of_a_plan_is_untouched_and_nothing_is_written(source: Path, 
 
 def test_a_new_constant_takes_no_name_that_is_taken() -> None:
     model = ir.from_proto(build("g (float[2] x) => (float[2] y) { y = Add(x, c) }", {"c": np.ones(2, np.float32)}))
-    names = [graph.add_initializer(model.graph, "c", np.zeros(3, np.float32)).name for _ in range(2)]
+    names = [graphs.add_initializer(model.graph, "c", np.zeros(3, np.float32)).name for _ in range(2)]
     assert len({"c", *names}) == 3
-    kept = graph.constant(model.graph.initializers["c"])
+    kept = graphs.constant(model.graph.initializers["c"])
     assert kept is not None
     np.testing.assert_array_equal(kept, np.ones(2))
 
@@ -619,7 +624,7 @@ def test_a_new_constant_takes_no_name_that_is_taken() -> None:
 def test_a_scalar_stays_a_scalar() -> None:
     model = ir.from_proto(build("g (float[2] x) => (float[2] y) { y = Relu(x) }"))
     # a scale of rank 1 makes ONNX Runtime run in float, or fail to load
-    assert graph.add_initializer(model.graph, "scale", np.float32(2) * np.ones(())).shape == ir.Shape(())
+    assert graphs.add_initializer(model.graph, "scale", np.float32(2) * np.ones(())).shape == ir.Shape(())
 
 
 def clash(first: str, second: str) -> onnx.ModelProto:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from comq_onnx.grid import Grid, QuantizedWeight, fit_minmax, fit_mse, round_to_grid, rtn
+from comq_onnx.solve.grid import Grid, QuantizedWeight, fit_minmax, fit_mse, round_to_grid, rtn
 
 ALL_BITS = range(2, 9)
 QUICK = settings(max_examples=40, deadline=None, derandomize=True)

@@ -9,9 +9,9 @@ import numpy as np
 import oracle
 import pytest
 
-from comq_onnx import kernels
-from comq_onnx.grid import Grid, fit_mse
+from comq_onnx.solve import kernels
 from comq_onnx.solve.comq import FLIP_TOLERANCE, SMALL_SCALE_CANDIDATES
+from comq_onnx.solve.grid import Grid, fit_mse
 
 # how near to a tie float32 may round the other way: sums of some tens of products of a few steps each
 TIE = 1e-3

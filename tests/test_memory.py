@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from comq_onnx import memory
+from comq_onnx.runtime import memory
 
 
 def test_what_is_free_is_part_of_all() -> None:

@@ -21,7 +21,12 @@ import pytest
 from PIL import Image
 
 import comq_onnx
-from comq_onnx import cli, device, graph, pipeline, prepare, runtime
+from comq_onnx import pipeline
+from comq_onnx.cli import command as cli
+from comq_onnx.model import files
+from comq_onnx.model import prepare as prepare_module
+from comq_onnx.runtime import device
+from comq_onnx.runtime import session as runtime
 from models import build, cnn, endless, mlp, normal, samples_for, several_inputs, weight
 
 PACKAGE = Path(comq_onnx.__file__).parent
@@ -136,7 +141,7 @@ def no_converter(made: onnx.ModelProto) -> Setup:
 
     def write(patch: pytest.MonkeyPatch) -> None:
         onnx.save(made, "m.onnx")
-        raising(prepare.version_converter, "convert_version", RuntimeError("no adapter"))(patch)
+        raising(prepare_module.version_converter, "convert_version", RuntimeError("no adapter"))(patch)
 
     return write
 
@@ -277,13 +282,13 @@ CASES: list[tuple[Setup, Sequence[str], int, str]] = [
     (nothing, ["m.onnx", "-o", "m.onnx"], 2,
      "m.onnx: is the model itself, which is never modified; choose another output"),
     (nothing, ["m.onnx", "-o", "no/q.onnx"], 2, "no: no such directory for the output; make it first"),
-    (raising(graph.tempfile, "TemporaryFile", PermissionError(13, "Permission denied")), RUN, 2,
+    (raising(files.tempfile, "TemporaryFile", PermissionError(13, "Permission denied")), RUN, 2,
      ".: cannot write there (Permission denied); choose another output"),
-    (raising(graph.os, "replace", OSError(28, "No space left on device")), RUN, 2,
+    (raising(files.os, "replace", OSError(28, "No space left on device")), RUN, 2,
      "q.onnx: cannot be written (No space left on device); nothing was left behind"),
-    (raising(graph.os, "replace", OSError(28, "No space left on device")), ["m.onnx", "--plan", "--json", "r.json"], 2,
+    (raising(files.os, "replace", OSError(28, "No space left on device")), ["m.onnx", "--plan", "--json", "r.json"], 2,
      "--json r.json: cannot be written (No space left on device)"),
-    (raising(graph.tempfile, "mkdtemp", OSError(28, "No space left on device")), RUN, 2,
+    (raising(files.tempfile, "mkdtemp", OSError(28, "No space left on device")), RUN, 2,
      "[Errno 28] No space left on device; nothing was written: free some space, or check the permissions"),
     # the model
     (nothing, ["none.onnx", "-o", "q.onnx"], 3, "none.onnx: no such file; give the path of an ONNX model"),

@@ -8,8 +8,8 @@ from conftest import Kind
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from comq_onnx import moments
-from comq_onnx.moments import Moments
+from comq_onnx.solve import moment_sums as moments
+from comq_onnx.solve.moment_sums import Moments
 from models import normal
 
 

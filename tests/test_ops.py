@@ -17,9 +17,11 @@ from conftest import HAS_TORCH, as_tensor
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from comq_onnx import patches
 from comq_onnx.arrays import on_host
-from comq_onnx.ops import OP_KINDS, Conv, ConvTranspose, Gather, Gemm, MatMul, MatMulLeft, NotQuantizable, OpKind
+from comq_onnx.model.convolutions import Conv, ConvTranspose
+from comq_onnx.model.op_kind import NotQuantizable, OpKind
+from comq_onnx.model.operators import OP_KINDS, Gather, Gemm, MatMul, MatMulLeft
+from comq_onnx.solve import patches
 
 ort.set_default_logger_severity(4)
 

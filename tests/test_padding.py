@@ -15,10 +15,12 @@ from conftest import Solved
 from onnx import numpy_helper
 
 import comq_onnx
-from comq_onnx import calibrate, padding, pipeline
-from comq_onnx.calibrate import Calibration
-from comq_onnx.padding import find_mask, has_positions, is_ignored, take_kept
-from comq_onnx.samples import Samples
+from comq_onnx import pipeline
+from comq_onnx.calibrate import walk as calibrate
+from comq_onnx.calibrate.walk import Calibration, walk
+from comq_onnx.samples import padding
+from comq_onnx.samples.dataset import Samples
+from comq_onnx.samples.padding import find_mask, has_positions, is_ignored, take_kept
 from models import Arrays, build, codes, encoder, infer, normal, sentences, tokens, weight
 
 Run = Callable[..., Any]
@@ -40,7 +42,7 @@ def used(report: comq_onnx.Report, samples: Arrays) -> Arrays:
 def found(monkeypatch: pytest.MonkeyPatch) -> list[Calibration]:
     """What each walk of this test found."""
     seen: list[Calibration] = []
-    monkeypatch.setattr(pipeline, "walk", lambda *given: seen.append(calibrate.walk(*given)) or seen[-1])
+    monkeypatch.setattr(pipeline, "walk", lambda *given: seen.append(walk(*given)) or seen[-1])
     return seen
 
 
@@ -211,7 +213,7 @@ def test_padded_sentences_give_the_model_that_sentences_without_padding_give(
 
     def walk_cut(prepared: Any, plan: Any, grids: Any, given: Samples, target: Any, settings: Any, *rest: Any) -> Any:
         cut = Cut(given.arrays, given.source)
-        found.append(calibrate.walk(prepared, plan, grids, cut, target, replace(settings, mask=None), *rest))
+        found.append(walk(prepared, plan, grids, cut, target, replace(settings, mask=None), *rest))
         return found[-1]
 
     monkeypatch.setattr(pipeline, "walk", walk_cut)

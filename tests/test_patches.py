@@ -14,10 +14,10 @@ from conftest import HAS_TORCH, Kind, as_tensor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from comq_onnx import patches
 from comq_onnx.arrays import on_host
-from comq_onnx.ops import Conv
-from comq_onnx.patches import patch_gram, patch_sum, pays
+from comq_onnx.model.convolutions import Conv
+from comq_onnx.solve import patches
+from comq_onnx.solve.patches import patch_gram, patch_sum, pays
 
 seeds = st.integers(0, 2**32 - 1)
 

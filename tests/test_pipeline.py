@@ -16,9 +16,11 @@ import onnx
 import pytest
 
 import comq_onnx
-from comq_onnx import Options, cli, pipeline, runtime
+from comq_onnx import Options, pipeline
+from comq_onnx.cli import command as cli
 from comq_onnx.errors import ModelError, OptionError, OutOfMemory
-from comq_onnx.solve import Method
+from comq_onnx.runtime import session as runtime
+from comq_onnx.solve.layer import Method
 from models import Arrays, attention, build, cnn, infer, mlp, normal, samples_for, sqnr, weight, worst_sqnr
 
 Run = Callable[..., Any]

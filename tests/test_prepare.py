@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import comq_onnx
 from comq_onnx.errors import ModelError, OptionError
-from comq_onnx.prepare import prepare
+from comq_onnx.model.prepare import prepare
 from models import (
     batchnorm_cnn,
     build,

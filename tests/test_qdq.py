@@ -14,15 +14,20 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import comq_onnx
-from comq_onnx import graph, pipeline, qdq
-from comq_onnx.check import lint
-from comq_onnx.comparison import Kernels, executed_kernels, sqnr_of
-from comq_onnx.grid import Grid
-from comq_onnx.ops import Gather, Gemm
-from comq_onnx.prepare import Layer
-from comq_onnx.qdq import Quantization, form, grid_for
-from comq_onnx.runtime import Session
-from comq_onnx.targets import ORT_CPU, TARGETS
+from comq_onnx import pipeline
+from comq_onnx.evaluate import Kernels, executed_kernels
+from comq_onnx.metrics import sqnr_of
+from comq_onnx.model.layers import Layer
+from comq_onnx.model.operators import Gather, Gemm
+from comq_onnx.model.source import read_model
+from comq_onnx.plan import forms as weight_forms
+from comq_onnx.plan.forms import code_bytes, form, grid_for
+from comq_onnx.runtime.session import Session
+from comq_onnx.solve.grid import Grid
+from comq_onnx.targets.catalog import ORT_CPU, TARGETS
+from comq_onnx.write.check import lint
+from comq_onnx.write.emit import emit
+from comq_onnx.write.weights import Quantization
 
 ort.set_default_logger_severity(4)
 PACKED = {8: TensorProto.INT8, 4: TensorProto.INT4, 3: TensorProto.INT4, 2: TensorProto.INT2}
@@ -137,7 +142,7 @@ def quantize(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Quantize:
 
         def spy(model: Any, quantization: Quantization) -> None:
             emitted.append(quantization)
-            qdq.emit(model, quantization)
+            emit(model, quantization)
 
         monkeypatch.setattr(pipeline, "emit", spy)
         monkeypatch.setattr(pipeline, "latency", lambda pair, _samples: [1.0] * len(pair))
@@ -271,12 +276,12 @@ def test_every_target_holds_the_solutions_weights(quantize: Quantize, bits: int,
     plan, opset = written.quantization.plan, written.quantization.opset
     for layer in written.layers.values():
         width = 8 if isinstance(layer.kind, Gather) else bits
-        wanted = qdq.code_bytes(layer, width, plan, TARGETS[target], opset)
+        wanted = code_bytes(layer, width, plan, TARGETS[target], opset)
         assert len(stored[f"{layer.weight}.codes"].raw_data) == wanted
     types = {stored[n.input[2]].data_type for n in written.proto.graph.node if n.op_type == "QuantizeLinear"}
     signed = {"tensorrt": {TensorProto.INT8}, "openvino": {TensorProto.UINT8}}
     assert types == (signed[target] if integer else set())
-    assert lint(graph.read(written.path), TARGETS[target]) == []
+    assert lint(read_model(written.path), TARGETS[target]) == []
     before = Session(written.source.SerializeToString()).run(written.feeds)
     after = Session(written.path, exact=True, literal=True).run(written.feeds)
     # 45.8 to 48.3, 24.2 to 24.6 and 9.2 to 9.4 dB were seen
@@ -336,7 +341,7 @@ def test_queries_keys_and_values_of_one_product_leave_it_quantized_for_tensorrt(
 def test_codes_of_three_bits_are_planes_where_that_saves_bytes(
     quantize: Quantize, monkeypatch: pytest.MonkeyPatch, activations: str, granularity: str
 ) -> None:
-    monkeypatch.setattr(qdq, "PLANE_NODE_BYTES", 0)
+    monkeypatch.setattr(weight_forms, "PLANE_NODE_BYTES", 0)
     written = quantize(zoo(), ZOO_FEEDS, bits=3, activations=activations, granularity=granularity)
     forms = INTEGER if activations == "auto" else WEIGHT_ONLY
     if granularity == "16":
@@ -764,7 +769,7 @@ def test_two_layers_of_one_weight_both_hold_its_codes(quantize: Quantize) -> Non
 def layer_of(source: onnx.ModelProto) -> Layer:
     import onnx_ir as ir
 
-    from comq_onnx.prepare import list_layers
+    from comq_onnx.model.layers import list_layers
 
     (layer,) = list_layers(ir.from_proto(source))[0]
     return layer

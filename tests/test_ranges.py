@@ -9,12 +9,14 @@ import onnx_ir as ir
 import pytest
 from conftest import Done
 
-from comq_onnx import ranges
-from comq_onnx.activations import fit_range, plan_activations
-from comq_onnx.ops import Conv, MatMul
-from comq_onnx.prepare import prepare
-from comq_onnx.ranges import Objective, Positions, Reader, choose, mix, readers
-from comq_onnx.targets import ORT_CPU
+from comq_onnx.model.convolutions import Conv
+from comq_onnx.model.operators import MatMul
+from comq_onnx.model.prepare import prepare
+from comq_onnx.plan import ranges
+from comq_onnx.plan.activation_grid import fit_range
+from comq_onnx.plan.activations import plan_activations
+from comq_onnx.plan.ranges import Objective, Positions, Reader, choose, mix, readers
+from comq_onnx.targets.catalog import ORT_CPU
 from models import build, cnn, normal, weight
 
 

@@ -22,11 +22,12 @@ from rich.console import Console
 
 import comq_onnx
 from comq_onnx import errors
-from comq_onnx.activations import Range
-from comq_onnx.comparison import OutputComparison
-from comq_onnx.report import Report, plots
+from comq_onnx.calibrate.observed_ranges import Range
+from comq_onnx.metrics import OutputComparison
+from comq_onnx.report import plots
 from comq_onnx.report.advice import advise, pattern
 from comq_onnx.report.inputs import describe
+from comq_onnx.report.report import Report
 from models import build, cnn, infer, mlp, normal, op_types, samples_for, sqnr, weight, worst_sqnr
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -409,7 +410,7 @@ def test_the_command_of_a_report_does_the_same_again(tmp_path: Path, monkeypatch
     import shlex
     import sys
 
-    from comq_onnx import cli
+    from comq_onnx.cli import command as cli
 
     onnx.save(mlp(), tmp_path / "m.onnx")
     np.savez(tmp_path / "s.npz", **samples_for(mlp()))

@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 from reports import activation, layer, plan, report
 
-from comq_onnx.comparison import OutputComparison
-from comq_onnx.report import Report
+from comq_onnx.metrics import OutputComparison
+from comq_onnx.report.report import Report
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "chrome-headless-shell")
 BROWSER = os.environ.get("COMQ_BROWSER") or next((path for name in NAMES if (path := shutil.which(name))), None)

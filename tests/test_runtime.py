@@ -14,10 +14,10 @@ import onnx
 import pytest
 
 import comq_onnx
-from comq_onnx import runtime
-from comq_onnx.comparison import INTEGER_PRODUCTS
 from comq_onnx.errors import ModelError, OutOfMemory, RuntimeFailure
-from comq_onnx.runtime import Session
+from comq_onnx.evaluate import INTEGER_PRODUCTS
+from comq_onnx.runtime import session as runtime
+from comq_onnx.runtime.session import Session
 from models import build, endless, mlp, normal, samples_for
 
 PLACE = "/onnxruntime_src/onnxruntime/core"

@@ -19,9 +19,12 @@ import pytest
 from PIL import Image
 
 import comq_onnx
-from comq_onnx import memory
 from comq_onnx.errors import OptionError, SamplesError
-from comq_onnx.samples import PREPROCESS, Clues, Recipe, Samples, load_samples
+from comq_onnx.options.samples import Recipe
+from comq_onnx.runtime import memory
+from comq_onnx.samples.dataset import Clues, Samples
+from comq_onnx.samples.images.preprocess import PREPROCESS
+from comq_onnx.samples.load import load_samples
 from models import Arrays, build, cnn, infer, mlp, normal, samples_for, several_inputs, tokens, weight
 
 Run = Callable[..., Any]

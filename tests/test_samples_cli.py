@@ -20,7 +20,7 @@ from test_samples import picture
 from test_samples_sound import tone, wave_net
 from test_samples_text import LINES, a_tokenizer
 
-from comq_onnx import cli
+from comq_onnx.cli import command as cli
 from models import infer, tokens
 
 Call = Callable[..., Said]

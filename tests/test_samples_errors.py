@@ -19,9 +19,11 @@ from test_samples import GREY, NCHW, VECTOR, an_input
 from test_samples_text import BERT, IDS, MASK, a_tokenizer
 
 import comq_onnx.samples
-from comq_onnx import memory
 from comq_onnx.errors import ComqError, OptionError, SamplesError
-from comq_onnx.samples import Clues, Recipe, load_samples
+from comq_onnx.options.samples import Recipe
+from comq_onnx.runtime import memory
+from comq_onnx.samples.dataset import Clues
+from comq_onnx.samples.load import load_samples
 from comq_onnx.samples.text import read_lines
 from models import normal
 

@@ -16,7 +16,9 @@ from test_samples import NCHW, VECTOR, an_input, picture
 from test_samples_text import BERT, LINES, a_tokenizer
 
 import comq_onnx
-from comq_onnx.samples import Clues, Recipe, load_samples
+from comq_onnx.options.samples import Recipe
+from comq_onnx.samples.dataset import Clues
+from comq_onnx.samples.load import load_samples
 from models import mlp, normal, several_inputs
 
 X = normal(24, 32)

@@ -14,10 +14,12 @@ from PIL import Image
 from test_samples import NCHW, Input, an_input, picture
 
 import comq_onnx
-from comq_onnx.clues import channels_last
-from comq_onnx.graph import read
-from comq_onnx.samples import PREPROCESS, Clues, Preprocess, Recipe, load_samples
-from comq_onnx.samples.recipe import find_preprocess
+from comq_onnx.model.source import read_model
+from comq_onnx.options.samples import Recipe
+from comq_onnx.samples.clues import channels_last
+from comq_onnx.samples.dataset import Clues
+from comq_onnx.samples.images.preprocess import PREPROCESS, Preprocess, find_preprocess
+from comq_onnx.samples.load import load_samples
 from models import cnn
 
 FREE = [an_input(None, None, None, None, name="image")]
@@ -183,8 +185,8 @@ def test_the_layout_of_free_dimensions_is_read_off_the_graph(tmp_path: Path, pho
         d.Clear()
     onnx.save(model, tmp_path / "nhwc.onnx")
     onnx.save(cnn(), tmp_path / "nchw.onnx")
-    assert channels_last(read(tmp_path / "nhwc.onnx")) == {"image": True}
-    assert channels_last(read(tmp_path / "nchw.onnx")) == {"image": False}
+    assert channels_last(read_model(tmp_path / "nhwc.onnx")) == {"image": True}
+    assert channels_last(read_model(tmp_path / "nchw.onnx")) == {"image": False}
     seen = load_samples(photo, FREE, Recipe("raw", crop=16), clues=Clues(channels_last={"image": True}))
     assert seen.arrays["image"].shape == (1, 16, 16, 3)
 

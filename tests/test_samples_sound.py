@@ -13,7 +13,9 @@ from scipy.io import wavfile
 from test_samples import Input, an_input
 
 import comq_onnx
-from comq_onnx.samples import Clues, Recipe, Samples, load_samples
+from comq_onnx.options.samples import Recipe
+from comq_onnx.samples.dataset import Clues, Samples
+from comq_onnx.samples.load import load_samples
 from models import build, weight
 
 RATE = 8000

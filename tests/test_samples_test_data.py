@@ -11,7 +11,7 @@ from onnx import numpy_helper
 from test_samples import an_input
 
 import comq_onnx
-from comq_onnx.samples import load_samples
+from comq_onnx.samples.load import load_samples
 from models import mlp, normal
 
 TWO = [an_input(None, 4, name="a"), an_input(None, 3, name="b")]

@@ -14,7 +14,9 @@ from test_samples import Input, an_input
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import comq_onnx
-from comq_onnx.samples import Clues, Recipe, load_samples
+from comq_onnx.options.samples import Recipe
+from comq_onnx.samples.dataset import Clues
+from comq_onnx.samples.load import load_samples
 from models import decoder, encoder, tokens
 
 Run = Callable[..., Any]

@@ -14,10 +14,10 @@ import pytest
 
 import comq_onnx
 from comq_onnx import Options, pipeline
+from comq_onnx.bits.survey import BITS, Sensitivity, survey
 from comq_onnx.errors import OptionError
 from comq_onnx.pipeline import Planned, Run
-from comq_onnx.report import Report
-from comq_onnx.sensitivity import BITS, Sensitivity, survey
+from comq_onnx.report.report import Report
 from models import Arrays, attention, build, cnn, encoder, infer, mlp, normal, samples_for, sentences, weight
 
 MODELS = Path(__file__).parents[1] / "models"

@@ -10,11 +10,12 @@ import onnx_ir as ir
 import pytest
 from conftest import Done
 
-from comq_onnx import smooth
-from comq_onnx.activations import ActivationPlan, plan_activations
-from comq_onnx.grid import Grid
-from comq_onnx.prepare import Prepared, prepare
-from comq_onnx.targets import ORT_CPU
+from comq_onnx.model.layers import Prepared
+from comq_onnx.model.prepare import prepare
+from comq_onnx.plan import smoothing as smooth
+from comq_onnx.plan.activations import ActivationPlan, plan_activations
+from comq_onnx.solve.grid import Grid
+from comq_onnx.targets.catalog import ORT_CPU
 from models import Arrays, build, infer, mlp, normal, weight
 
 # a few channels far larger than the rest, as in transformers

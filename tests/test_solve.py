@@ -13,21 +13,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from layers import COMQ, METHODS, QUICK, Case, cases, noise, on_grid, rows, walk
 
-from comq_onnx.grid import Grid, fit_mse, round_to_grid, rtn
-from comq_onnx.moments import Moments
-from comq_onnx.solve import (
-    Method,
-    Solution,
-    Statistics,
-    check_codes,
-    error_db,
-    round_rows,
-    solve,
-    solve_comq,
-    solve_gptq,
-    solve_together,
-)
-from comq_onnx.solve.comq import Rounding, choose_ridge
+from comq_onnx.solve.comq import Rounding, choose_ridge, solve_comq, solve_gptq
+from comq_onnx.solve.grid import Grid, fit_mse, round_to_grid, rtn
+from comq_onnx.solve.layer import Method, Solution, check_codes, error_db, round_rows, solve, solve_together
+from comq_onnx.solve.moment_sums import Moments
+from comq_onnx.solve.moments import Statistics
 from comq_onnx.solve.problem import RIDGE
 
 SOME = settings(max_examples=15, deadline=None, derandomize=True)

@@ -10,10 +10,9 @@ import pytest
 from hypothesis import given, settings
 from layers import posed, walk
 
-from comq_onnx.grid import Array, Grid, fit_mse
-from comq_onnx.solve import solve_comq
 from comq_onnx.solve.bitsplit import refine, split, stitch
-from comq_onnx.solve.comq import EFFORTS, _babai, _better
+from comq_onnx.solve.comq import EFFORTS, _babai, _better, solve_comq
+from comq_onnx.solve.grid import Array, Grid, fit_mse
 from comq_onnx.solve.problem import Part, arrange, pose, take_part
 
 

@@ -11,9 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from layers import QUICK, Case, cases, posed, rows, walk
 
-from comq_onnx.grid import Array, Grid, fit_mse
-from comq_onnx.solve import EFFORTS, Statistics, solve_comq, solve_gptq
 from comq_onnx.solve.comq import (
+    EFFORTS,
     Rounding,
     _babai,
     _beam,
@@ -24,7 +23,11 @@ from comq_onnx.solve.comq import (
     _round_all,
     _start,
     choose_ridge,
+    solve_comq,
+    solve_gptq,
 )
+from comq_onnx.solve.grid import Array, Grid, fit_mse
+from comq_onnx.solve.moments import Statistics
 from comq_onnx.solve.parallel import parts
 from comq_onnx.solve.problem import RIDGE, Part, arrange, pose, take_part
 

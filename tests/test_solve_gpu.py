@@ -21,13 +21,14 @@ from conftest import as_tensor, torch_device
 from layers import on_grid, rows
 
 from comq_onnx.arrays import on_host
-from comq_onnx.grid import Grid
-from comq_onnx.solve import COMQ, Method, Solution, Statistics, errors_at, solve, solve_together
+from comq_onnx.solve.grid import Grid
+from comq_onnx.solve.layer import COMQ, Method, Solution, errors_at, solve, solve_together
+from comq_onnx.solve.moments import Statistics
 
 torch_device()
 torch = pytest.importorskip("torch")
-gpu = importlib.import_module("comq_onnx.solve.gpu")
-step = importlib.import_module("comq_onnx.solve.step")
+gpu = importlib.import_module("comq_onnx.solve.gpu.solver")
+step = importlib.import_module("comq_onnx.solve.gpu.step")
 
 FAST = Method(effort="fast")
 MOMENTS = ("gram", "mean", "cross", "residue", "mean_error")
@@ -167,7 +168,7 @@ def gpu_free_ridge(weight: np.ndarray, statistics: Statistics) -> float:
 
 @pytest.mark.parametrize("grid", [Grid(4, False), Grid(3), Grid(4, False, block_size=20), Grid(4, per_tensor=True)])
 def test_the_clip_is_the_one_of_least_rounding_error(grid: Grid) -> None:
-    from comq_onnx.grid import fit_mse, rtn
+    from comq_onnx.solve.grid import fit_mse, rtn
 
     weight = np.random.default_rng(0).standard_normal((2, 30, 50)).astype(np.float32) ** 3
     for ours, theirs in zip(gpu._fit_mse(as_tensor(weight), grid), fit_mse(weight, grid), strict=True):

@@ -9,9 +9,9 @@ import oracle
 import pytest
 from layers import walk
 
-from comq_onnx.grid import Grid, QuantizedWeight, fit_minmax
-from comq_onnx.solve import ORDERS, SWEEPS, Method, solve_paper
-from comq_onnx.solve.paper import SHRINK
+from comq_onnx.solve.grid import Grid, QuantizedWeight, fit_minmax
+from comq_onnx.solve.layer import Method
+from comq_onnx.solve.paper import ORDERS, SHRINK, SWEEPS, solve_paper
 
 GRIDS = [
     Grid(4), Grid(3), Grid(2), Grid(8), Grid(4, symmetric=False), Grid(2, symmetric=False), Grid(4, per_tensor=True),

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from layers import QUICK, Case, cases, rows
 
-from comq_onnx.grid import Grid
-from comq_onnx.solve import Statistics
+from comq_onnx.solve.grid import Grid
+from comq_onnx.solve.moments import Statistics
 from comq_onnx.solve.problem import BLOCK, RIDGE, Part, arrange, factor, pose, take_part
 
 RIDGES = st.sampled_from([0.003, 0.1, 1.0])

@@ -13,8 +13,8 @@ from hypothesis import given
 from layers import QUICK, Case, cases, rows
 from threadpoolctl import threadpool_info
 
-from comq_onnx.moments import Moments
-from comq_onnx.solve import Statistics
+from comq_onnx.solve.moment_sums import Moments
+from comq_onnx.solve.moments import Statistics
 from comq_onnx.solve.parallel import each, single_threaded_blas
 
 

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from comq_onnx.prepare import Layer, list_layers
-from comq_onnx.stages import Stage, cut, reads
+from comq_onnx.calibrate.stages import Stage, cut, reads
+from comq_onnx.model.layers import Layer, list_layers
 
 WIDTH = 12
 WEIGHT = np.eye(WIDTH, dtype=np.float32)

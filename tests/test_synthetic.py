@@ -16,9 +16,12 @@ from test_samples_text import BERT, a_tokenizer
 import comq_onnx
 from comq_onnx import pipeline
 from comq_onnx.errors import SamplesError
-from comq_onnx.samples import PREPROCESS, Clues, Recipe, load_samples
-from comq_onnx.samples.guess import CENTRED, CENTRED_NAME
-from comq_onnx.samples.pictures import draw_pictures
+from comq_onnx.options.samples import Recipe
+from comq_onnx.samples.dataset import Clues
+from comq_onnx.samples.images.drawing import draw_pictures
+from comq_onnx.samples.images.guess import CENTRED, CENTRED_NAME
+from comq_onnx.samples.images.preprocess import PREPROCESS
+from comq_onnx.samples.load import load_samples
 from comq_onnx.samples.synthetic import page_texts
 from models import Arrays, build, cnn, decoder, encoder, infer, normal, weight
 

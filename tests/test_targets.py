@@ -13,9 +13,11 @@ import pytest
 from click.testing import CliRunner
 
 import comq_onnx
-from comq_onnx import cli, pipeline
+from comq_onnx import pipeline
+from comq_onnx.cli import command as cli
 from comq_onnx.errors import ModelError, OptionError
-from comq_onnx.targets import ORT_CPU, TARGETS, TENSORRT, WIDTHS, Target
+from comq_onnx.targets.catalog import ORT_CPU, TARGETS, TENSORRT
+from comq_onnx.targets.target import WIDTHS, Target
 from models import cnn, mlp, samples_for
 
 PACKAGE = Path(comq_onnx.__file__).parent

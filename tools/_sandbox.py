@@ -21,7 +21,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeVar
 
-from comq_onnx import cli, comparison, pipeline
+from comq_onnx import pipeline
+from comq_onnx.cli import command as cli
+from comq_onnx.evaluate import latency
 
 Job = TypeVar("Job")
 # one line that somebody can read: longer ones are a library's dump
@@ -140,7 +142,7 @@ def _serve(pipe: Connection, run: Callable[[Any], Any], memory: int | None) -> N
 
 def quickly() -> None:
     """Leave out the two seconds in which both models are timed."""
-    pipeline.latency = functools.partial(comparison.latency, seconds=0.0)  # type: ignore[attr-defined]
+    pipeline.latency = functools.partial(latency, seconds=0.0)  # type: ignore[attr-defined]
 
 
 def command_line(*arguments: object) -> Said:

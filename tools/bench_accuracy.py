@@ -33,19 +33,27 @@ import numba
 import numpy as np
 import onnxruntime
 
-from comq_onnx import graph as graphs
-from comq_onnx import padding
-from comq_onnx.activations import ActivationPlan, plan_activations
-from comq_onnx.calibrate import Settings, specialize, walk
-from comq_onnx.comparison import compare_outputs
-from comq_onnx.grid import Array, Grid, QuantizedWeight, rtn
+from comq_onnx.calibrate.walk import Settings, walk
+from comq_onnx.evaluate import compare_outputs
+from comq_onnx.model.files import private_directory, to_bytes_or_file
+from comq_onnx.model.layers import Layer, Prepared, calibrated
+from comq_onnx.model.prepare import prepare
+from comq_onnx.model.source import read_model
 from comq_onnx.pipeline import Options, version
-from comq_onnx.prepare import Layer, Prepared, calibrated, prepare
-from comq_onnx.qdq import Quantization, emit, grid_for
-from comq_onnx.runtime import Session
-from comq_onnx.samples import Samples, load_samples
-from comq_onnx.solve import EFFORTS, METHODS, Method, Statistics, error_db, solve
-from comq_onnx.targets import TARGETS
+from comq_onnx.plan.activations import ActivationPlan, plan_activations
+from comq_onnx.plan.forms import grid_for
+from comq_onnx.plan.subgraphs import specialize
+from comq_onnx.runtime.session import Session
+from comq_onnx.samples import padding
+from comq_onnx.samples.dataset import Samples
+from comq_onnx.samples.load import load_samples
+from comq_onnx.solve.comq import EFFORTS
+from comq_onnx.solve.grid import Array, Grid, QuantizedWeight, rtn
+from comq_onnx.solve.layer import METHODS, Method, error_db, solve
+from comq_onnx.solve.moments import Statistics
+from comq_onnx.targets.catalog import TARGETS
+from comq_onnx.write.emit import emit
+from comq_onnx.write.weights import Quantization
 
 OWN_FOLDER = Path(__file__).parents[1] / "models"
 OWN = ("fashion_cnn", "fashion_vit")
@@ -109,7 +117,7 @@ def open_subject(name: str, paths: tuple[Path, Path, Path], bits: Sequence[int])
     calib, test = (load_samples(path, source.inputs) for path in paths[1:])
     # blocks, and Casts of packed codes, came with opset 21
     opset = max(21, *(TARGET.container(b)[1] for b in bits))
-    prepared = prepare(graphs.read(paths[0]), opset, TARGET.min_opset)
+    prepared = prepare(read_model(paths[0]), opset, TARGET.min_opset)
     found = specialize(prepared, calib, Settings(batch_size=BATCH))
     walked = replace(found.prepared, layers=list(calibrated(found.prepared.layers)))
     mask = None if calib.per_item else padding.find_mask(calib.arrays)
@@ -133,8 +141,8 @@ def measure(
         model,
         Quantization(subject.walked.layers, found.solutions, subject.plan, {}, TARGET, subject.prepared.opset),
     )
-    with graphs.private_directory() as work:
-        quantized = Session(graphs.to_bytes_or_file(model, work, "quantized"), exact=True)
+    with private_directory() as work:
+        quantized = Session(to_bytes_or_file(model, work, "quantized"), exact=True)
         outputs = compare_outputs(subject.source, quantized, test, BATCH)
         worst = min(outputs, key=lambda o: o.sqnr_db)
         cosine = mean_cosine(subject.source, quantized, worst.name, test)

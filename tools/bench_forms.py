@@ -21,9 +21,9 @@ import onnx
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
-from comq_onnx.codes import field_table, pack_plane
-from comq_onnx.comparison import executed_kernels
-from comq_onnx.runtime import Session
+from comq_onnx.evaluate import executed_kernels
+from comq_onnx.runtime.session import Session
+from comq_onnx.write.codes import field_table, pack_plane
 
 Model = onnx.ModelProto
 RNG = np.random.default_rng(0)

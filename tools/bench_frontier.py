@@ -22,13 +22,15 @@ import click
 import numpy as np
 from scipy.stats import spearmanr
 
-from comq_onnx import graph as graphs
-from comq_onnx.budget import parse_drop
-from comq_onnx.comparison import OutputComparison, compare_outputs
 from comq_onnx.errors import ComqError
+from comq_onnx.evaluate import compare_outputs
+from comq_onnx.metrics import OutputComparison
+from comq_onnx.model.files import written
+from comq_onnx.options.budgets import parse_drop
 from comq_onnx.pipeline import Options, Planned, Run, quantize
-from comq_onnx.runtime import Session
-from comq_onnx.samples import Samples, load_samples
+from comq_onnx.runtime.session import Session
+from comq_onnx.samples.dataset import Samples
+from comq_onnx.samples.load import load_samples
 
 
 @dataclass
@@ -45,7 +47,7 @@ class Subject:
         solved = self.run.solve(planned)
         with (
             tempfile.TemporaryDirectory() as work,
-            graphs.written(solved.model, Path(work) / "model.onnx") as (path, size),
+            written(solved.model, Path(work) / "model.onnx") as (path, size),
         ):
             return size, self.worst(path)
 

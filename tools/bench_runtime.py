@@ -25,10 +25,11 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 import comq_onnx
-from comq_onnx import device as devices
-from comq_onnx.comparison import INTEGER_PRODUCTS, compare_outputs, executed_kernels, latency
-from comq_onnx.runtime import Session
-from comq_onnx.samples import Samples, load_samples
+from comq_onnx.evaluate import INTEGER_PRODUCTS, compare_outputs, executed_kernels, latency
+from comq_onnx.runtime import device as devices
+from comq_onnx.runtime.session import Session
+from comq_onnx.samples.dataset import Samples
+from comq_onnx.samples.load import load_samples
 
 
 class Reader(CalibrationDataReader):

@@ -32,11 +32,12 @@ import numba
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from comq_onnx.grid import Grid, QuantizedWeight, fit_minmax, fit_mse
-from comq_onnx.moments import Moments
-from comq_onnx.solve import Method, Statistics, error_db, solve, solve_comq
-from comq_onnx.solve.comq import EFFORTS, ZERO_POINT_BITS, Effort
-from comq_onnx.solve.judge import Judge
+from comq_onnx.solve.comq import EFFORTS, ZERO_POINT_BITS, Effort, solve_comq
+from comq_onnx.solve.grid import Grid, QuantizedWeight, fit_minmax, fit_mse
+from comq_onnx.solve.layer import Method, error_db, solve
+from comq_onnx.solve.moment_sums import Moments
+from comq_onnx.solve.moments import Statistics
+from comq_onnx.solve.output_error import Judge
 
 try:
     import torch

@@ -23,10 +23,10 @@ from typing import Any
 import click
 import onnxruntime
 
-from comq_onnx.comparison import INTEGER_KERNELS, compare_outputs, executed_kernels, latency
 from comq_onnx.errors import ComqError
-from comq_onnx.runtime import Session
-from comq_onnx.samples import load_samples
+from comq_onnx.evaluate import INTEGER_KERNELS, compare_outputs, executed_kernels, latency
+from comq_onnx.runtime.session import Session
+from comq_onnx.samples.load import load_samples
 
 LEVELS = {"disabled": 0, "basic": 1, "extended": 2, "all": 99}
 # language models run with float activations: their weights are what is large

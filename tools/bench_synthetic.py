@@ -18,16 +18,16 @@ import numpy as np
 import onnxruntime
 
 import comq_onnx
-from comq_onnx import graph
-from comq_onnx.clues import token_limits
-from comq_onnx.comparison import compare_outputs
-from comq_onnx.runtime import Session
+from comq_onnx.evaluate import compare_outputs
+from comq_onnx.model.source import read_model
+from comq_onnx.runtime.session import Session
+from comq_onnx.samples.clues import token_limits
 
 
 def noise(model: Path, source: Session, like: dict[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
     """White noise of the shape of each array of `like`, and tokens at random; what is neither stays as it is."""
     rng = np.random.default_rng(0)
-    limits = token_limits(graph.read(model))
+    limits = token_limits(read_model(model))
     made = {name: array[:count] for name, array in like.items()}
     for info in source.inputs:
         shape = (count, *like[info.name].shape[1:])

@@ -33,12 +33,12 @@ import _runtimes
 import click
 import numpy as np
 
-from comq_onnx.check import lint
-from comq_onnx.comparison import INTEGER_PRODUCTS, compare_outputs, executed_kernels
-from comq_onnx.graph import read
-from comq_onnx.runtime import Session
-from comq_onnx.samples import load_samples
-from comq_onnx.targets import TARGETS
+from comq_onnx.evaluate import INTEGER_PRODUCTS, compare_outputs, executed_kernels
+from comq_onnx.model.source import read_model
+from comq_onnx.runtime.session import Session
+from comq_onnx.samples.load import load_samples
+from comq_onnx.targets.catalog import TARGETS
+from comq_onnx.write.check import lint
 
 COLUMNS = ("target", "model", "bits", "MB", "SQNR dB", "top-1 agreement", "planned", "found", "speed", "rules broken")
 
@@ -78,7 +78,7 @@ def measure(folder: Path, out: Path, said: dict[str, Any], target: str, count: i
         "sqnr_db": min(o.sqnr_db for o in outputs),
         "agreement": min(agreements) if agreements else None,
         "planned": len(layers),
-        "broken": lint(read(out), TARGETS[target]),
+        "broken": lint(read_model(out), TARGETS[target]),
         **LOOK[target](folder / "model.onnx", out, layers, feeds),
     }
 

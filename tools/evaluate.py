@@ -17,9 +17,10 @@ import onnxruntime
 from rich.console import Console
 from rich.table import Table
 
-from comq_onnx.comparison import compare_outputs, looks_like_scores, softmax
-from comq_onnx.runtime import Session
-from comq_onnx.samples import load_samples
+from comq_onnx.evaluate import compare_outputs
+from comq_onnx.metrics import looks_like_scores, softmax
+from comq_onnx.runtime.session import Session
+from comq_onnx.samples.load import load_samples
 
 
 def read(path: Path, labels: Path | None) -> tuple[dict[str, np.ndarray], np.ndarray | None]:

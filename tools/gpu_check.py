@@ -41,15 +41,19 @@ from rich.console import Console
 from rich.table import Table
 
 import comq_onnx
-from comq_onnx import device as devices
-from comq_onnx import pipeline, runtime
+from comq_onnx import pipeline
 from comq_onnx.errors import ComqError
-from comq_onnx.grid import Grid
-from comq_onnx.moments import Moments
-from comq_onnx.patches import patch_gram
-from comq_onnx.runtime import Session
-from comq_onnx.solve import Statistics, gpu, solve, step
+from comq_onnx.runtime import device as devices
+from comq_onnx.runtime import session as runtime
+from comq_onnx.runtime.session import Session
 from comq_onnx.solve.comq import EFFORTS
+from comq_onnx.solve.gpu import solver as gpu
+from comq_onnx.solve.gpu import step
+from comq_onnx.solve.grid import Grid
+from comq_onnx.solve.layer import solve
+from comq_onnx.solve.moment_sums import Moments
+from comq_onnx.solve.moments import Statistics
+from comq_onnx.solve.patches import patch_gram
 
 ROOT = Path(__file__).parents[1]
 TESTS = ("test_solve_gpu.py", "test_moments.py", "test_patches.py", "test_cuts.py")

@@ -25,9 +25,9 @@ from rich.table import Table
 from rich.text import Text
 
 import comq_onnx
-from comq_onnx.check import lint
-from comq_onnx.graph import find_model, load
-from comq_onnx.targets import TARGETS
+from comq_onnx.model.source import find_model, load_source
+from comq_onnx.targets.catalog import TARGETS
+from comq_onnx.write.check import lint
 
 
 def value(info: onnx.ValueInfoProto) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def weights(graph: onnx.GraphProto) -> Counter[str]:
 def inspect(path: Path, target: str | None = None) -> dict[str, Any]:
     """All that is known about a model without running samples through it."""
     path = find_model(path)
-    model, source = load(path)
+    model, source = load_source(path)
     proto = onnx.load(path, load_external_data=False)
     initializers = {tensor.name for tensor in proto.graph.initializer}
     found: dict[str, Any] = {

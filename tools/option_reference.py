@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import click
 
-from comq_onnx.cli import NOT_IN_CONFIG, by_long_name, command, grouped
+from comq_onnx.cli.command import NOT_IN_CONFIG, by_long_name, command, grouped
 
 HEAD = """# Options
 

@@ -39,9 +39,9 @@ from _sandbox import Outcome, Said, command_line, each, quickly, snapshot, table
 from onnx import helper, numpy_helper
 from onnx.backend.test.loader import load_model_tests
 
-from comq_onnx import prepare
-from comq_onnx.comparison import sqnr_of
-from comq_onnx.runtime import Session
+from comq_onnx.metrics import sqnr_of
+from comq_onnx.model import layers
+from comq_onnx.runtime.session import Session
 
 KINDS = ("node", "simple", "pytorch-converted", "pytorch-operator", "real")
 FORMS = ("as is", "weights inside", "before a layer")
@@ -188,7 +188,7 @@ def before_a_layer(
         changed.opset_import.append(helper.make_opsetid("", opset))
 
     def layer(source: str, features: int, name: str) -> None:
-        width = max(16, -(-prepare.MIN_WEIGHTS // features))
+        width = max(16, -(-layers.MIN_WEIGHTS // features))
         weight = rng.standard_normal((features, width)).astype(np.float32)
         graph.initializer.append(numpy_helper.from_array(weight, f"{name}.weight"))
         graph.node.append(helper.make_node("MatMul", [source, f"{name}.weight"], [name], name))
@@ -215,7 +215,7 @@ def before_a_layer(
 
 def check(job: Job) -> Result:
     """Put one test through the command line and compare what came out."""
-    prepare.MIN_WEIGHTS = 1 if job.form == "weights inside" else 128
+    layers.MIN_WEIGHTS = 1 if job.form == "weights inside" else 128
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work)
         source, out = folder / "model.onnx", folder / "q.onnx"

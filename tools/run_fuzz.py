@@ -44,10 +44,10 @@ from _sandbox import Outcome, command_line, each, quickly, snapshot, table
 from onnx import AttributeProto, TensorProto, helper, numpy_helper
 from PIL import Image
 
-from comq_onnx.comparison import sqnr_of
 from comq_onnx.errors import ComqError, SamplesError
+from comq_onnx.metrics import sqnr_of
 from comq_onnx.pipeline import LEAST_DB
-from comq_onnx.runtime import Session
+from comq_onnx.runtime.session import Session
 
 KINDS = ("bytes", "model", "samples", "folder")
 SAMPLES = 12

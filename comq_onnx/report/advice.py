@@ -9,7 +9,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from comq_onnx.report import LayerReport, Report
+    from comq_onnx.report.report import LayerReport, Report
 
 # a layer that loses more than this, and this much more than the middle one, is worth more bits
 LOSES_DB, LOSES_MORE_DB = -15.0, 6.0

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from comq_onnx.comparison import FLOAT_PRODUCTS
+from comq_onnx.evaluate import FLOAT_PRODUCTS
 from comq_onnx.report import plots
 from comq_onnx.report.advice import advise
-from comq_onnx.targets import TARGETS
+from comq_onnx.targets.catalog import TARGETS
 
 if TYPE_CHECKING:
-    from comq_onnx.report import LayerReport, Report
+    from comq_onnx.report.report import LayerReport, Report
 
 FRAME_HEIGHT = 900
 # plots of more marks than these are drawn once, and scrolled on a narrow page

@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 if TYPE_CHECKING:
-    from comq_onnx.budget import Point
-    from comq_onnx.report import ActivationReport, LayerReport
+    from comq_onnx.bits.tradeoff import Point
+    from comq_onnx.report.report import ActivationReport, LayerReport
 
 # stand-ins for the page's colours: matplotlib knows no CSS variables
 COLOURS = {

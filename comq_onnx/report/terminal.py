@@ -9,12 +9,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from comq_onnx.budget import Point
-from comq_onnx.comparison import OutputComparison
+from comq_onnx.bits.tradeoff import Point
+from comq_onnx.metrics import OutputComparison
 from comq_onnx.report.advice import advise
 
 if TYPE_CHECKING:
-    from comq_onnx.report import LayerReport, Report
+    from comq_onnx.report.report import LayerReport, Report
 
 
 def render(report: Report, verbose: bool = False) -> RenderableType:

@@ -13,8 +13,9 @@ from scipy.io import wavfile
 from scipy.signal import resample_poly
 
 from comq_onnx.errors import OptionError, SamplesError
-from comq_onnx.samples.core import AnyArray, Clues, ModelInput, names_of
-from comq_onnx.samples.recipe import Recipe, beside, parse_json
+from comq_onnx.options.samples import Recipe
+from comq_onnx.samples.beside import beside, parse_json
+from comq_onnx.samples.dataset import AnyArray, Clues, ModelInput, names_of
 
 AUDIO_SUFFIXES = frozenset({".wav"})
 WINDOW = 16_000  # points, where the model leaves the length free

@@ -17,10 +17,10 @@ import numpy as np
 from PIL import Image
 
 from comq_onnx.errors import SamplesError
+from comq_onnx.options.samples import PICTURE_OPTIONS, TEXT_OPTIONS, Recipe
 from comq_onnx.samples.arrays import stack_feeds
-from comq_onnx.samples.core import AnyArray, Clues, ModelInput, names_of
-from comq_onnx.samples.images import read_images
-from comq_onnx.samples.recipe import PICTURE_OPTIONS, TEXT_OPTIONS, Recipe
+from comq_onnx.samples.dataset import AnyArray, Clues, ModelInput, names_of
+from comq_onnx.samples.images.files import read_images
 from comq_onnx.samples.text import texts_wanted, tokenize
 
 

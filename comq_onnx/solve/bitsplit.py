@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from comq_onnx import kernels
-from comq_onnx.grid import Array
+from comq_onnx.solve import kernels
+from comq_onnx.solve.grid import Array
 from comq_onnx.solve.problem import Part
 
 

@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from comq_onnx import kernels
-from comq_onnx.grid import Array, Codes, Grid, QuantizedWeight, fit_mse
+from comq_onnx.solve import kernels
 from comq_onnx.solve.bitsplit import refine
+from comq_onnx.solve.grid import Array, Codes, Grid, QuantizedWeight, fit_mse
+from comq_onnx.solve.moments import Statistics
 from comq_onnx.solve.parallel import each, parts, single_threaded_blas
 from comq_onnx.solve.problem import BLOCK, RIDGE, Arranged, Part, Problem, arrange, pose, take_part, visiting_order
-from comq_onnx.solve.statistics import Statistics
 
 # problems of at most so many inputs are solved near-exactly
 SMALL = 32

@@ -13,10 +13,10 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from comq_onnx import kernels
-from comq_onnx.grid import Array, Grid, QuantizedWeight, fit_minmax
+from comq_onnx.solve import kernels
+from comq_onnx.solve.grid import Array, Grid, QuantizedWeight, fit_minmax
+from comq_onnx.solve.moments import Matrix, Statistics
 from comq_onnx.solve.parallel import each, parts, single_threaded_blas
-from comq_onnx.solve.statistics import Matrix, Statistics
 
 ORDERS = ("greedy", "cyclic")
 SWEEPS = 3

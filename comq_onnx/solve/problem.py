@@ -18,8 +18,8 @@ import numpy.typing as npt
 import scipy.linalg
 from scipy.linalg import lapack
 
-from comq_onnx.grid import Array, Grid
-from comq_onnx.solve.statistics import Statistics
+from comq_onnx.solve.grid import Array, Grid
+from comq_onnx.solve.moments import Statistics
 
 # inputs that are decided before the others see them in a matrix product
 BLOCK = 128

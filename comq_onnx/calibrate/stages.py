@@ -1,0 +1,75 @@
+"""The cuts: a graph in topological order, divided so that each layer's input lies at a cut.
+
+A node's depth is the number of layers on the longest way to it, itself included. Stage k holds the nodes of depth k:
+its layers, which do not depend on one another (q, k and v share a stage, so do parallel branches), and the float
+operators behind them. So the inputs of stage k's layers all lie at the cut before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from comq_onnx.model.layers import Layer
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One segment of the graph: its layers, what it reads from earlier stages, makes, and leaves for later ones."""
+
+    index: int
+    layers: tuple[Layer, ...]
+    nodes: tuple[str, ...]
+    reads: tuple[str, ...]
+    makes: tuple[str, ...]
+    live_after: frozenset[str]
+
+
+def cut(model: ir.Model, layers: Sequence[Layer]) -> list[Stage]:
+    """Divide the main graph of `model` into stages; layers inside subgraphs count as float operators of their node."""
+    by_name = {layer.name: layer for layer in layers}
+    depths: dict[int, int] = {}
+    members: dict[int, list[ir.Node]] = {0: []}
+    for node in model.graph:
+        before = [depths.get(id(v.producer()), 0) for v in reads(node) if v.producer() is not None]
+        depth = max(before, default=0) + (node.name in by_name)
+        depths[id(node)] = depth
+        members.setdefault(depth, []).append(node)
+
+    last_read: dict[str, int] = {}
+    made_in: dict[str, int] = {str(v.name): -1 for v in model.graph.inputs}
+    for depth, nodes in sorted(members.items()):
+        for node in nodes:
+            made_in.update((str(v.name), depth) for v in node.outputs)
+            for value in reads(node):
+                last_read[str(value.name)] = max(last_read.get(str(value.name), 0), depth)
+
+    stages = []
+    for depth, nodes in sorted(members.items()):
+        makes = [str(v.name) for node in nodes for v in node.outputs if v.name]
+        wanted = dict.fromkeys(str(v.name) for node in nodes for v in reads(node))
+        earlier = tuple(name for name in wanted if name in made_in and made_in[name] < depth)
+        live = frozenset(n for n, made in made_in.items() if made <= depth and last_read.get(n, -1) > depth)
+        here = tuple(by_name[str(node.name)] for node in nodes if node.name in by_name)
+        stages.append(Stage(depth, here, tuple(str(n.name) for n in nodes), earlier, tuple(makes), live))
+    return stages
+
+
+def reads(node: ir.Node) -> list[ir.Value]:
+    """The values a node reads, those that its subgraphs capture from outside included."""
+    values = [v for v in node.inputs if v is not None]
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            values += _captured(attribute.value)
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            for inner in attribute.value:
+                values += _captured(inner)
+    return values
+
+
+def _captured(graph: ir.Graph) -> list[ir.Value]:
+    own = {id(v) for v in graph.inputs} | {id(v) for node in graph for v in node.outputs}
+    wanted = [v for node in graph for v in reads(node)] + list(graph.outputs)
+    return [v for v in wanted if id(v) not in own]

@@ -1,0 +1,167 @@
+"""How near two outputs are: SQNR, cosine, class scores, and how often noise changes the best class."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy.special import ndtr
+
+
+@dataclass(frozen=True)
+class OutputComparison:
+    """One output of two models: SQNR in dB, cosine similarity, top-1 agreement (None where it holds no class
+    scores)."""
+
+    name: str
+    sqnr_db: float
+    cosine: float
+    top1_agreement: float | None
+
+
+class ComparisonSums:
+    """Running sums over an output of both models."""
+
+    def __init__(self) -> None:
+        self.signal = self.noise = self.dot = self.energy = 0.0
+        self.agree = self.rows = 0
+        self.scores: bool | None = None
+
+    def add(self, before: npt.NDArray[Any], after: npt.NDArray[Any]) -> None:
+        a, b = before.astype(np.float64).ravel(), after.astype(np.float64).ravel()
+        finite = np.isfinite(a) & np.isfinite(b)
+        # where both say the same infinity they agree; anything else that is not finite is all noise
+        if not finite.all():
+            same = (a == b) & ~finite
+            self.noise += float(np.count_nonzero(~finite & ~same)) * float(
+                (a[finite] ** 2).mean() if finite.any() else 1
+            )
+            a, b = a[finite], b[finite]
+        self.signal += float(a @ a)
+        self.noise += float((a - b) @ (a - b))
+        self.dot += float(a @ b)
+        self.energy += float(b @ b)
+        if self.scores is None:
+            self.scores = looks_like_scores(before)
+        if self.scores:
+            first, second = before.argmax(-1), after.argmax(-1)
+            self.agree += int((first == second).sum())
+            self.rows += first.size
+
+    def result(self, name: str) -> OutputComparison:
+        ratio = max(self.signal, 1e-300) / self.noise if self.noise else 1e20
+        sqnr = 10 * float(np.log10(ratio)) if ratio > 0 else -np.inf
+        length = float(np.sqrt(self.signal * self.energy))
+        cosine = self.dot / length if length > 0 else float(self.noise == 0)
+        return OutputComparison(name, sqnr, cosine, self.agree / self.rows if self.rows else None)
+
+
+def looks_like_scores(output: npt.NDArray[Any]) -> bool:
+    """Whether the last axis holds class scores: probabilities, logits [n, classes], or logits over a vocabulary."""
+    if output.ndim < 2 or output.shape[-1] < 2 or output.dtype.kind != "f" or not output.size:
+        return False
+    rows = output.reshape(-1, output.shape[-1]).astype(np.float64)
+    if (rows >= 0).all() and np.allclose(rows.sum(axis=1), 1, atol=1e-2):
+        return True
+    if output.ndim != 2:
+        return output.ndim == 3 and output.shape[-1] >= 1000
+    # vectors of length 1 are embeddings
+    return not np.allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-2)
+
+
+def scores_among(outputs: Mapping[str, Any]) -> str | None:
+    """The first output that looks like class scores."""
+    return next((name for name, x in outputs.items() if isinstance(x, np.ndarray) and looks_like_scores(x)), None)
+
+
+def suspicious_scores(name: str, output: Any) -> str | None:
+    """Why class scores [samples, classes] of the float model make one doubt its input; None where they do not.
+
+    Photographs through EfficientNet-Lite0 and SqueezeNet give scores of 0.2 to 0.35 of the most entropy there can be;
+    pixels of the wrong scale, layout or offset 0.5 to 1, or one class for all. Fewer than 8 samples or 10 classes say
+    nothing.
+    """
+    if not isinstance(output, np.ndarray) or output.ndim != 2 or not looks_like_scores(output):
+        return None
+    rows, classes = output.shape
+    if rows < 8 or classes < 10 or not np.isfinite(output).all():
+        return None
+    given = output.astype(np.float64)
+    scores = softmax(given)
+    named = scores is given or any(word in name.lower() for word in ("logit", "prob", "score", "class", "softmax"))
+    entropy = float(-(scores * np.log(scores + 1e-300)).sum(axis=-1).mean() / np.log(classes))
+    top = float(scores.max(axis=-1).mean())
+    look = "look at them with --inspect-samples, and see that they are preprocessed as the model was trained"
+    # features of a backbone are flat too
+    if entropy > 0.45 and (named or entropy < 0.9):
+        return (
+            f"the float model is undecided about these samples: its best class of {classes} in {name!r} gets "
+            f"{top:.1%} on average; {look}"
+        )
+    if named and len(set(scores.argmax(axis=-1).tolist())) == 1:
+        return f"the float model gives all of the first {rows} samples the same of {classes} classes ({name!r}); {look}"
+    return None
+
+
+def softmax(scores: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Probabilities along the last axis; scores that are probabilities already stay as they are."""
+    if (scores >= 0).all() and np.allclose(scores.sum(-1), 1, atol=1e-2):
+        return scores
+    e = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.asarray(e / e.sum(-1, keepdims=True))
+
+
+def sqnr_of(first: dict[str, Any], second: dict[str, Any]) -> float:
+    """The lowest SQNR in dB over the floating-point outputs of one run of two models; -inf where shapes differ."""
+    worst = 200.0
+    for name, a in first.items():
+        b = second.get(name)
+        if not isinstance(a, np.ndarray) or not isinstance(b, np.ndarray) or a.shape != b.shape:
+            worst = worst if type(a) is type(b) and not isinstance(a, np.ndarray) else -np.inf
+        elif a.dtype.kind == "f":
+            sums = ComparisonSums()
+            sums.scores = False
+            sums.add(a, b)
+            worst = min(worst, sums.result(name).sqnr_db)
+        elif not np.array_equal(a, b):
+            worst = -np.inf
+    return worst
+
+
+Floats = npt.NDArray[np.float64]
+
+
+def leads(scores: npt.NDArray[Any]) -> Floats:
+    """By how much the highest score of each row leads the second highest: [..., classes] -> [rows]."""
+    top = np.partition(_rows(scores), -2, axis=-1)[:, -2:]
+    return np.asarray(top[:, 1] - top[:, 0])
+
+
+def lead_changes(before: npt.NDArray[Any], after: npt.NDArray[Any], rivals: int = 1) -> Floats:
+    """By how much the leads of the class that is best in `before` over the `rivals` next best there change:
+    [rows * rivals], fewer where there are not so many classes."""
+    a = _rows(before)
+    order = np.argsort(a, axis=-1, kind="stable")[:, ::-1][:, : rivals + 1]
+    changes = np.take_along_axis(_rows(after) - a, order, axis=-1)
+    return np.asarray((changes[:, :1] - changes[:, 1:]).ravel())
+
+
+def expected_agreement(margins: Floats, deviation: float) -> float:
+    """The share of rows whose best class stays ahead when its lead gets normal noise of a standard deviation."""
+    return float(ndtr(margins / max(deviation, 1e-30)).mean())
+
+
+def deviation_for(margins: Floats, agreement: float) -> float:
+    """The largest deviation at which `expected_agreement` is at least `agreement`; 0 where none is."""
+    low, high = 0.0, float(max(margins.max(initial=0), 1e-30)) * 10
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if expected_agreement(margins, middle) >= agreement else (low, middle)
+    return low
+
+
+def _rows(scores: npt.NDArray[Any]) -> Floats:
+    return np.asarray(scores.reshape(-1, scores.shape[-1]), np.float64)

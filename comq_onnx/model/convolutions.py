@@ -1,0 +1,225 @@
+"""Convolutions of any rank and their transposes as kinds of layers (op_kind.py)."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, cast
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from comq_onnx import arrays
+from comq_onnx.model.op_kind import AnyArray, OpKind, attribute
+from comq_onnx.solve import patches
+from comq_onnx.solve.grid import Array
+
+
+@dataclass(frozen=True)
+class _Spatial(OpKind):
+    """What Conv and ConvTranspose share: a window sliding over the spatial axes of x [n, channels, *spatial]."""
+
+    weight_shape: tuple[int, ...]
+    group: int
+    strides: tuple[int, ...]
+    dilations: tuple[int, ...]
+    pads: tuple[int, ...]
+    auto_pad: str
+
+    bias_index: ClassVar[int | None] = 2
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        return self.weight_shape[2:]
+
+    def rows_key(self) -> tuple[object, ...]:
+        window = (self.kernel, self.group, self.strides, self.dilations, self.pads, self.auto_pad)
+        return (self.op_type, *window)
+
+    @property
+    def groups(self) -> int:
+        return self.group
+
+    @property
+    def _spans(self) -> list[int]:
+        """The extent of a dilated kernel on each spatial axis."""
+        return [(k - 1) * d + 1 for k, d in zip(self.kernel, self.dilations, strict=True)]
+
+    @abstractmethod
+    def _prepared(self, x: Array) -> tuple[Array, tuple[int, ...]]:
+        """The padded input, and the stride of the window over it."""
+
+    def _windows(self, x: Array) -> Array:
+        """A view [n, channels, *out, *kernel]."""
+        padded, strides = self._prepared(x)
+        dims = tuple(range(2, x.ndim))
+        view = arrays.windows(padded, self._spans, dims)
+        steps = tuple(slice(None, None, s) for s in strides)
+        taps = tuple(slice(None, None, d) for d in self.dilations)
+        return cast(Array, view[(slice(None), slice(None), *steps, *taps)])
+
+    def rows(self, x: Array, pick: npt.NDArray[np.intp] | None = None) -> Array:
+        windows = self._windows(x)
+        spatial = x.ndim - 2
+        out = windows.shape[2 : 2 + spatial]
+        if pick is None:
+            channels_last = (0, *range(2, 2 + spatial), 1, *range(2 + spatial, windows.ndim))
+            taken = arrays.permute(windows, channels_last).reshape(-1, x.shape[1], *self.kernel)
+        else:
+            n, *place = np.unravel_index(pick, (x.shape[0], *out))
+            # the numbers picked come first, then channels and kernel
+            taken = arrays.at(windows, (n, slice(None), *place))
+        split = taken.reshape(taken.shape[0], self.group, -1)
+        return cast(Array, arrays.contiguous(split.swapaxes(0, 1)))
+
+    def patches(self, x: Array) -> Array | None:
+        padded, strides = self._prepared(x)
+        return padded if patches.pays(padded.shape, self.kernel, strides, self.dilations, self.group) else None
+
+    def positions(self, x: Array) -> int:
+        windows = self._windows(x)
+        return int(windows.shape[0]) * int(np.prod(windows.shape[2 : x.ndim]))
+
+
+@dataclass(frozen=True)
+class Conv(_Spatial):
+    """A convolution of any rank, weight [out, in / group, *kernel]."""
+
+    op_type: ClassVar[str] = "Conv"
+
+    @classmethod
+    def of(cls, node: ir.Node, weight_shape: tuple[int, ...]) -> Conv:
+        return cls(weight_shape, *_window_attributes(node, len(weight_shape) - 2))
+
+    def to_matrix(self, weight: AnyArray) -> AnyArray:
+        return weight.reshape(self.group, weight.shape[0] // self.group, -1)
+
+    def from_matrix(self, matrix: AnyArray) -> AnyArray:
+        return np.ascontiguousarray(matrix).reshape(self.weight_shape)
+
+    @property
+    def inputs(self) -> int:
+        return int(np.prod(self.weight_shape[1:]))
+
+    def _prepared(self, x: Array) -> tuple[Array, tuple[int, ...]]:
+        size = x.shape[2:]
+        rank = len(size)
+        if self.auto_pad in ("SAME_UPPER", "SAME_LOWER"):
+            total = [
+                max((-(-n // s) - 1) * s + span - n, 0)
+                for n, s, span in zip(size, self.strides, self._spans, strict=True)
+            ]
+            small, large = [t // 2 for t in total], [t - t // 2 for t in total]
+            begin, end = (small, large) if self.auto_pad == "SAME_UPPER" else (large, small)
+        elif self.auto_pad == "VALID":
+            begin = end = [0] * rank
+        else:
+            begin, end = list(self.pads[:rank]), list(self.pads[rank:])
+        return arrays.pad(x, [(0, 0), (0, 0), *zip(begin, end, strict=True)]), self.strides
+
+    @property
+    def axis(self) -> int | None:
+        return 0
+
+    def spread_scale(self, scale: AnyArray) -> AnyArray:
+        return scale.reshape(-1, *[1] * (len(self.weight_shape) - 1))
+
+
+@dataclass(frozen=True)
+class ConvTranspose(_Spatial):
+    """A transposed convolution, weight [in, out / group, *kernel].
+
+    It is a convolution of stride 1 with the flipped kernel over the input with stride - 1 zeros between its elements.
+    """
+
+    output_padding: tuple[int, ...] = ()
+    output_shape: tuple[int, ...] = ()
+
+    op_type: ClassVar[str] = "ConvTranspose"
+
+    @classmethod
+    def of(cls, node: ir.Node, weight_shape: tuple[int, ...]) -> ConvTranspose:
+        rank = len(weight_shape) - 2
+        return cls(
+            weight_shape,
+            *_window_attributes(node, rank),
+            tuple(attribute(node, "output_padding", [0] * rank)),
+            tuple(attribute(node, "output_shape", []))[-rank:],
+        )
+
+    def to_matrix(self, weight: AnyArray) -> AnyArray:
+        spatial = tuple(range(3, weight.ndim + 1))
+        grouped = weight.reshape(self.group, weight.shape[0] // self.group, *weight.shape[1:])
+        return np.flip(grouped, spatial).swapaxes(1, 2).reshape(self.group, weight.shape[1], -1)
+
+    def from_matrix(self, matrix: AnyArray) -> AnyArray:
+        inputs, out, *kernel = self.weight_shape
+        grouped = matrix.reshape(self.group, out, inputs // self.group, *kernel).swapaxes(1, 2)
+        flipped = np.flip(grouped, tuple(range(3, grouped.ndim)))
+        return np.ascontiguousarray(flipped).reshape(self.weight_shape)
+
+    def rows_key(self) -> tuple[object, ...]:
+        return (*super().rows_key(), self.output_padding, self.output_shape)
+
+    @property
+    def inputs(self) -> int:
+        return self.weight_shape[0] // self.group * int(np.prod(self.kernel))
+
+    def _cropped(self, size: tuple[int, ...]) -> tuple[list[int], list[int]]:
+        """What the operator's pads cut off at the beginning and the end of each axis of the full output."""
+        rank = len(size)
+        full = [
+            (n - 1) * s + span + extra
+            for n, s, span, extra in zip(size, self.strides, self._spans, self.output_padding, strict=True)
+        ]
+        if self.output_shape:
+            wanted = list(self.output_shape)
+        elif self.auto_pad in ("SAME_UPPER", "SAME_LOWER"):
+            wanted = [n * s for n, s in zip(size, self.strides, strict=True)]
+        else:
+            begin = [0] * rank if self.auto_pad == "VALID" else list(self.pads[:rank])
+            return begin, [0] * rank if self.auto_pad == "VALID" else list(self.pads[rank:])
+        total = [max(f - w, 0) for f, w in zip(full, wanted, strict=True)]
+        small, large = [t // 2 for t in total], [t - t // 2 for t in total]
+        return (small, large) if self.auto_pad == "SAME_UPPER" else (large, small)
+
+    def _prepared(self, x: Array) -> tuple[Array, tuple[int, ...]]:
+        size = x.shape[2:]
+        spaced = arrays.zeros((*x.shape[:2], *[(n - 1) * s + 1 for n, s in zip(size, self.strides, strict=True)]), x)
+        spaced[(slice(None), slice(None), *[slice(None, None, s) for s in self.strides])] = x
+        begin, end = self._cropped(size)
+        lower = [span - 1 - b for span, b in zip(self._spans, begin, strict=True)]
+        upper = [span - 1 - e + o for span, e, o in zip(self._spans, end, self.output_padding, strict=True)]
+        widths = [(0, 0), (0, 0), *((max(a, 0), max(b, 0)) for a, b in zip(lower, upper, strict=True))]
+        padded = arrays.pad(spaced, widths)
+        cut = [
+            slice(max(-a, 0), padded.shape[2 + i] - max(-b, 0))
+            for i, (a, b) in enumerate(zip(lower, upper, strict=True))
+        ]
+        return padded[(slice(None), slice(None), *cut)], (1,) * len(size)
+
+    @property
+    def axis(self) -> int | None:
+        # one entry per output channel only where there is one group
+        return 1 if self.group == 1 else None
+
+    def spread_scale(self, scale: AnyArray) -> AnyArray:
+        ones = [1] * (len(self.weight_shape) - 2)
+        if self.group == 1:
+            return scale.reshape(1, -1, *ones)
+        return np.repeat(scale, self.weight_shape[0] // self.group, axis=0).reshape(
+            self.weight_shape[0], self.weight_shape[1], *ones
+        )
+
+
+def _window_attributes(node: ir.Node, rank: int) -> tuple[int, tuple[int, ...], tuple[int, ...], tuple[int, ...], str]:
+    """group, strides, dilations, pads and auto_pad with their defaults."""
+    auto_pad = attribute(node, "auto_pad", "NOTSET")
+    return (
+        int(attribute(node, "group", 1)),
+        tuple(attribute(node, "strides", [1] * rank)),
+        tuple(attribute(node, "dilations", [1] * rank)),
+        tuple(attribute(node, "pads", [0] * (2 * rank))),
+        auto_pad.decode() if isinstance(auto_pad, bytes) else str(auto_pad),
+    )

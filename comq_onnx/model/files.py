@@ -1,0 +1,163 @@
+"""ONNX files written: whole or not at all, and directories that vanish with the process."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx_ir as ir
+
+from comq_onnx.errors import OptionError
+
+# protobuf's own limit is 2^31 - 1 bytes for the whole message
+INLINE_LIMIT = 1_800_000_000
+# a work directory that nobody holds is one of a process that was killed; younger ones may be about to be held
+STALE_SECONDS = 60.0
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that appears under its name only when it is complete. Raises OptionError."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise OptionError(f"{path}: cannot be written ({error.strerror or error}); nothing was left behind") from error
+
+
+def check_output(out: Path, source: Path) -> None:
+    """Make sure, before the long work, that `out` can be written and is not the source. Raises OptionError."""
+    try:
+        if out.is_dir():
+            raise OptionError(f"{out}: is a directory; give the path of the file to write")
+        if out.exists() and not out.is_file():
+            raise OptionError(f"{out}: is a device or a pipe, not a file; give the path of the file to write")
+    except OSError as error:
+        raise OptionError(f"{out}: cannot be the output ({error.strerror})") from error
+    if out.exists() and source.exists() and out.samefile(source):
+        raise OptionError(f"{out}: is the model itself, which is never modified; choose another output")
+    parent = out.parent
+    if not parent.is_dir():
+        raise OptionError(f"{parent}: no such directory for the output; make it first")
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise OptionError(f"{parent}: cannot write there ({error.strerror}); choose another output") from error
+
+
+@contextlib.contextmanager
+def written(model: ir.Model, out: Path) -> Iterator[tuple[Path, int]]:
+    """Write `model` beside `out` and give its path there and its bytes; it gets its name when the block ends well, and
+    vanishes when not: no partial file is ever seen there.
+
+    Tensors go to `<out>.data` where the model would not fit into one protobuf message. Raises OptionError when the
+    disk refuses.
+    """
+    external = f"{out.name}.data" if weight_bytes(model) > INLINE_LIMIT else None
+    if external is None:
+        # or what stays float would go on pointing at the source's data file
+        ir.external_data.load_to_model(model)
+    with contextlib.ExitStack() as stack:
+        with _writing(out):
+            work = stack.enter_context(private_directory(out.parent))
+            ir.save(model, work / out.name, external_data=external)
+            files = sorted(work.iterdir())
+            size = sum(f.stat().st_size for f in files)
+        yield work / out.name, size
+        with _writing(out):
+            if external is not None:
+                # rather no model than an older one beside the new one's data
+                out.unlink(missing_ok=True)
+            # the data first: a model file always finds its data
+            for file in sorted(files, key=lambda f: f.name == out.name):
+                os.replace(file, out.parent / file.name)
+
+
+def file_size(model: ir.Model) -> int:
+    """The bytes that `written` would write; where tensors go to a file of their own, but for some names."""
+    if weight_bytes(model) > INLINE_LIMIT:
+        return weight_bytes(model)
+    return int(ir.to_proto(model).ByteSize())
+
+
+@contextlib.contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OptionError(f"{out}: cannot be written ({error.strerror or error}); nothing was left behind") from error
+
+
+@contextlib.contextmanager
+def private_directory(parent: Path | None = None) -> Iterator[Path]:
+    """A directory only we can read_model, removed at the end; and those removed that killed processes left in `parent`."""
+    parent = Path(tempfile.gettempdir()) if parent is None else parent
+    _remove_stale(parent)
+    work = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+    held = _hold(work)
+    try:
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        if held is not None:
+            os.close(held)
+
+
+# of directories that are locked while in use: earlier versions locked none of theirs
+_PREFIX = ".comq-held-"
+
+
+def _hold(work: Path) -> int | None:
+    """Lock a directory for as long as this process lives; None where it is locked, or cannot be."""
+    try:
+        import fcntl
+
+        descriptor = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except (ImportError, OSError):
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _remove_stale(parent: Path) -> None:
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(parent):
+            if not entry.name.startswith(_PREFIX) or not entry.is_dir(follow_symlinks=False):
+                continue
+            state = entry.stat(follow_symlinks=False)
+            mine = not hasattr(os, "getuid") or state.st_uid == os.getuid()
+            if mine and time.time() - state.st_mtime > STALE_SECONDS and (held := _hold(Path(entry.path))) is not None:
+                shutil.rmtree(entry.path, ignore_errors=True)
+                os.close(held)
+
+
+def subdirectory(parent: Path, name: str) -> Path:
+    """A new directory in another one."""
+    made = parent / name
+    made.mkdir()
+    return made
+
+
+def weight_bytes(model: ir.Model) -> int:
+    """Bytes of all initializers."""
+    return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+
+
+def to_bytes_or_file(model: ir.Model, directory: Path, name: str) -> bytes | str:
+    """The model as a runtime takes it: serialized, or a path to it where it is too large for that."""
+    if weight_bytes(model) <= INLINE_LIMIT:
+        ir.external_data.load_to_model(model)
+        return bytes(ir.to_proto(model).SerializeToString())
+    ir.save(model, directory / f"{name}.onnx", external_data=f"{name}.data")
+    return str(directory / f"{name}.onnx")

@@ -1,0 +1,80 @@
+"""Half-precision arithmetic made float32."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
+
+from comq_onnx.model import graph as graphs
+from comq_onnx.model.graph import HALF
+from comq_onnx.model.layers import reaches_layer
+
+# Half precision
+# --------------------------------------------------------------------------------------------------------
+
+
+def upcast(model: ir.Model) -> bool:
+    """Make float16 and bfloat16 arithmetic float32, keeping the types of inputs and outputs; whether there was any."""
+    if not any(value.dtype in HALF for value in graphs.walk_values(model)):
+        return False
+    graph = model.graph
+    for value in list(graph.initializers.values()):
+        _upcast_initializer(graph, value)
+    for inner in (graph, *graph.subgraphs()):
+        for node in inner:
+            _upcast_attributes(node)
+    for value in graph.inputs:
+        if value.dtype in HALF and value.uses():
+            _read_as_float(graph, value)
+    for i, value in enumerate(list(graph.outputs)):
+        if value.dtype not in HALF or value.producer() is None:
+            continue
+        name, dtype = value.name, value.dtype
+        _rename(value, f"{name}_float32", ir.DataType.FLOAT)
+        cast = ir.node("Cast", [value], {"to": dtype})
+        _rename(cast.outputs[0], str(name), dtype)
+        cast.outputs[0].shape = value.shape
+        graph.append(cast)
+        graph.outputs[i] = cast.outputs[0]
+    kept = {id(v) for v in (*graph.inputs, *graph.outputs, *graph.initializers.values())}
+    for value in graphs.walk_values(model):
+        if value.dtype in HALF and id(value) not in kept:
+            value.type = ir.TensorType(ir.DataType.FLOAT)
+    passes.NameFixPass()(model)
+    return True
+
+
+def _read_as_float(graph: ir.Graph, value: ir.Value) -> None:
+    """Let all who read an input or initializer of the main graph read it through a Cast to float32."""
+    users = list(value.uses())
+    cast = ir.node("Cast", [value], {"to": ir.DataType.FLOAT})
+    _rename(cast.outputs[0], f"{value.name}_float32", ir.DataType.FLOAT)
+    graph.insert_before(next(iter(graph)), cast)
+    for user, index in users:
+        user.replace_input_with(index, cast.outputs[0])
+
+
+def _rename(value: ir.Value, name: str, dtype: ir.DataType) -> None:
+    value.name = name
+    value.type = ir.TensorType(dtype)
+
+
+def _upcast_initializer(graph: ir.Graph, value: ir.Value) -> None:
+    tensor = value.const_value
+    if tensor is None or tensor.dtype not in HALF or value.name is None:
+        return
+    wide = ir.tensor(tensor.numpy().astype(np.float32), name=value.name)
+    if tensor.size <= 1024 or reaches_layer(value):
+        value.const_value, value.type = wide, ir.TensorType(ir.DataType.FLOAT)
+        return
+    # a large tensor that stays float stays half as large in the file
+    _read_as_float(graph, value)
+
+
+def _upcast_attributes(node: ir.Node) -> None:
+    for name, attribute in list(node.attributes.items()):
+        if attribute.type == ir.AttributeType.INT and name in ("to", "dtype") and attribute.value in (10, 16):
+            node.attributes[name] = ir.AttrInt64(name, ir.DataType.FLOAT.value)
+        elif attribute.type == ir.AttributeType.TENSOR and attribute.value.dtype in HALF:
+            node.attributes[name] = ir.AttrTensor(name, ir.tensor(attribute.value.numpy().astype(np.float32)))

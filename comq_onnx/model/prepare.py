@@ -1,0 +1,197 @@
+"""A loaded model made ready: cleaned, folded, at the opset the target needs, its layers listed.
+
+Folding constants and BatchNorms, inlining functions and raising the opset are onnxscript's and onnx-ir's passes; whether
+outputs changed is checked afterwards (plan/faithful.py). What is not a layer, and why, stands in `skipped`."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
+from onnxscript import optimizer, version_converter
+from onnxscript.rewriter import RewritePass, pattern
+from onnxscript.rewriter.rules.common import fuse_hardswish_rules
+
+from comq_onnx.errors import ModelError
+from comq_onnx.model import graph as graphs
+from comq_onnx.model.half_precision import upcast
+from comq_onnx.model.layers import WEIGHT_CHAIN, Prepared, list_layers, reaches_layer
+from comq_onnx.model.operators import OP_KINDS
+
+logger = logging.getLogger(__name__)
+QUANTIZED_OPS = frozenset(
+    {
+        "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger",
+        "MatMulInteger", "MatMulNBits", "MatMulBnb4", "QAttention", "QGemm", "QLinearAdd", "QLinearMul",
+        "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "GatherBlockQuantized", "DynamicQuantizeLSTM",
+    }
+)  # fmt: skip
+HARDSWISH_OPSET = 14
+
+
+def check_source(model: ir.Model, path: str) -> None:
+    """Refuse a model that is quantized already. Raises ModelError."""
+    counts: dict[str, int] = {}
+    for node in model.graph.all_nodes():
+        if node.op_type in QUANTIZED_OPS:
+            counts[node.op_type] = counts.get(node.op_type, 0) + 1
+    if counts:
+        found = ", ".join(f"{n} {op}" for op, n in sorted(counts.items()))
+        raise ModelError(f"{path}: already quantized ({found}); give the float model it was made from")
+
+
+def prepare(model: ir.Model, wanted_opset: int, min_opset: int, fold: bool = True) -> Prepared:
+    """Clean `model` in place, raise it to `wanted_opset` where it is lower, and list its layers.
+
+    fold: also fold constants and BatchNorms. Where no converter reaches wanted_opset, min_opset is tried, and the
+    remark says so. Raises ModelError where not even that can be had.
+    """
+    notes: list[str] = []
+    _clean(model)
+    names = _layer_names(model)
+    if fold:
+        try:
+            optimizer.optimize_ir(model, should_fold=_should_fold, onnx_shape_inference=True)
+            RewritePass([_AddIntoConv.rule()])(model)
+        except Exception as error:  # a library's bug on one graph must not stop the way: the graph works unfolded
+            raise Unprepared(f"constant folding failed: {error}") from error
+    model = _raise_opset(model, wanted_opset, min_opset, notes)
+    if fold and graphs.opset(model) >= HARDSWISH_OPSET:
+        RewritePass(fuse_hardswish_rules())(model)
+    _restore_names(model, names)
+    _clean(model)
+    if upcast(model):
+        notes.append(
+            "half-precision arithmetic became float32, which the CPU computes in anyway; inputs and outputs kept"
+        )
+    model.ir_version = min(max(model.ir_version, 8), graphs.MAX_IR_VERSION)
+    layers, skipped = list_layers(model)
+    return Prepared(model, layers, skipped, notes)
+
+
+def _layer_names(model: ir.Model) -> dict[tuple[str, str], str]:
+    """The name of each node with a constant weight, by its op type and the weight's name."""
+    return {
+        (node.op_type, str(value.name)): str(node.name)
+        for node in model.graph.all_nodes()
+        for value in node.inputs[:2]
+        if node.op_type in OP_KINDS and value is not None and graphs.is_constant(value)
+    }
+
+
+def _restore_names(model: ir.Model, names: dict[tuple[str, str], str]) -> None:
+    """Give layers that a rewrite made anew (a Conv with its BatchNorm folded) the names the source has for them."""
+    kept = {str(node.name) for node in model.graph.all_nodes()}
+    for node in model.graph.all_nodes():
+        for value in node.inputs[:2]:
+            name = names.get((node.op_type, str(value.name))) if value is not None else None
+            if name is not None and name not in kept:
+                node.name = name
+                kept.add(name)
+
+
+class Unprepared(Exception):
+    """This way of preparing does not work for this model; a plainer one may."""
+
+
+def _clean(model: ir.Model) -> None:
+    """Inline functions, make every constant a main-graph initializer, and every name unique and present."""
+    ir.passes.Sequential(
+        passes.InlinePass(),
+        passes.RemoveInitializersFromInputsPass(),
+        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        passes.LiftSubgraphInitializersToMainGraphPass(),
+        passes.RemoveUnusedNodesPass(),
+        passes.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
+        passes.NameFixPass(),
+    )(model)
+    _name_once(model)
+
+
+def _name_once(model: ir.Model) -> None:
+    """Make names of nodes and values unique over all subgraphs: the library's pass lets branches share theirs."""
+    nodes: set[str] = set()
+    values = {str(v.name) for v in (*model.graph.inputs, *model.graph.initializers.values())}
+    for graph in (model.graph, *model.graph.subgraphs()):
+        made = [] if graph is model.graph else list(graph.inputs)
+        for node in graph:
+            node.name = _unused(str(node.name), nodes)
+            made += node.outputs
+        for value in made:
+            if value.name:
+                value.name = _unused(value.name, values)
+
+
+def _unused(name: str, taken: set[str]) -> str:
+    unique, count = name, 1
+    while unique in taken:
+        unique, count = f"{name}_{count}", count + 1
+    taken.add(unique)
+    return unique
+
+
+class _AddIntoConv(pattern.RewriteRuleClassBase):  # type: ignore[misc]
+    """Conv without a bias, then Add of a constant per channel: the constant becomes the bias."""
+
+    def pattern(self, op: Any, x: Any, w: Any, addend: Any) -> Any:
+        return op.Conv(x, w, _allow_other_attributes=True, _outputs=["conv"]) + addend
+
+    def check(self, _context: Any, conv: ir.Value, w: ir.Value, addend: ir.Value, **_: Any) -> bool:
+        """The addend has one number a channel, or one for all."""
+        if not graphs.is_constant(addend) or not graphs.is_constant(w) or len(conv.uses()) != 1:
+            return False
+        assert addend.const_value is not None
+        assert w.const_value is not None
+        out, rank = w.const_value.shape[0], len(w.const_value.shape)
+        shape = list(addend.const_value.shape)
+        return shape in ([1, out, *[1] * (rank - 2)], [out, *[1] * (rank - 2)])
+
+    def rewrite(self, op: Any, x: ir.Value, w: ir.Value, conv: ir.Value, addend: ir.Value) -> Any:
+        """The Conv with its bias."""
+        assert addend.const_value is not None
+        node = conv.producer()
+        assert node is not None
+        bias = op.initializer(ir.tensor(addend.const_value.numpy().reshape(-1)), name=f"{w.name}.bias")
+        return op.Conv(x, w, bias, **node.attributes)
+
+
+def _should_fold(node: ir.Node) -> bool | None:
+    """Fold a weight's way to its layer whatever its size; leave everything else to the library's limits."""
+    if node.domain != "":
+        return None
+    if node.op_type in WEIGHT_CHAIN and reaches_layer(node.outputs[0]):
+        return True
+    # the library leaves these be, and with them every Pad whose amounts an exporter computed from shapes
+    shape = graphs.constant(node.inputs[0]) if node.op_type == "ConstantOfShape" else None
+    return True if shape is not None and int(np.prod(shape)) <= 1024 else None
+
+
+def _raise_opset(model: ir.Model, wanted: int, least: int, notes: list[str]) -> ir.Model:
+    """The model at opset `wanted`, else at the lowest one from `least` on that a converter reaches."""
+    own = graphs.opset(model)
+    if own >= wanted:
+        return model
+    tried = [wanted] if own >= least else [wanted, least]
+    for version in tried:
+        converted = model.clone()
+        try:
+            version_converter.convert_version(converted, version, fallback=True)
+        except Exception as error:
+            logger.info("no conversion from opset %d to %d: %s", own, version, error)
+            continue
+        if graphs.opset(converted) == version:
+            if version != wanted:
+                notes.append(_lower_opset(own, wanted, version))
+            return converted
+    if own >= least:
+        notes.append(_lower_opset(own, wanted, own))
+        return model
+    raise ModelError(f"opset {own}: no converter raises this model to opset {least}, the lowest one with quantized "
+                     "channels; export it again at a newer opset")  # fmt: skip
+
+
+def _lower_opset(own: int, wanted: int, got: int) -> str:
+    return f"no converter raises this model from opset {own} to {wanted}: it is written at opset {got}, weights as INT8"

@@ -1,0 +1,47 @@
+"""Budgets in words: a size of the file, an accuracy to keep."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from comq_onnx.errors import OptionError
+
+
+@dataclass(frozen=True)
+class Drop:
+    """The accuracy that may be lost: points of top-1 agreement, or what SQNR in dB must remain; one of them is None."""
+
+    points: float | None = None
+    sqnr_db: float | None = None
+
+    @property
+    def kind(self) -> int:
+        """Of which noise (sensitivity.py) it is a matter."""
+        return 0 if self.points is None else 1
+
+
+def parse_size(text: str, source: int) -> int:
+    """Bytes of a size such as `25%` (of `source` bytes), `3MB`, `800kB` or `120000`. Raises OptionError."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(%|[kKmMgG]?i?[bB]?)\s*", text)
+    if not found:
+        raise OptionError(f"--size {text}: a share such as 25%, or a size such as 3MB or 800kB")
+    number, unit = float(found[1]), found[2].lower()
+    if unit == "%":
+        return int(number / 100 * source)
+    step = 1024 if "i" in unit else 1000
+    return int(number * step ** " kmg".index(unit[0] if unit[:1] in ("k", "m", "g") else " "))
+
+
+def parse_drop(text: str | float) -> Drop:
+    """`0.5` is points of top-1 agreement, `20dB` an SQNR that must remain. Raises OptionError."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(db|%)?\s*", str(text), re.IGNORECASE)
+    decibels = found is not None and (found[2] or "").lower() == "db"
+    if not found or float(found[1]) <= 0 or (not decibels and float(found[1]) >= 100):
+        raise OptionError(
+            f"--max-drop {text}: points of top-1 agreement above 0 and below 100, such as 0.5, or an SQNR to keep, "
+            "such as 20dB"
+        )
+    if decibels:
+        return Drop(sqnr_db=float(found[1]))
+    return Drop(points=float(found[1]))

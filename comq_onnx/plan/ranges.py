@@ -1,0 +1,258 @@
+"""The range of an activation, chosen by what its rounding does to the layers that read it.
+
+An activation's scale and zero point are coordinates of the same objective as the codes of a weight,
+
+    || Q(X) W - X W ||^2,
+
+and are minimized like those, one after the other: both ends of the range together, then each by itself, over fractions
+of what was seen. W is the weight of every layer that reads the activation, so an error counts for what comes of it, not
+for its size; what the bias takes, the mean of the error, does not count. A residual sum passes errors on as they are.
+
+The objective is computed on some positions of all samples: drawn at random, and besides those with the largest numbers,
+because what is lost by clipping lies in a few of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from comq_onnx.model import graph as graphs
+from comq_onnx.model.convolutions import Conv
+from comq_onnx.model.layers import Layer, Prepared
+from comq_onnx.model.op_kind import OpKind
+from comq_onnx.plan.activation_grid import ActivationGrid, fit_range
+from comq_onnx.plan.activations import ActivationPlan
+from comq_onnx.solve.grid import Array
+from comq_onnx.solve.kernels import rounding_error
+
+# what part of all positions each of some stands for
+Shares = npt.NDArray[np.float32]
+# positions drawn at random, and those with the largest numbers
+DRAWN, EXTREME = 1024, 256
+# what is best for fewer is chance
+LEAST = 64
+# more numbers than these tell no more: of activations with many channels fewer positions are kept
+MOST_NUMBERS = 1 << 20
+# a layer's outputs are mixed to so many, at random: what is left of an error keeps its size on average
+MIXED = 64
+# fractions of the range seen that are tried as ends, and then those about the best
+COARSE = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.22, 0.16, 0.11, 0.08, 0.04)
+FINER = (1.05, 0.95, 0.85, 0.7)
+SWEEPS = 3
+# a narrower range must win so much, or the one that was seen stays
+WORTH = 0.98
+
+
+class Positions:
+    """Some positions [n, channels] of an activation, gathered batch by batch in bounded memory, and how many positions
+    each stands for. Which ones does not hang on how the positions are parted into batches."""
+
+    def __init__(self, axis: int) -> None:
+        """axis: that of the channels."""
+        self._axis = axis
+        self._seen = 0
+        self._drawn: _Kept | None = None
+        self._extreme: _Kept | None = None
+
+    def observe(self, x: Array) -> None:
+        """Take some positions of one batch."""
+        if x.ndim < 2 or not x.size:
+            return
+        # [n, channels, places], a view where the layout allows it
+        x = np.moveaxis(x, self._axis, 1)
+        x = x.reshape(*x.shape[:2], -1)
+        at = np.arange(self._seen, self._seen + x.shape[0] * x.shape[2])
+        largest = np.maximum(x.max(axis=1), -x.min(axis=1)).reshape(-1)
+        room = max(MOST_NUMBERS // x.shape[1], 16)
+        extreme = min(EXTREME, room // 5)
+        self._drawn = _Kept.best(self._drawn, x, at, _shuffled(at), min(DRAWN, room - extreme))
+        self._extreme = _Kept.best(self._extreme, x, at, -largest, extreme)
+        self._seen += len(at)
+
+    def rows(self) -> tuple[Array, Shares]:
+        """The positions [n, channels] and their weights [n], which add up to 1."""
+        assert self._drawn is not None
+        assert self._extreme is not None
+        rest = np.flatnonzero(~np.isin(self._drawn.at, self._extreme.at))
+        rest = rest[np.argsort(self._drawn.at[rest])]
+        for_each = (self._seen - len(self._extreme.at)) / max(len(rest), 1)
+        weights = np.concatenate([np.ones(len(self._extreme.at)), np.full(len(rest), for_each)])
+        rows = np.concatenate([self._extreme.rows, self._drawn.rows[rest]])
+        return rows, (weights / weights.sum()).astype(np.float32)
+
+    @property
+    def enough(self) -> bool:
+        """Whether there were positions enough to choose by."""
+        return self._seen >= LEAST
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """The positions of least keys, those first of equals: rows [n, channels], which they are, their keys."""
+
+    rows: Array
+    at: npt.NDArray[np.int64]
+    keys: npt.NDArray[Any]
+
+    @classmethod
+    def best(
+        cls, before: _Kept | None, x: Array, at: npt.NDArray[np.int64], keys: npt.NDArray[Any], most: int
+    ) -> _Kept:
+        """Of those before and of x [n, channels, places], with a key for each position."""
+        new = np.arange(len(keys))
+        if before is not None and len(before.at) == most:
+            new = np.flatnonzero(keys < before.keys[-1])
+        new = new[np.argsort(keys[new], kind="stable")[:most]]
+        n, place = np.divmod(new, x.shape[2])
+        rows, where, order = np.asarray(x[n, :, place], np.float32), at[new], keys[new]
+        if before is not None:
+            rows, where = np.concatenate([before.rows, rows]), np.concatenate([before.at, where])
+            order = np.concatenate([before.keys, order])
+        least = np.argsort(order, kind="stable")[:most]
+        return cls(rows[least], where[least], order[least])
+
+
+def _shuffled(at: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
+    """A number for each position that has nothing to do with where it is: the finalizer of SplitMix64 (Steele et al.,
+    Fast splittable pseudorandom number generators, 2014)."""
+    z = at.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.asarray(z ^ (z >> np.uint64(31)))
+
+
+@dataclass(frozen=True)
+class Readers:
+    """Who reads a quantized value: the layers, all with their channels on one axis, and whether anything else does."""
+
+    layers: tuple[Layer, ...]
+    passed_on: bool
+
+    @property
+    def axis(self) -> int:
+        """The axis of the channels of what they read."""
+        return 1 if isinstance(self.layers[0].kind, Conv) else -1
+
+
+def readers(prepared: Prepared, plan: ActivationPlan) -> dict[str, Readers]:
+    """For each value with a scale of its own who reads it, itself or what a MaxPool makes of it; without those that no
+    layer reads."""
+    values = {str(v.name): v for v in graphs.walk_values(prepared.model)}
+    integer = {x.name: x for x in prepared.layers if x.name in plan.integer_layers and not x.nested}
+    found = {}
+    for name, value in plan.values.items():
+        if value.like is not None:
+            continue
+        layers: list[Layer] = []
+        passed_on, open_values = False, [values[name]]
+        while open_values:
+            for node, _ in open_values.pop().uses():
+                layer = integer.get(str(node.name))
+                if layer is not None and (
+                    not layers or isinstance(layer.kind, Conv) == isinstance(layers[0].kind, Conv)
+                ):
+                    layers.append(layer)
+                elif node.op_type == "MaxPool" and str(node.outputs[0].name) in plan.values:
+                    open_values.append(node.outputs[0])
+                else:
+                    passed_on = True
+        if layers:
+            found[name] = Readers(tuple(layers), passed_on and value.everywhere)
+    return found
+
+
+def mix(kind: OpKind, matrix: Array, rng: np.random.Generator) -> Array:
+    """The outputs of a layer with weight [groups, out, in] as random sums of them, [channels, MIXED], or as they are
+    where they are no more: those of a convolution over all places of its window, as if the errors at them had nothing
+    in common."""
+    groups, outputs, inputs = matrix.shape
+    places = int(np.prod(kind.kernel))
+    # [groups, channels, outputs * places]
+    by_place = matrix.reshape(groups, outputs, inputs // places, places).transpose(0, 2, 1, 3)
+    columns = by_place.reshape(groups, inputs // places, outputs * places)
+    if groups == 1 and outputs * places <= MIXED:
+        return np.ascontiguousarray(columns[0])
+    sums = rng.standard_normal((groups, outputs * places, MIXED), np.float32) / np.float32(MIXED**0.5)
+    return np.ascontiguousarray((columns @ sums).reshape(-1, MIXED))
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What a layer makes of its input: `mix` of its weight, and whether a bias takes the mean of its error."""
+
+    mixed: Array
+    has_bias: bool
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What rounding costs: the error that comes out of each reader, over what comes out of it without."""
+
+    rows: Array
+    shares: Shares
+    mixed: Array | None  # [channels, readers * MIXED], each over the size of its outputs
+    unbiased: Array  # [readers * MIXED], 1 where a bias takes the mean
+    passed_on: float  # over the variance of the rows; 0 where nothing passes them on
+
+    @classmethod
+    def of(cls, rows: Array, shares: Shares, readers: Sequence[Reader], passed_on: bool) -> Objective:
+        """rows, shares: some positions as `Positions` gives them; passed_on: whether something reads the values as they
+        are."""
+        centred = rows - shares @ rows
+        parts, unbiased = [], []
+        for reader in readers:
+            with np.errstate(over="ignore", invalid="ignore"):  # weights without measure are refused by their solver
+                outputs = (centred if reader.has_bias else rows) @ reader.mixed
+                size = float(shares @ np.square(outputs, dtype=np.float64).sum(axis=1))
+            if 0 < size < np.inf:
+                parts.append(reader.mixed / np.float32(size**0.5))
+                unbiased.append(np.full(reader.mixed.shape[1], reader.has_bias, np.float32))
+        variance = float(shares @ np.square(centred, dtype=np.float64).sum(axis=1))
+        alone = 1 / variance if variance > 0 and (passed_on or not parts) else 0.0
+        if not parts:
+            return cls(rows, shares, None, np.zeros(0, np.float32), alone)
+        return cls(rows, shares, np.concatenate(parts, axis=1), np.concatenate(unbiased), alone)
+
+    def cost(self, grid: ActivationGrid) -> float:
+        """The relative error for a grid."""
+        error = rounding_error(
+            self.rows, grid.scale, np.float32(grid.zero_point), np.float32(grid.qmin), np.float32(grid.qmax)
+        )
+        total = 0.0
+        if self.mixed is not None:
+            out = error @ self.mixed
+            out -= self.unbiased * (self.shares @ out)
+            total += float(self.shares @ np.square(out).sum(axis=1))
+        if self.passed_on:
+            total += self.passed_on * float(self.shares @ np.square(error).sum(axis=1))
+        return total
+
+
+def choose(
+    objective: Objective, low: float, high: float, dtype: str, bounds: tuple[float, float] | None
+) -> ActivationGrid:
+    """The grid of least cost, of those whose range is a part of [low, high] and holds 0."""
+    low, high = ends = min(low, 0.0), max(high, 0.0)
+    best = fit_range(low, high, dtype, bounds)
+    widest, least = best, objective.cost(best)
+    seen = least
+    for sweep in range(SWEEPS):
+        for pair in _narrower(*ends, FINER if sweep else COARSE):
+            grid = fit_range(*pair, dtype, bounds)
+            cost = objective.cost(grid)
+            if cost < least:
+                best, least, ends = grid, cost, pair
+    return best if least < seen * WORTH else widest
+
+
+def _narrower(low: float, high: float, fractions: Sequence[float]) -> list[tuple[float, float]]:
+    """Both ends at a fraction, or one of them."""
+    tried = [(low * f, high * f) for f in fractions]
+    if low < 0 < high:
+        tried += [(low, high * f) for f in fractions] + [(low * f, high) for f in fractions]
+    return tried

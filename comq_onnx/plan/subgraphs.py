@@ -1,0 +1,139 @@
+"""Layers inside If, Loop and Scan made reachable for calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from comq_onnx.calibrate.walk import Settings
+from comq_onnx.model import graph as graphs
+from comq_onnx.model.layers import Layer, Prepared
+from comq_onnx.model.operators import Gather
+from comq_onnx.runtime.session import Session
+from comq_onnx.samples.dataset import Samples
+
+# If
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Specialized:
+    """The model as the walk sees it, with the layers it reaches.
+
+    probes: for each layer in the body of a Loop or Scan the value of the main graph that stacks its inputs over the
+    iterations. skipped: the layers that the walk does not reach, and why.
+    """
+
+    prepared: Prepared
+    probes: dict[str, str]
+    skipped: dict[str, str]
+
+
+def specialize(prepared: Prepared, samples: Samples, settings: Settings) -> Specialized:
+    """Make the layers in subgraphs reachable: each If is replaced by the branch that all samples take, and what layers
+    in the body of a Loop or Scan read becomes an output of it."""
+    model = prepared.model
+    if any(node.op_type in ("If", "Loop", "Scan") for node in model.graph):
+        model = model.clone()
+        while _inline_one_level(model, samples, settings):
+            pass
+    probes = _probe_bodies(model, {layer.name: layer for layer in prepared.layers})
+    reached = {str(node.name) for node in model.graph} | set(probes)
+    inside: dict[str, str] = {}
+    for node in model.graph:
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.GRAPH:
+                inside.update({str(n.name): node.op_type for n in attribute.value.all_nodes()})
+    skipped = {
+        layer.name: f"{layer.op}: {_inside(inside.get(layer.name))}"
+        for layer in prepared.layers
+        if layer.name not in reached
+    }
+    layers = [layer for layer in prepared.layers if layer.name in reached]
+    return Specialized(Prepared(model, layers, prepared.skipped, prepared.notes), probes, skipped)
+
+
+def _probe_bodies(model: ir.Model, layers: Mapping[str, Layer]) -> dict[str, str]:
+    """Give each Loop and Scan of the main graph one more output per value that layers of its body read."""
+    probes: dict[str, str] = {}
+    for node in model.graph:
+        if node.op_type not in ("Loop", "Scan") or node.domain not in ("", "ai.onnx"):
+            continue
+        body = node.attributes["body"].value
+        made = {str(v.name): v for inner in body for v in inner.outputs} | {str(v.name): v for v in body.inputs}
+        stacked: dict[str, str] = {}
+        for inner in list(body):
+            layer = layers.get(str(inner.name))
+            if layer is None or layer.input not in made or isinstance(layer.kind, Gather):
+                continue
+            if layer.input not in stacked:
+                stacked[layer.input] = _add_scan_output(node, body, made[layer.input])
+            probes[layer.name] = stacked[layer.input]
+    return probes
+
+
+def _add_scan_output(node: ir.Node, body: ir.Graph, value: ir.Value) -> str:
+    copy = ir.node("Identity", [value], name=f"{value.name}.probe")
+    copy.outputs[0].name, copy.outputs[0].type = f"{value.name}.probe", value.type or ir.TensorType(ir.DataType.FLOAT)
+    body.append(copy)
+    body.outputs.append(copy.outputs[0])
+    for name in ("scan_output_axes", "scan_output_directions"):
+        if name in node.attributes:
+            node.attributes[name] = ir.AttrInt64s(name, [*node.attributes[name].value, 0])
+    node.resize_outputs(len(node.outputs) + 1)
+    node.outputs[-1].name = f"{value.name}.stacked"
+    return f"{value.name}.stacked"
+
+
+def _inside(op: str | None) -> str:
+    if op is None:
+        return "in a branch that no sample takes"
+    if op == "If":
+        return "in an If of which the samples take both branches"
+    return f"too deep in the body of a {op} to be calibrated"
+
+
+def _inline_one_level(model: ir.Model, samples: Samples, settings: Settings) -> bool:
+    """Inline the branches of main-graph Ifs whose condition is the same for all samples; whether there was one."""
+    ifs = [node for node in model.graph if node.op_type == "If" and node.domain == ""]
+    if not ifs:
+        return False
+    conditions = list(dict.fromkeys(str(node.inputs[0].name) for node in ifs if node.inputs[0] is not None))
+    seen: dict[str, set[bool]] = {name: set() for name in conditions}
+    known = {n: v for n in conditions if (v := graphs.constant(model.graph.initializers.get(n))) is not None}
+    for name, value in known.items():
+        seen[name].add(bool(value.all()))
+    asked = [name for name in conditions if name not in known]
+    if asked:
+        probe = ir.to_proto(graphs.exposing(model, asked)).SerializeToString()
+        session = Session(probe, settings.device, what="the conditions of the model")
+        names = {i.name for i in session.inputs}
+        for feeds in samples.batches(settings.batch_size):
+            for name, value in session.run({k: v for k, v in feeds.items() if k in names}, asked).items():
+                seen[name].add(bool(np.all(value)))
+    inlined = False
+    for node in ifs:
+        assert node.inputs[0] is not None
+        taken = seen[str(node.inputs[0].name)]
+        if len(taken) == 1:
+            _inline(model.graph, node, node.attributes["then_branch" if taken.pop() else "else_branch"].value)
+            inlined = True
+    return inlined
+
+
+def _inline(graph: ir.Graph, node: ir.Node, branch: ir.Graph) -> None:
+    outputs = list(branch.outputs)
+    branch.outputs.clear()
+    for inner in list(branch):
+        branch.remove(inner)
+        graph.insert_before(node, inner)
+    for old, new in zip(node.outputs, outputs, strict=True):
+        name, old.name = old.name, f"{old.name}.if"
+        copy = ir.node("Identity", [new], name=f"{name}.taken")
+        copy.outputs[0].name, copy.outputs[0].type = name, old.type
+        graph.insert_before(node, copy)
+        old.replace_all_uses_with(copy.outputs[0], replace_graph_outputs=True)
+    graph.remove(node, safe=True)

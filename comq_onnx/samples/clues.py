@@ -1,0 +1,168 @@
+"""What a model's graph tells about the samples it wants: vocabulary, layout, statistics of the first layers."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from comq_onnx.errors import ComqError, ModelError
+from comq_onnx.model.files import private_directory, to_bytes_or_file
+from comq_onnx.runtime.session import Session
+from comq_onnx.samples.dataset import Clues, Feeds
+
+Floats = npt.NDArray[np.float64]
+# what exporters put between an input and the first layer that tells the layout
+ELEMENTWISE = frozenset(
+    {"Cast", "Identity", "Sub", "Add", "Mul", "Div", "Clip", "QuantizeLinear", "DequantizeLinear", "Pad"}
+)
+NORMS = 3  # BatchNormalizations compared: those behind saw what the ones before them made
+
+
+def read_clues(model: ir.Model, path: Path, session: Session, device: str) -> Clues:
+    """The clues of a model read from `path`, with the session of the float model."""
+    norms, first = _first_norms(model), _first_bias(model)
+    return Clues(
+        folder=path.parent,
+        token_limits=token_limits(model),
+        channels_last=channels_last(model),
+        run=session.run,
+        misfit=_misfit(model, norms, device) if norms else None,
+        balance=_balance(model, *first, device) if first is not None else None,
+    )
+
+
+def misfitting(clues: Clues, feeds: Feeds) -> str | None:
+    """Why the first layers make one doubt these feeds; None where they do not, or have no BatchNormalization to tell.
+
+    Right pixels measure 0.01 to 0.2, those of another model's mean and deviation up to 2, those of another scale 30 and
+    more.
+    """
+    try:
+        found = clues.misfit(feeds) if clues.misfit is not None else 0.0
+    except ComqError:  # the first layers alone do not run everywhere
+        return None
+    if found <= 10:
+        return None
+    return (
+        f"these samples are not what the model was trained on, by the statistics of its BatchNormalizations (misfit "
+        f"{found:.3g}, 0 to 1 is right): their pixels may be of another scale or layout; look with --inspect-samples"
+    )
+
+
+def token_limits(model: ir.Model) -> dict[str, int]:
+    """For inputs that index an embedding: how many rows it has."""
+    limits: dict[str, int] = {}
+    for value in model.graph.inputs:
+        for node, index in _readers(value, {"Cast", "Identity"}):
+            table = node.inputs[0]
+            if node.op_type == "Gather" and index == 1 and table is not None and table.const_value is not None:
+                rows = int(table.const_value.shape.numpy()[0])
+                limits[str(value.name)] = min(rows, limits.get(str(value.name), rows))
+    return limits
+
+
+def channels_last(model: ir.Model) -> dict[str, bool]:
+    """For inputs that reach a convolution: whether they are transposed from NHWC before."""
+    found: dict[str, bool] = {}
+    for value in model.graph.inputs:
+        for node, index in _readers(value, ELEMENTWISE):
+            if node.op_type == "Transpose" and list(node.attributes.get_ints("perm", [])) == [0, 3, 1, 2]:
+                found.setdefault(str(value.name), True)
+            elif node.op_type == "Conv" and index == 0:
+                found.setdefault(str(value.name), False)
+    return found
+
+
+def _readers(value: ir.Value, through: set[str] | frozenset[str]) -> Iterator[tuple[ir.Node, int]]:
+    """The nodes that read a value, also behind nodes of the ops in `through`, and as which of their inputs."""
+    pending, seen = deque([value]), set()
+    while pending:
+        for node, index in pending.popleft().uses():
+            yield node, index
+            if node.op_type in through and node not in seen:
+                seen.add(node)
+                pending.append(node.outputs[0])
+
+
+# The first layers
+# ---------------------------------------------------------------------------------------------------------
+
+
+def _first_norms(model: ir.Model) -> list[tuple[ir.Value, Floats, Floats]]:
+    """(input, mean, variance) of the first BatchNormalizations behind convolutions."""
+    found: list[tuple[ir.Value, Floats, Floats]] = []
+    for node in model.graph:
+        if node.op_type == "BatchNormalization" and len(found) < NORMS and len(node.inputs) == 5:
+            x, mean, variance = node.inputs[0], _numbers(node.inputs[3]), _numbers(node.inputs[4])
+            producer = x.producer() if x is not None else None
+            if x is not None and mean is not None and variance is not None and producer is not None:
+                found.append((x, mean, variance))
+    return found
+
+
+def _first_bias(model: ir.Model) -> tuple[ir.Value, Floats] | None:
+    """(output, bias) of the first convolution, where it has one: into a model of folded BatchNormalizations."""
+    node = next((n for n in model.graph if n.op_type == "Conv"), None)
+    bias = _numbers(node.inputs[2]) if node is not None and len(node.inputs) > 2 else None
+    return (node.outputs[0], bias) if node is not None and bias is not None and np.any(bias) else None
+
+
+def _numbers(value: ir.Value | None) -> Floats | None:
+    if value is None:
+        return None
+    tensor = value.const_value or ir.convenience.get_const_tensor(value)
+    return None if tensor is None else np.asarray(tensor.numpy(), np.float64)
+
+
+def _misfit(model: ir.Model, norms: list[tuple[ir.Value, Floats, Floats]], device: str) -> Callable[[Feeds], float]:
+    """The median over channels of (m - mean)^2 / var + log(s^2 / var)^2 / 4, with m and s^2 the mean and the variance
+    of what reaches each BatchNormalization, averaged over those."""
+    observe = _observer(model, [value for value, _, _ in norms], device)
+
+    def misfit(feeds: Feeds) -> float:
+        found = []
+        for (_, mean, variance), (m, v) in zip(norms, observe(feeds), strict=True):
+            ratio = np.maximum(v, 1e-12) / np.maximum(variance, 1e-12)
+            found.append(float(np.median((m - mean) ** 2 / np.maximum(variance, 1e-12) + np.log(ratio) ** 2 / 4)))
+        return float(np.mean(found))
+
+    return misfit
+
+
+def _balance(model: ir.Model, output: ir.Value, bias: Floats, device: str) -> Callable[[Feeds], float]:
+    """The norm of the deviations of the first convolution's channels over the norm of its biases: a folded
+    BatchNormalization makes both of one size."""
+    observe = _observer(model, [output], device)
+
+    def balance(feeds: Feeds) -> float:
+        [(_, variance)] = observe(feeds)
+        return float(np.sqrt(variance.sum()) / np.linalg.norm(bias))
+
+    return balance
+
+
+def _observer(model: ir.Model, values: list[ir.Value], device: str) -> Callable[[Feeds], list[tuple[Floats, Floats]]]:
+    """(mean, variance) over each channel (axis 1) of these values, for some feeds. The result raises ModelError or
+    RuntimeFailure where the first layers alone do not run."""
+    names = [str(value.name) for value in values]
+
+    def observe(feeds: Feeds) -> list[tuple[Floats, Floats]]:
+        try:
+            part = ir.Model(
+                ir.convenience.extract(model.graph, list(model.graph.inputs), values), ir_version=model.ir_version
+            )
+        except ValueError as error:
+            raise ModelError(f"the first layers cannot be taken out: {error}") from error
+        part.graph.opset_imports.update(model.graph.opset_imports)
+        with private_directory() as work:
+            session = Session(to_bytes_or_file(part, work, "first"), device, what="the model's first layers")
+            outputs = session.run({i.name: feeds[i.name] for i in session.inputs}, names)
+        arrays = [np.moveaxis(np.asarray(outputs[name], np.float64), 1, 0) for name in names]
+        return [(a.mean(axis=tuple(range(1, a.ndim))), a.var(axis=tuple(range(1, a.ndim)))) for a in arrays]
+
+    return observe

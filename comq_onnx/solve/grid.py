@@ -1,0 +1,170 @@
+"""The grid of a quantized weight, and the rounding arithmetic on it.
+
+A weight is a stack of matrices [groups, out, in] (one group for a MatMul, `group` of them for a Conv). Its codes are
+integers of `bits` bits; the value of a code is DequantizeLinear's
+
+    w_q = (code - zero_point) * scale
+
+with one scale and zero point per output channel, per block of `block_size` inputs of a channel, or per tensor.
+https://onnx.ai/onnx/operators/onnx__DequantizeLinear.html
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from comq_onnx.solve import kernels
+
+Array: TypeAlias = npt.NDArray[np.float32]
+Codes: TypeAlias = npt.NDArray[np.int8]
+MIN_BITS, MAX_BITS = 2, 8
+# of a weight's span, those among which `fit_mse` chooses
+SHRINKS = np.linspace(1.05, 0.3, 26, dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What codes a weight may take: `bits`, symmetric (zero point 0) or not, and what shares a scale."""
+
+    bits: int
+    symmetric: bool = True
+    per_tensor: bool = False
+    block_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if not MIN_BITS <= self.bits <= MAX_BITS:
+            raise ValueError(f"bits is {self.bits}; {MIN_BITS} to {MAX_BITS} are possible")
+        if self.block_size is not None and (self.block_size < 1 or self.per_tensor):
+            raise ValueError("a block size is a positive number, and not for a per-tensor grid")
+
+    @property
+    def qmin(self) -> int:
+        """The lowest code, -2^(bits-1)."""
+        return -(1 << (self.bits - 1))
+
+    @property
+    def qmax(self) -> int:
+        """The highest code, 2^(bits-1) - 1."""
+        return (1 << (self.bits - 1)) - 1
+
+    @property
+    def granularity(self) -> str:
+        """`tensor`, `channel` or the block size, as the command line writes it."""
+        if self.per_tensor:
+            return "tensor"
+        return str(self.block_size) if self.block_size else "channel"
+
+    def blocks(self, inputs: int) -> int:
+        """How many scales a channel of `inputs` inputs has."""
+        return -(-inputs // self.block_size) if self.block_size else 1
+
+    def block_of(self, inputs: int) -> npt.NDArray[np.intp]:
+        """The block of each input: [inputs]."""
+        return np.arange(inputs) // (self.block_size or max(inputs, 1))
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """Codes [groups, out, in] with scale and zero_point [groups, out, blocks]."""
+
+    codes: Codes
+    scale: Array
+    zero_point: Codes
+    grid: Grid
+
+    def part(self, group: int, channels: slice | npt.NDArray[np.intp]) -> QuantizedWeight:
+        """Some channels of one group, as a stack of one."""
+        own = slice(group, group + 1)
+        return QuantizedWeight(
+            self.codes[own, channels], self.scale[own, channels], self.zero_point[own, channels], self.grid
+        )
+
+    def dequantize(self) -> Array:
+        """(codes - zero_point) * scale in float32, as DequantizeLinear computes it: [groups, out, in]."""
+        block = self.grid.block_of(self.codes.shape[-1])
+        steps = self.codes.astype(np.float32) - self.zero_point[..., block].astype(np.float32)
+        return steps * self.scale[..., block]
+
+
+def fit_minmax(weight: Array, grid: Grid, shrink: float = 1.0) -> tuple[Array, Codes]:
+    """Scale and zero point [groups, out, blocks] that span the weight [groups, out, in], times `shrink`.
+
+    Symmetric: scale = max|w| / qmax. Asymmetric: scale = (max - min) / (2^bits - 1), 0 always representable.
+    A block of zeros gets scale 1.
+    """
+    return fit_span(*_span(weight, grid), grid, shrink)
+
+
+def _span(weight: Array, grid: Grid) -> tuple[Array, Array]:
+    """The least and the largest number of each block [groups, out, blocks]."""
+    starts = np.arange(0, weight.shape[-1], grid.block_size or max(weight.shape[-1], 1))
+    return np.minimum.reduceat(weight, starts, axis=-1), np.maximum.reduceat(weight, starts, axis=-1)
+
+
+def fit_span(least: Array, most: Array, grid: Grid, shrink: float = 1.0) -> tuple[Array, Codes]:
+    """`fit_minmax` from the least and the largest number of each block [groups, out, blocks]."""
+    # in float64: the span of float32's largest numbers is none of them
+    low = np.minimum(least, 0).astype(np.float64)
+    high = np.maximum(most, 0).astype(np.float64)
+    if grid.per_tensor:
+        low, high = np.full_like(low, low.min()), np.full_like(high, high.max())
+    low, high = low * shrink, high * shrink
+    if grid.symmetric:
+        scale = np.asarray(np.maximum(-low, high) / grid.qmax, np.float32)
+    else:
+        scale = np.asarray((high - low) / (grid.qmax - grid.qmin), np.float32)
+    # below the smallest normal number a scale loses bits, and 1 / scale overflows
+    scale = np.where(scale > np.finfo(np.float32).tiny * 256, scale, np.float32(1))
+    if grid.symmetric:
+        return np.asarray(scale, np.float32), np.zeros(np.shape(scale), np.int8)
+    zero_point = np.clip(np.rint(grid.qmin - low / scale), grid.qmin, grid.qmax)
+    # the furthest code must not overflow
+    furthest = np.maximum(grid.qmax - zero_point, zero_point - grid.qmin)
+    scale = np.minimum(scale, np.float32(np.finfo(np.float32).max) / furthest.astype(np.float32))
+    return np.asarray(scale, np.float32), np.asarray(zero_point, np.int8)
+
+
+def fit_mse(weight: Array, grid: Grid, shrinks: npt.NDArray[np.float32] | None = None) -> tuple[Array, Codes]:
+    """The scale and zero point, among shrunken spans of the weight, whose plain rounding has the least squared error.
+
+    Every block chooses for itself (a per-tensor grid once for all).
+    """
+    if shrinks is None:
+        shrinks = SHRINKS
+    rows = np.ascontiguousarray(weight.reshape(-1, weight.shape[-1]))
+    size = grid.block_size or max(weight.shape[-1], 1)
+    starts = range(0, weight.shape[-1], size)
+    best = np.zeros((rows.shape[0], len(starts)), np.intp)
+    for b, start in enumerate(starts):
+        errors = np.empty((rows.shape[0], shrinks.size))
+        low, high = (
+            (np.minimum(rows.min(initial=0), 0), np.maximum(rows.max(initial=0), 0)) if grid.per_tensor else (0, 0)
+        )
+        kernels.span_errors(
+            rows, shrinks, grid.qmin, grid.qmax, grid.symmetric, start, min(start + size, rows.shape[1]),
+            np.float32(low), np.float32(high), errors,
+        )  # fmt: skip
+        best[:, b] = (errors.sum(axis=0)[None] if grid.per_tensor else errors).argmin(axis=1)
+    spans = {k: fit_minmax(weight, grid, float(shrinks[k])) for k in np.unique(best)}
+    chosen = best.reshape(*weight.shape[:-1], -1)
+    scale = np.empty(chosen.shape, np.float32)
+    zero_point = np.empty(chosen.shape, np.int8)
+    for k, (one, zero) in spans.items():
+        scale[chosen == k], zero_point[chosen == k] = one[chosen == k], zero[chosen == k]
+    return scale, zero_point
+
+
+def round_to_grid(weight: Array, scale: Array, zero_point: Codes, grid: Grid) -> QuantizedWeight:
+    """Plain rounding (RTN): codes clip(round(w / scale) + zero_point)."""
+    block = grid.block_of(weight.shape[-1])
+    codes = np.rint(weight / scale[..., block]) + zero_point[..., block]
+    return QuantizedWeight(np.clip(codes, grid.qmin, grid.qmax).astype(np.int8), scale, zero_point, grid)
+
+
+def rtn(weight: Array, grid: Grid) -> QuantizedWeight:
+    """Round a weight [groups, out, in] to the nearest codes of its min-max grid."""
+    return round_to_grid(weight, *fit_minmax(weight, grid), grid)

@@ -1,0 +1,122 @@
+"""Biases of quantized layers: as floats, or as int32 of the scale of the products."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from comq_onnx.model import graph as graphs
+from comq_onnx.model.layers import Layer
+from comq_onnx.model.operators import Gemm
+from comq_onnx.solve.grid import Array, QuantizedWeight
+from comq_onnx.solve.layer import Solution
+
+
+def is_open_product(node: ir.Node) -> bool:
+    """Whether a node is a MatMul of more than two axes, not all of known size. ONNX Runtime takes any other one and
+    its Add for a Gemm, which runs in integers only with an int32 bias; here it would dequantize that at every call."""
+    value = node.inputs[0]
+    shape = value.shape if value is not None else None
+    return (
+        node.op_type == "MatMul" and shape is not None and len(shape) > 2 and not all(isinstance(d, int) for d in shape)
+    )
+
+
+def add_bias(model: ir.Model, node: ir.Node, layer: Layer, bias: Array) -> ir.Node:
+    """Add a bias behind a MatMul that has none; the sum takes the product's name."""
+    product = node.outputs[0]
+    adder = ir.node("Add", [], name=f"{layer.name}.add_bias")
+    total = adder.outputs[0]
+    total.name, total.type, total.shape = product.name, product.type, product.shape
+    product.replace_all_uses_with(total, replace_graph_outputs=True)
+    product.name = f"{layer.name}.product"
+    adder.resize_inputs(2)
+    adder.replace_input_with(0, product)
+    adder.replace_input_with(1, graphs.add_initializer(model.graph, f"{layer.name}.bias", bias))
+    assert node.graph is not None
+    node.graph.insert_after(node, adder)
+    return adder
+
+
+def float_bias(model: ir.Model, layer: Layer, solution: Solution) -> Array | None:
+    """The bias [out] with the solution's shift; None where there is neither."""
+    beta = layer.kind.beta if isinstance(layer.kind, Gemm) else 1.0
+    bias = None
+    if layer.bias is not None:
+        tensor = model.graph.initializers[layer.bias].const_value
+        assert tensor is not None
+        bias = np.asarray(tensor.numpy(), np.float32).reshape(-1) * np.float32(beta)
+    if solution.shift is None:
+        return bias
+    # a Gemm's alpha is in the rows, and so in the shift
+    shift = solution.shift.reshape(-1)
+    return shift if bias is None else bias + shift
+
+
+def set_bias(
+    model: ir.Model,
+    nodes: dict[str, ir.Node],
+    layer: Layer,
+    bias: Array | None,
+    weight: ir.Value | None,
+    input_scale: np.float32 | None,
+) -> None:
+    """Write the bias as float32; as int32 of scale s_x * s_w where the dequantized weight and s_x are given."""
+    if bias is None or layer.bias_node is None:
+        return
+    adder = nodes[layer.bias_node]
+    if weight is None or input_scale is None:
+        value = graphs.add_initializer(model.graph, f"{layer.name}.bias", bias)
+    else:
+        value = _integer_bias(model, adder, layer, bias, weight, input_scale)
+    if adder.name != layer.name:
+        index = next(i for i, v in enumerate(adder.inputs) if v is not None and v.name == layer.bias)
+        adder.replace_input_with(index, value)
+        return
+    if len(adder.inputs) < 3:
+        adder.resize_inputs(3)
+    adder.replace_input_with(2, value)
+    # it has gone into the bias
+    adder.attributes.pop("beta", None)
+
+
+def _integer_bias(
+    model: ir.Model, adder: ir.Node, layer: Layer, bias: Array, weight: ir.Value, input_scale: np.float32
+) -> ir.Value:
+    """int32 codes -> DequantizeLinear. The scales of channels are not stored again but multiplied when the model is
+    loaded."""
+    dequantize = weight.producer()
+    assert dequantize is not None
+    weight_scale = dequantize.inputs[1]
+    assert weight_scale is not None
+    assert weight_scale.const_value is not None
+    product = input_scale * np.asarray(weight_scale.const_value.numpy(), np.float32)
+    codes = np.rint(bias.astype(np.float64) / product).astype(np.int32)
+    parts = [graphs.add_initializer(model.graph, f"{layer.name}.bias_codes", codes)]
+    if product.ndim:
+        factor = graphs.add_initializer(model.graph, f"{layer.name}.input_scale", np.asarray(input_scale))
+        parts.append(graphs.insert(adder, "Mul", [weight_scale, factor], {}, f"{layer.name}.bias_scale"))
+    else:
+        scale = np.full(bias.shape, product, np.float32)
+        parts.append(graphs.add_initializer(model.graph, f"{layer.name}.bias_scale", scale))
+    return graphs.insert(adder, "DequantizeLinear", parts, {"axis": 0}, f"{layer.name}.bias")
+
+
+def fit_bias(weight: QuantizedWeight, bias: Array | None, input_scale: np.float32) -> QuantizedWeight:
+    """The weight with a larger scale in channels whose bias would not fit int32 at s_x * s_w.
+
+    Such weights are all but zero beside their bias (a folded BatchNorm leaves some); a float bias would not help, since
+    ONNX Runtime makes it int32 itself, clipped.
+    """
+    if bias is None or weight.scale.shape[-1] != 1:
+        return weight
+    needed = np.abs(bias).reshape(weight.scale.shape[:2])[..., None] / np.float64(input_scale) / 2**30
+    if weight.grid.per_tensor:
+        needed = np.full_like(needed, needed.max())
+    grown = needed > weight.scale
+    if not grown.any():
+        return weight
+    scale = np.where(grown, needed, weight.scale).astype(np.float32)
+    zero = weight.zero_point.astype(np.float64)
+    steps = np.rint((weight.codes - zero) * (weight.scale.astype(np.float64) / scale))
+    return QuantizedWeight((steps + zero).astype(np.int8), scale, weight.zero_point, weight.grid)

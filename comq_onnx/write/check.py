@@ -1,0 +1,291 @@
+"""What a written model must be: every planned layer quantized, nothing float left of it, every rule of its target kept.
+
+`check_emitted` looks at a model for what its plan said, before the file gets its name; `lint` looks at any QDQ model
+for what a target does not read or would run in float without a word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from comq_onnx.errors import InternalError
+from comq_onnx.model import graph as graphs
+from comq_onnx.model.layers import Layer, nodes_by_name
+from comq_onnx.model.operators import Gather
+from comq_onnx.plan.forms import form, stored_as
+from comq_onnx.solve.grid import QuantizedWeight
+from comq_onnx.targets.target import Target
+from comq_onnx.write.weights import Quantization, channel_scale
+
+Numbers = npt.NDArray[Any]
+# the most findings that one line names
+MOST_NAMED = 3
+INTEGERS = (ir.DataType.INT8, ir.DataType.INT4, ir.DataType.INT2)
+# what may stand between the codes of a weight and the layer: nodes that unpack them, all of constants
+_UNPACKING = frozenset(
+    {"Cast", "DequantizeLinear", "Mul", "Sub", "Gather", "Reshape", "Slice", "BitwiseOr", "Transpose"}
+)
+
+
+def check_emitted(model: ir.Model, quantization: Quantization) -> None:
+    """Raise InternalError where a written model is not what was planned or breaks a rule of its target."""
+    found = [*missing(model, quantization), *lint(model, quantization.target)]
+    if found:
+        more = f"; {len(found) - MOST_NAMED} more" if len(found) > MOST_NAMED else ""
+        raise InternalError(
+            f"a fault of comq-onnx, nothing was written: the quantized model is not as planned "
+            f"({'; '.join(found[:MOST_NAMED])}{more}); please report it with the model"
+        )
+
+
+# As planned
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def missing(model: ir.Model, quantization: Quantization) -> list[str]:
+    """What a model lacks of its plan: layers whose weight is not made of the solution's codes, float weights that are
+    left, activations without their pair."""
+    nodes = nodes_by_name(model)
+    found = []
+    for layer in quantization.layers:
+        node = nodes.get(layer.name) or nodes.get(f"{layer.name}.matmul")
+        if isinstance(layer.kind, Gather):
+            node = nodes.get(f"{layer.name}.rows")
+        fault = "has no node" if node is None else _fault(node, layer, quantization)
+        if fault:
+            found.append(f"layer {layer.name!r} {fault}")
+    found += _stale(model, quantization)
+    for name, planned in quantization.plan.values.items():
+        pair = nodes.get(f"{name}.quantize")
+        if pair is None or pair.op_type != "QuantizeLinear":
+            found.append(f"activation {name!r} is not quantized")
+            continue
+        raw = pair.inputs[0]
+        assert raw is not None
+        if planned.everywhere and any(reader is not pair for reader, _ in raw.uses()):
+            found.append(f"activation {name!r} is read before it is quantized")
+    return found
+
+
+def _fault(node: ir.Node, layer: Layer, q: Quantization) -> str:
+    """What is wrong with the node of a layer; "" where nothing is."""
+    how = form(layer, q.plan)
+    # a Gemm in blocks has become a MatMul; rows that are looked up are a product of codes and scales
+    index = 0 if how == "looked up" else 1 if how == "blocked" else layer.kind.weight_index
+    weight = node.inputs[index]
+    solution = q.solutions[layer.name].weight
+    container, planes = stored_as(layer, solution.grid.bits, q.plan, q.target, q.opset)
+    codes = [v for v in _constants_behind(weight) if str(v.name).startswith(f"{layer.weight}.codes")]
+    types = {v.dtype for v in codes}
+    wanted = ir.DataType.UINT8 if planes else ir.DataType[container]
+    if len(codes) != max(1, len(planes)) or types != {wanted}:
+        stored = ", ".join(sorted(t.name for t in types if t is not None)) or "no codes"
+        return f"reads {stored} where {wanted.name} was planned"
+    last = None if weight is None else weight.producer()
+    if how in ("integer", "blocked") and (last is None or last.op_type != "DequantizeLinear"):
+        return "does not read its weight from a DequantizeLinear"
+    numbers = graphs.constant(codes[0])
+    if not planes and (numbers is None or not _same_codes(numbers, last, layer, how, solution)):
+        return "reads other codes than were solved for"
+    if how == "integer" and not _dequantized(node.inputs[layer.kind.input_index]):
+        return "reads an input that is not quantized"
+    return ""
+
+
+def _same_codes(stored: Numbers, last: ir.Node | None, layer: Layer, how: str, weight: QuantizedWeight) -> bool:
+    """Whether stored codes are those solved for; a channel of an integer layer may have others where a large bias gave
+    it another scale."""
+    codes = stored.astype(np.int8)
+    if how in ("looked up", "blocked"):
+        codes = (codes.T if how == "blocked" else codes)[None]
+    else:
+        codes = layer.kind.to_matrix(codes)
+    if codes.shape != weight.codes.shape:
+        return False
+    same = (codes == weight.codes).all(axis=-1)
+    if how == "integer" and last is not None and not same.all():
+        scale = graphs.constant(last.inputs[1])
+        solved = channel_scale(layer, weight)
+        if scale is not None and scale.shape == solved.shape:
+            same |= np.broadcast_to(scale != solved, same.size).reshape(same.shape)
+    return bool(same.all())
+
+
+def _dequantized(value: ir.Value | None) -> bool:
+    """Whether a value is read from a DequantizeLinear behind a QuantizeLinear."""
+    last = None if value is None else value.producer()
+    if last is None or last.op_type != "DequantizeLinear" or last.inputs[0] is None:
+        return False
+    first = last.inputs[0].producer()
+    return first is not None and first.op_type == "QuantizeLinear"
+
+
+def _constants_behind(value: ir.Value | None) -> list[ir.Value]:
+    """The initializers that a weight is unpacked from."""
+    pending, found, seen = [value], [], set()
+    while pending:
+        current = pending.pop()
+        if current is None or id(current) in seen:
+            continue
+        seen.add(id(current))
+        producer = current.producer()
+        if producer is None:
+            found.append(current)
+        elif producer.op_type in _UNPACKING:
+            pending += producer.inputs
+    return [v for v in found if graphs.is_constant(v)]
+
+
+def _stale(model: ir.Model, q: Quantization) -> list[str]:
+    """Float weights of quantized layers that are still in the model, but for those that something else reads."""
+    found = []
+    own = {layer.name for layer in q.layers}
+    for name in dict.fromkeys(layer.weight for layer in q.layers):
+        value = model.graph.initializers.get(name)
+        if value is None:
+            continue
+        readers = {str(node.name) for node, _ in value.uses()}
+        if not readers or readers & own:
+            found.append(f"the float weight {name!r} is left")
+    return found
+
+
+# What a target reads
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def lint(model: ir.Model, target: Target) -> list[str]:
+    """What a QDQ model breaks of the rules of a target, a line each; [] where it keeps them all.
+
+    Looks at versions, containers, scales, zero points, the axes of weights and the form of biases.
+    """
+    opset = graphs.opset(model)
+    found = []
+    if not target.min_opset <= opset <= target.max_opset:
+        found.append(f"opset {opset}: {target.name} reads {target.min_opset} to {target.max_opset}")
+    if model.ir_version > target.max_ir:
+        found.append(f"IR version {model.ir_version}: {target.name} reads up to {target.max_ir}")
+    for node in model.graph.all_nodes():
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear") and node.domain in ("", "ai.onnx"):
+            found += [f"{node.op_type} {node.name!r}: {fault}" for fault in _pair_faults(node, target)]
+    return found
+
+
+def _pair_faults(node: ir.Node, target: Target) -> Iterator[str]:
+    """The faults of a QuantizeLinear or DequantizeLinear."""
+    scale = _constant_scale(node.inputs[1])
+    zero = graphs.constant(node.inputs[2]) if len(node.inputs) > 2 else None
+    quantized = node.inputs[0]
+    is_activation = node.op_type == "QuantizeLinear" or (
+        quantized is not None and quantized.producer() is not None and not _constants_only(quantized)
+    )
+    block = int(node.attributes["block_size"].value) if "block_size" in node.attributes else 0
+    if scale is not None:
+        if not (np.isfinite(scale).all() and (scale > 0).all()):
+            yield "scales must be finite and above 0"
+        if is_activation and scale.ndim:
+            yield f"an activation's scale has rank {scale.ndim}; only rank 0 runs in integers"
+        if scale.ndim > 1 and not block:
+            yield f"scales of rank {scale.ndim} without blocks"
+        if scale.ndim == 1 and scale.shape == (1,) and not is_activation and not block:
+            codes = _stored(quantized)
+            channels = codes.shape[_axis(node, codes)] if codes is not None and codes.shape else 1
+            if channels != 1:
+                yield "one scale for all is of rank 0, never of shape [1]"
+    if is_activation:
+        yield from _activation_faults(zero, target)
+    else:
+        yield from _weight_faults(node, scale, zero, block, target)
+
+
+def _activation_faults(zero: Numbers | None, target: Target) -> Iterator[str]:
+    allowed = [dtype for dtype in (target.activation, target.wide_activation) if dtype is not None]
+    if not allowed:
+        yield f"{target.name} takes no quantized activations"
+    elif zero is None:
+        yield "an activation needs its zero point written"
+    elif str(zero.dtype) not in allowed:
+        yield f"activations are {zero.dtype}; {target.name} takes {' or '.join(allowed)}"
+    elif zero.dtype.kind == "i" and zero.any():
+        yield f"a zero point of {int(zero.reshape(-1)[0])}; signed activations have 0"
+
+
+def _weight_faults(
+    node: ir.Node, scale: Numbers | None, zero: Numbers | None, block: int, target: Target
+) -> Iterator[str]:
+    """The faults of the DequantizeLinear of a weight or a bias."""
+    codes = _stored(node.inputs[0])
+    dtype = None if codes is None else codes.dtype
+    if dtype == ir.DataType.INT32:
+        if not target.integer_bias:
+            yield f"an int32 bias; {target.name} takes float ones"
+        return
+    if zero is not None and zero.astype(int).any() and not target.weight_zero_points:
+        yield f"a weight's zero point other than 0; {target.name} takes none"
+    held = {name for storage in (target.integer, target.weight_only) for _, name, _ in storage.containers}
+    if dtype in INTEGERS and dtype is not None and dtype.name not in held:
+        yield f"{dtype.name} weights; {target.name} takes {', '.join(sorted(held))}"
+    if codes is None or codes.shape is None or scale is None:
+        return
+    shape = [int(d) for d in codes.shape if isinstance(d, int)]
+    axis = _axis(node, codes)
+    if block:
+        blocks = -(-shape[axis] // block)
+        if scale.shape != tuple(blocks if i == axis else d for i, d in enumerate(shape)):
+            yield f"scales of shape {list(scale.shape)} do not fit blocks of {block} in {shape} along axis {axis}"
+        if not target.takes_blocks(shape[axis], block):
+            yield f"blocks of {block} do not fill {shape[axis]} inputs, or do so once; {target.name} wants two or more"
+    elif scale.ndim == 1:
+        if scale.shape[0] != shape[axis]:
+            yield f"{scale.shape[0]} scales for {shape[axis]} channels along axis {axis}"
+        for reader, index in node.outputs[0].uses():
+            wanted = _channel_axis(reader, index, len(shape))
+            if wanted is not None and axis != wanted:
+                yield f"scales along axis {axis} of a {reader.op_type}'s weight, whose channels are axis {wanted}"
+
+
+def _channel_axis(reader: ir.Node, index: int, rank: int) -> int | None:
+    """The axis of output channels of a weight as input `index` of its reader; None where that is no matter."""
+    if reader.op_type == "Conv" and index == 1:
+        return 0
+    if reader.op_type == "Gemm" and index == 1:
+        transposed = reader.attributes.get("transB")
+        return 0 if transposed is not None and transposed.value else 1
+    if reader.op_type == "MatMul":
+        return rank - 1 if index == 1 else rank - 2
+    return None
+
+
+def _axis(node: ir.Node, quantized: ir.Value | None) -> int:
+    attribute = node.attributes.get("axis")
+    axis = int(attribute.value) if attribute is not None else 1
+    rank = len(quantized.shape) if quantized is not None and quantized.shape is not None else 0
+    return axis + rank if axis < 0 else min(axis, max(rank - 1, 0))
+
+
+def _constant_scale(value: ir.Value | None) -> Numbers | None:
+    """The numbers of a scale: an initializer, or the product of two as int32 biases have it."""
+    if value is None or value.producer() is None:
+        return graphs.constant(value)
+    node = value.producer()
+    parts = [] if node is None or node.op_type != "Mul" else [graphs.constant(v) for v in node.inputs]
+    return parts[0] * parts[1] if len(parts) == 2 and parts[0] is not None and parts[1] is not None else None
+
+
+def _stored(value: ir.Value | None) -> ir.Value | None:
+    """The codes behind the Cast that unpacks them at load."""
+    producer = None if value is None else value.producer()
+    return producer.inputs[0] if producer is not None and producer.op_type == "Cast" else value
+
+
+def _constants_only(value: ir.Value) -> bool:
+    """Whether a value is made of constants alone, by nodes that unpack."""
+    producer = value.producer()
+    if producer is None:
+        return graphs.is_constant(value)
+    return producer.op_type in _UNPACKING and all(v is None or _constants_only(v) for v in producer.inputs)

@@ -1,0 +1,42 @@
+"""The float model with the weights of its layers as inputs, to try quantized ones without a new session."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import onnx_ir as ir
+
+from comq_onnx.model.layers import Layer, nodes_by_name
+from comq_onnx.solve.layer import Solution
+from comq_onnx.write.biases import add_bias, float_bias, set_bias
+from comq_onnx.write.weights import Numbers
+
+
+def expose(model: ir.Model, layers: Sequence[Layer], solutions: Mapping[str, Solution]) -> None:
+    """Make the weights of layers, and the biases that their solutions shift, inputs of `model` that are the float ones
+    unless something else is fed: see `exposed`."""
+    nodes = nodes_by_name(model)
+    for layer in layers:
+        solution = solutions[layer.name]
+        if solution.shift is not None:
+            bias = float_bias(model, layer, replace(solution, shift=None))
+            plain = np.zeros(solution.shift.size, np.float32) if bias is None else bias
+            if layer.bias_node is not None:
+                set_bias(model, nodes, layer, plain, None, None)
+            else:
+                add_bias(model, nodes[layer.name], layer, plain)
+            model.graph.inputs.append(model.graph.initializers[f"{layer.name}.bias"])
+        weight = model.graph.initializers[layer.weight]
+        if weight not in model.graph.inputs:
+            model.graph.inputs.append(weight)
+
+
+def exposed(model: ir.Model, layer: Layer, solution: Solution) -> dict[str, Numbers]:
+    """What to feed to a model that `expose` made of `model` to have a layer quantized."""
+    feeds: dict[str, Numbers] = {
+        layer.weight: np.ascontiguousarray(layer.kind.from_matrix(solution.weight.dequantize()))
+    }
+    bias = None if solution.shift is None else float_bias(model, layer, solution)
+    return feeds if bias is None else feeds | {f"{layer.name}.bias": bias}

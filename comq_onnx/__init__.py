@@ -18,8 +18,8 @@ from comq_onnx.options.samples import Recipe
 from comq_onnx.pipeline import Options, inspect_samples, plan, quantize, version
 from comq_onnx.report.inputs import InputReport
 from comq_onnx.report.report import ActivationReport, LayerReport, Report
-from comq_onnx.samples.dataset import Samples
 from comq_onnx.samples.load import load_samples
+from comq_onnx.samples.samples import Samples
 
 __all__ = [
     "ActivationReport",

@@ -20,8 +20,8 @@ from comq_onnx.model.source import as_path, load_source
 from comq_onnx.options.samples import Recipe
 from comq_onnx.runtime import device as devices
 from comq_onnx.runtime.session import Session
-from comq_onnx.samples.dataset import Samples
 from comq_onnx.samples.load import load_samples
+from comq_onnx.samples.samples import Samples
 
 INTEGER_PRODUCTS = frozenset(
     {

@@ -20,7 +20,7 @@ import onnx_ir as ir
 
 from comq_onnx.bits.knapsack import Allocation
 from comq_onnx.bits.survey import BITS, REFERENCE_BITS, survey
-from comq_onnx.bits.tradeoff import UPGRADE_SHARE, Bits, Kept, Space, judge_drop, limit, node_bytes
+from comq_onnx.bits.tradeoff import UPGRADE_SHARE, Bits, DropCheck, Tradeoff, check_drop, max_noise, node_bytes
 from comq_onnx.calibrate import stages
 from comq_onnx.calibrate.walk import Calibration, Progress, Settings, timed, walk
 from comq_onnx.errors import ModelError, OptionError, OutOfMemory, RuntimeFailure, SamplesError, did_you_mean
@@ -41,7 +41,7 @@ from comq_onnx.plan import integer_gain as gains
 from comq_onnx.plan import smoothing as smooth
 from comq_onnx.plan.activation_grid import ActivationGrid
 from comq_onnx.plan.activations import ActivationPlan, plan_activations
-from comq_onnx.plan.forms import code_bytes, form, grid_for, stored_as
+from comq_onnx.plan.forms import code_bytes, container_of, form, supported_grid
 from comq_onnx.plan.subgraphs import specialize
 from comq_onnx.report.inputs import describe as describe_inputs
 from comq_onnx.report.report import ActivationReport, LayerReport, Report
@@ -49,10 +49,10 @@ from comq_onnx.runtime import device as devices
 from comq_onnx.runtime import memory
 from comq_onnx.runtime import session as runtime
 from comq_onnx.samples import padding
-from comq_onnx.samples.clues import misfitting, read_clues
-from comq_onnx.samples.dataset import Samples
+from comq_onnx.samples.clues import read_clues, suspicious_statistics
 from comq_onnx.samples.inspection import Inspection, describe
 from comq_onnx.samples.load import load_samples
+from comq_onnx.samples.samples import Samples
 from comq_onnx.solve.comq import EFFORTS
 from comq_onnx.solve.grid import MAX_BITS, MIN_BITS, Grid
 from comq_onnx.solve.layer import METHODS, Method, Solution, blank, check_codes, error_db
@@ -468,7 +468,7 @@ class Run:
         self.first_feeds = feeds
         if everything.source != "synthetic":  # which show nothing that has a class
             doubts = [suspicious_scores(name, output) for name, output in self.first_outputs.items()]
-            self.warnings += filter(None, [*doubts, misfitting(clues, feeds)])
+            self.warnings += filter(None, [*doubts, suspicious_statistics(clues, feeds)])
         self.mask = self._find_mask()
 
     def _find_mask(self) -> str | None:
@@ -573,7 +573,7 @@ class Run:
     ) -> Iterator[dict[str, Any]]:
         """What some values of a model are, batch by batch."""
         with private_directory() as work:
-            source = to_bytes_or_file(graphs.exposing(model, names), work, "values")
+            source = to_bytes_or_file(graphs.with_outputs(model, names), work, "values")
             session = runtime.Session(source, self.device, what="the model with its activations as outputs")
             taken = {i.name for i in session.inputs}
             for batch in batches:
@@ -608,7 +608,9 @@ class Run:
 
     def with_bits(self, planned: Planned, bits: Bits) -> Planned:
         layers = planned.prepared.layers
-        grids = {layer.name: grid_for(layer, self.options.grid(bits[layer.name]), self.target) for layer in layers}
+        grids = {
+            layer.name: supported_grid(layer, self.options.grid(bits[layer.name]), self.target) for layer in layers
+        }
         return replace(planned, bits=bits, grids=grids)
 
     def _prepare(self) -> Prepared:
@@ -683,7 +685,7 @@ class Run:
     def _as_large(self, layer: Layer, bits: int, planned: Planned) -> int:
         """The most bits whose codes are stored as those of `bits` are."""
         stored = [
-            stored_as(layer, n, planned.activations, self.target, planned.prepared.opset)
+            container_of(layer, n, planned.activations, self.target, planned.prepared.opset)
             for n in range(bits, MAX_BITS + 1)
         ]
         return max(bits + i for i, how in enumerate(stored) if how == stored[0])
@@ -700,7 +702,7 @@ class Run:
         """Whether --bits-for says what a layer gets."""
         return any(compile_pattern(pattern, "--bits-for").search(name) for pattern, _ in self.options.bits_for)
 
-    def space(self, planned: Planned) -> Space:
+    def space(self, planned: Planned) -> Tradeoff:
         """What every width of every layer costs, in accuracy and bytes."""
         prepared, target = planned.prepared, self.target
         least = self.options.fixed_bits or BITS[0]
@@ -728,7 +730,7 @@ class Run:
         def file_size(bits: Bits) -> int:
             return self._file_size(planned, bits)
 
-        return Space(
+        return Tradeoff(
             found, widths, sizes, node_bytes(found.groups, sizes, file_size), counts, file_size, self._leads()
         )  # fmt: skip
 
@@ -751,13 +753,13 @@ class Run:
         model = self._emitted(planned, solutions, dict.fromkeys(planned.activations.values, one))
         return files.file_size(model)
 
-    def _allocate(self, planned: Planned, space: Space) -> Planned:
+    def _allocate(self, planned: Planned, space: Tradeoff) -> Planned:
         """The bits that the budget gives; with a fixed number of bits, more for the layers that gain most."""
         if self.options.size is not None:
             self.chosen = space.within_size(parse_size(self.options.size, self.source.size))
         elif self.options.max_drop is not None:
             drop = parse_drop(self.options.max_drop)
-            self.chosen = space.within_noise(limit(drop, space.leads), drop.kind)
+            self.chosen = space.within_noise(max_noise(drop, space.leads), drop.kind)
         elif self.options.fixed_bits is None:
             assert isinstance(self.options.bits, float)
             self.chosen = space.within_mean(self.options.bits)
@@ -767,13 +769,13 @@ class Run:
             self.chosen = space.within_size(int(self._file_size(planned, planned.bits) * (1 + UPGRADE_SHARE)))
         return self.with_bits(planned, space.bits(self.chosen))
 
-    def _within_drop(self, planned: Planned, space: Space) -> Solved:
+    def _within_drop(self, planned: Planned, space: Tradeoff) -> Solved:
         """The smallest model that keeps the accuracy asked for on the samples held back. What each model measures tells
         which to try next: as far off as the prediction was, and between one that keeps it and one that does not once
         there are both. Raises OptionError where even the most bits lose more."""
         assert self.options.max_drop is not None
         drop = parse_drop(self.options.max_drop)
-        noise = limit(drop, space.leads)
+        noise = max_noise(drop, space.leads)
         passed: float | None = None
         failed: float | None = None
         most = space.within_codes(space.limits()[1])
@@ -806,7 +808,7 @@ class Run:
         self.chosen = best[0]
         return best[1]
 
-    def _kept(self, model: ir.Model, known: Floats | None, drop: Drop) -> Kept:
+    def _kept(self, model: ir.Model, known: Floats | None, drop: Drop) -> DropCheck:
         assert self.float_session is not None
         with private_directory() as work:
             source = to_bytes_or_file(model, work, "quantized")
@@ -822,13 +824,17 @@ class Run:
                         for feeds in self.held_back.batches(self.options.batch_size)
                     ]
                 )
-        return judge_drop(drop, known, outputs, changes)
+        return check_drop(drop, known, outputs, changes)
 
     def _quantized_session(self, source: Path | bytes | str) -> runtime.Session:
         # ONNX Runtime's CPU alone rounds the activations of weight-only products
         exact = self.device != self.target.device
         return runtime.Session(
-            source, self.device, what="the quantized model", exact=exact, literal=self.target.elsewhere
+            source,
+            self.device,
+            what="the quantized model",
+            float_matmul_nbits=exact,
+            disable_qdq_fusion=self.target.runs_outside_ort,
         )
 
     def _memory(self) -> int:
@@ -906,7 +912,7 @@ class Run:
     def _report(
         self,
         planned: Planned,
-        space: Space | None,
+        space: Tradeoff | None,
         found: Calibration | None,
         size: int | None,
         compared: dict[str, Any],
@@ -947,7 +953,7 @@ class Run:
         )
 
     def _layer(
-        self, layer: Layer, planned: Planned, space: Space | None, stage: int, found: Calibration | None
+        self, layer: Layer, planned: Planned, space: Tradeoff | None, stage: int, found: Calibration | None
     ) -> LayerReport:
         grid = planned.grids[layer.name]
         how = form(layer, planned.activations)

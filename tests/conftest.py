@@ -25,7 +25,7 @@ import comq_onnx
 from comq_onnx import pipeline
 from comq_onnx.plan import integer_gain as gains
 from comq_onnx.runtime import memory
-from comq_onnx.solve.moments import Statistics
+from comq_onnx.solve.moments import Moments
 from models import Arrays, samples_for, signature, worst_sqnr
 
 ROOT = Path(__file__).parents[1]
@@ -48,7 +48,7 @@ def _quick_latency(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def _integers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers run in integers where there is a kernel: those of tests are too small to gain by it."""
-    if request.path.stem not in ("test_gains", "test_golden"):
+    if request.path.stem not in ("test_integer_gain", "test_golden"):
         monkeypatch.setattr(gains, "choose", lambda _prepared, layers, plan, _shapes, _costs: plan(layers))
 
 
@@ -91,7 +91,7 @@ class Done:
 class Solved:
     """What the walk solved: the statistics of each layer by its name, and the names of those solved as one."""
 
-    on: dict[str, Statistics] = field(default_factory=dict)
+    on: dict[str, Moments] = field(default_factory=dict)
     together: list[list[str]] = field(default_factory=list)
 
 
@@ -100,7 +100,7 @@ def solved(monkeypatch: pytest.MonkeyPatch) -> Solved:
     """What the walks of this test solve; a later walk overwrites layers of the same name."""
     seen, solve = Solved(), _Walk._solve
 
-    def spy(walk: Any, together: Any, statistics: Statistics) -> None:
+    def spy(walk: Any, together: Any, statistics: Moments) -> None:
         seen.together.append([layer.name for layer in together])
         seen.on.update({layer.name: statistics for layer in together})
         solve(walk, together, statistics)

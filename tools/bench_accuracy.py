@@ -41,16 +41,16 @@ from comq_onnx.model.prepare import prepare
 from comq_onnx.model.source import read_model
 from comq_onnx.pipeline import Options, version
 from comq_onnx.plan.activations import ActivationPlan, plan_activations
-from comq_onnx.plan.forms import grid_for
+from comq_onnx.plan.forms import supported_grid
 from comq_onnx.plan.subgraphs import specialize
 from comq_onnx.runtime.session import Session
 from comq_onnx.samples import padding
-from comq_onnx.samples.dataset import Samples
 from comq_onnx.samples.load import load_samples
+from comq_onnx.samples.samples import Samples
 from comq_onnx.solve.comq import EFFORTS
 from comq_onnx.solve.grid import Array, Grid, QuantizedWeight, rtn
 from comq_onnx.solve.layer import METHODS, Method, error_db, solve
-from comq_onnx.solve.moments import Statistics
+from comq_onnx.solve.moments import Moments
 from comq_onnx.targets.catalog import TARGETS
 from comq_onnx.write.emit import emit
 from comq_onnx.write.weights import Quantization
@@ -101,7 +101,7 @@ class Subject:
 
     def grids(self, grid: Grid) -> dict[str, Grid]:
         """The grid of each layer, by name."""
-        return {layer.name: grid_for(layer, grid, TARGET) for layer in self.walked.layers}
+        return {layer.name: supported_grid(layer, grid, TARGET) for layer in self.walked.layers}
 
 
 def find(zoo: Path, name: str) -> tuple[Path, Path, Path]:
@@ -142,7 +142,7 @@ def measure(
         Quantization(subject.walked.layers, found.solutions, subject.plan, {}, TARGET, subject.prepared.opset),
     )
     with private_directory() as work:
-        quantized = Session(to_bytes_or_file(model, work, "quantized"), exact=True)
+        quantized = Session(to_bytes_or_file(model, work, "quantized"), float_matmul_nbits=True)
         outputs = compare_outputs(subject.source, quantized, test, BATCH)
         worst = min(outputs, key=lambda o: o.sqnr_db)
         cosine = mean_cosine(subject.source, quantized, worst.name, test)
@@ -185,9 +185,9 @@ def _quiet(_what: str, _done: int, _total: int) -> None:
 class Recorder(Method):
     """No solver: keeps the moments that a walk hands to it, and rounds."""
 
-    seen: list[Statistics] = field(default_factory=list)
+    seen: list[Moments] = field(default_factory=list)
 
-    def __call__(self, weight: Array, statistics: Statistics, grid: Grid) -> QuantizedWeight:
+    def __call__(self, weight: Array, statistics: Moments, grid: Grid) -> QuantizedWeight:
         self.seen.append(statistics)
         return rtn(weight, grid)
 
@@ -197,7 +197,7 @@ def rows_of(layer: Layer) -> tuple[object, ...]:
     return layer.input, layer.kind.rows_key()
 
 
-def moments(subject: Subject, samples: Samples) -> dict[tuple[object, ...], Statistics]:
+def moments(subject: Subject, samples: Samples) -> dict[tuple[object, ...], Moments]:
     """The moments of the layers' inputs in the float model, by `rows_of`, as a walk gathers them."""
     # one layer for each input: those that read the same rows, or share a weight, are not solved one by one
     weights = {layer.weight: layer for layer in reversed(subject.walked.layers)}
@@ -237,7 +237,7 @@ def judge_layers(
     return found
 
 
-def held_out(weight: Array, known: Statistics, unknown: Statistics, grid: Grid, method: Method) -> tuple[float, float]:
+def held_out(weight: Array, known: Moments, unknown: Moments, grid: Grid, method: Method) -> tuple[float, float]:
     """Solve on the moments `known`, judge on `unknown`: the objective in dB with the method's own shift, and with a
     shift by the mean of the error."""
     solution = solve(weight, known, grid, method, has_bias=True)

@@ -29,8 +29,8 @@ from comq_onnx.model.files import written
 from comq_onnx.options.budgets import parse_drop
 from comq_onnx.pipeline import Options, Planned, Run, quantize
 from comq_onnx.runtime.session import Session
-from comq_onnx.samples.dataset import Samples
 from comq_onnx.samples.load import load_samples
+from comq_onnx.samples.samples import Samples
 
 
 @dataclass

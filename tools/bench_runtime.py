@@ -28,8 +28,8 @@ import comq_onnx
 from comq_onnx.evaluate import INTEGER_PRODUCTS, compare_outputs, executed_kernels, latency
 from comq_onnx.runtime import device as devices
 from comq_onnx.runtime.session import Session
-from comq_onnx.samples.dataset import Samples
 from comq_onnx.samples.load import load_samples
+from comq_onnx.samples.samples import Samples
 
 
 class Reader(CalibrationDataReader):

@@ -35,8 +35,8 @@ from threadpoolctl import threadpool_limits
 from comq_onnx.solve.comq import EFFORTS, ZERO_POINT_BITS, Effort, solve_comq
 from comq_onnx.solve.grid import Grid, QuantizedWeight, fit_minmax, fit_mse
 from comq_onnx.solve.layer import Method, error_db, solve
-from comq_onnx.solve.moment_sums import Moments
-from comq_onnx.solve.moments import Statistics
+from comq_onnx.solve.moment_sums import MomentSums
+from comq_onnx.solve.moments import Moments
 from comq_onnx.solve.output_error import Judge
 
 try:
@@ -54,8 +54,8 @@ class Layer:
     """A synthetic layer: weight [1, m, n], moments to calibrate and to measure on, and rows of its input."""
 
     weight: np.ndarray
-    seen: Statistics
-    unseen: Statistics
+    seen: Moments
+    unseen: Moments
     rows: np.ndarray
 
 
@@ -70,7 +70,7 @@ def make_layer(n: int, m: int, seed: int) -> Layer:
     def rows(count: int) -> np.ndarray:
         return rng.standard_normal((count, n), dtype=np.float32) @ mixing + mean
 
-    seen, unseen = Moments(), Moments()
+    seen, unseen = MomentSums(), MomentSums()
     first = rows(1024)
     for k in range(-(-POSITIONS * n // 1024)):
         seen.add((first if k == 0 else rows(1024))[None], None, half=k % 2)

@@ -64,8 +64,11 @@ def run_one(
 
 def measure(folder: Path, out: Path, said: dict[str, Any], target: str, count: int) -> dict[str, Any]:
     """What the file at `out` does on the model's own test samples, and in the target's runtime."""
-    elsewhere = TARGETS[target].elsewhere
-    before, after = Session(folder / "model.onnx"), Session(out, exact=elsewhere, literal=elsewhere)
+    elsewhere = TARGETS[target].runs_outside_ort
+    before, after = (
+        Session(folder / "model.onnx"),
+        Session(out, float_matmul_nbits=elsewhere, disable_qdq_fusion=elsewhere),
+    )
     samples = load_samples(folder / "test.npz", before.inputs, count=count)
     samples = samples.take(np.arange(min(count, len(samples))))
     outputs = compare_outputs(before, after, samples, 16)

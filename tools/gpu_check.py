@@ -51,8 +51,8 @@ from comq_onnx.solve.gpu import solver as gpu
 from comq_onnx.solve.gpu import step
 from comq_onnx.solve.grid import Grid
 from comq_onnx.solve.layer import solve
-from comq_onnx.solve.moment_sums import Moments
-from comq_onnx.solve.moments import Statistics
+from comq_onnx.solve.moment_sums import MomentSums
+from comq_onnx.solve.moments import Moments
 from comq_onnx.solve.patches import patch_gram
 
 ROOT = Path(__file__).parents[1]
@@ -126,9 +126,9 @@ class Check:
         yield self.wanted("and right", f"{float((y - x.relu()).abs().max()):.1e}", "0", torch.equal(y, x.relu()))
 
     def grams(self) -> Iterator[Row]:
-        """Moments of rows and patches against float64."""
+        """MomentSums of rows and patches against float64."""
         x = self.rng.standard_normal((1, self.scale.positions, 256)).astype(np.float32)
-        sums = Moments()
+        sums = MomentSums()
         sums.add(torch.as_tensor(x, device=self.device), None)
         off = _off(sums.statistics().on_host().gram[0] * x.shape[1], x[0].astype(np.float64).T @ x[0])
         # TF32 would give 3e-4
@@ -235,7 +235,7 @@ class Check:
         yield Row("timing", f"float32 matrix product, {self.scale.product}", f"{peak:.2f} TFLOP/s")
         for n in sorted({int(size.split("x")[0]) for size in self.scale.sizes}):
             x = torch.randn(1, self.scale.positions, n, device=self.device)
-            spent = self.median(lambda x=x: Moments().add(x, None))
+            spent = self.median(lambda x=x: MomentSums().add(x, None))
             rate = 2 * self.scale.positions * n * n / spent / 1e9
             yield Row("timing", f"Gram of {n} inputs", f"{rate:.2f} TFLOP/s, {rate / peak:.0%} of peak")
         images = torch.randn(16, 64, 56, 56, device=self.device)[:, : 8 if self.scale is SMOKE else 64]
@@ -263,7 +263,7 @@ class Check:
         whole()
         return milliseconds(whole, self.scale.runs)
 
-    def on_device(self, statistics: Statistics) -> Statistics:
+    def on_device(self, statistics: Moments) -> Moments:
         """The moments as tensors."""
         half = None if statistics.half is None else self.on_device(statistics.half)
         names = ("gram", "mean", "cross", "residue", "mean_error")

@@ -23,12 +23,12 @@ from comq_onnx.model.layers import Layer, Prepared
 from comq_onnx.model.operators import Gather
 from comq_onnx.plan.activation_grid import ActivationGrid
 from comq_onnx.plan.activations import ActivationPlan
-from comq_onnx.plan.forms import grid_for
+from comq_onnx.plan.forms import supported_grid
 from comq_onnx.runtime.session import Session
-from comq_onnx.samples.dataset import Samples, spread
+from comq_onnx.samples.samples import Samples, spread
 from comq_onnx.solve.grid import Array, Grid
 from comq_onnx.solve.layer import Method, Solution, errors_at, round_rows
-from comq_onnx.solve.moments import Statistics
+from comq_onnx.solve.moments import Moments
 from comq_onnx.targets.target import Target
 from comq_onnx.write.emit import emit
 from comq_onnx.write.expose import expose, exposed
@@ -127,7 +127,7 @@ class _Survey:
     def run(self) -> Sensitivity:
         sampled: dict[str, dict[int, float]] = {}
 
-        def observe(layers: Sequence[Layer], weights: Sequence[Array], moments: Statistics, has_bias: bool) -> None:
+        def observe(layers: Sequence[Layer], weights: Sequence[Array], moments: Moments, has_bias: bool) -> None:
             for layer, weight in zip(layers, weights, strict=True):
                 sampled[layer.name] = self._errors(layer, weight, moments, has_bias)
 
@@ -186,9 +186,9 @@ class _Survey:
         return gains
 
     def _grid(self, layer: Layer, bits: int) -> Grid:
-        return grid_for(layer, self.grid_of(bits), self.target)
+        return supported_grid(layer, self.grid_of(bits), self.target)
 
-    def _errors(self, layer: Layer, weight: Array, moments: Statistics, has_bias: bool) -> dict[int, float]:
+    def _errors(self, layer: Layer, weight: Array, moments: Moments, has_bias: bool) -> dict[int, float]:
         groups = spread(len(weight), CHANNELS)
         channels = spread(weight.shape[1], max(1, CHANNELS // len(groups)))
         some = np.ascontiguousarray(weight[np.ix_(groups, channels)])
@@ -228,8 +228,8 @@ class _Survey:
         with private_directory() as work:
             source = to_bytes_or_file(model, work, "survey")
             return Session(
-                source, self.settings.device, level=level, what="the model for the survey", exact=True,
-                literal=self.target.elsewhere,
+                source, self.settings.device, level=level, what="the model for the survey", float_matmul_nbits=True,
+                disable_qdq_fusion=self.target.runs_outside_ort,
             )  # fmt: skip
 
 

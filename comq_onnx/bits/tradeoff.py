@@ -29,7 +29,7 @@ Bits = dict[str, int]
 
 
 @dataclass(frozen=True)
-class Point:
+class FrontierPoint:
     """One allocation of a frontier: bytes of the file, mean bits of a weight, predicted SQNR in dB and top-1 agreement
     (None where the model gives no class scores); chosen: it is the one that is used."""
 
@@ -40,7 +40,7 @@ class Point:
     chosen: bool = False
 
 
-def limit(drop: Drop, leads: Floats | None) -> float:
+def max_noise(drop: Drop, leads: Floats | None) -> float:
     """The noise at which a drop is just kept, with some reserve: relative for an SQNR, the leads' variance for points
     (leads: of the float model on many samples). Raises OptionError where points are asked for and there are no class
     scores."""
@@ -56,7 +56,7 @@ def limit(drop: Drop, leads: Floats | None) -> float:
 
 
 @dataclass(frozen=True)
-class Kept:
+class DropCheck:
     """Whether a model keeps the accuracy asked for: what was measured in words, and the noise that it may have over the
     noise that it has."""
 
@@ -65,23 +65,25 @@ class Kept:
     ratio: float
 
 
-def judge_drop(drop: Drop, leads: Floats | None, outputs: Sequence[OutputComparison], changes: Floats | None) -> Kept:
+def check_drop(
+    drop: Drop, leads: Floats | None, outputs: Sequence[OutputComparison], changes: Floats | None
+) -> DropCheck:
     """leads: of the float model on many samples; outputs: of both models on samples held back; changes: of the leads
     there, for points."""
     if drop.sqnr_db is not None:
         worst = min((output.sqnr_db for output in outputs), default=np.inf)
-        return Kept(worst >= drop.sqnr_db, f"{worst:.2f} dB remain", float(10 ** ((worst - drop.sqnr_db) / 10)))
+        return DropCheck(worst >= drop.sqnr_db, f"{worst:.2f} dB remain", float(10 ** ((worst - drop.sqnr_db) / 10)))
     assert drop.points is not None
     assert changes is not None
     assert leads is not None
     variance = float(np.mean(changes**2))
     expected = 100 * (1 - expected_agreement(leads, np.sqrt(variance)))
     counted = 100 * (1 - next(o.top1_agreement for o in outputs if o.top1_agreement is not None))
-    ratio = limit(drop, leads) / max(variance, 1e-30)
+    ratio = max_noise(drop, leads) / max(variance, 1e-30)
     said = f"{counted:.1f} points of agreement are lost ({expected:.2f} expected)"
     enough = counted <= drop.points and expected <= ENOUGH_SHARE * drop.points
     # a class may change by chance, whatever the noise
-    return Kept(enough, said, ratio if enough else min(ratio, DROP_SHARE))
+    return DropCheck(enough, said, ratio if enough else min(ratio, DROP_SHARE))
 
 
 def node_bytes(
@@ -101,7 +103,7 @@ def node_bytes(
 
 
 @dataclass(frozen=True)
-class Space:
+class Tradeoff:
     """All allocations there are, by groups of layers that share a weight, each named by its first layer.
 
     widths: the bits to choose among; code_bytes: what the codes take at each; node_bytes: what the nodes that unpack
@@ -196,7 +198,7 @@ class Space:
                 low = middle
         return best
 
-    def frontier(self, chosen: Allocation) -> list[Point]:
+    def frontier(self, chosen: Allocation) -> list[FrontierPoint]:
         """Allocations from the fewest bytes to the most, with the chosen one."""
         low, high = self.limits()
         budgets = np.unique(np.geomspace(max(low, 1), max(high, 1), FRONTIER_POINTS).astype(np.int64))
@@ -205,10 +207,10 @@ class Space:
         points = {a.size: self._point(a, rest, False) for a in found} | {chosen.size: self._point(chosen, rest, True)}
         return [points[size] for size in sorted(points)]
 
-    def _point(self, allocation: Allocation, rest: int, chosen: bool) -> Point:
+    def _point(self, allocation: Allocation, rest: int, chosen: bool) -> FrontierPoint:
         relative, variance = self.noise(allocation)
         agreement = None if self.leads is None else expected_agreement(self.leads, float(np.sqrt(variance)))
-        return Point(
+        return FrontierPoint(
             rest + allocation.size, self.mean_bits(self.bits(allocation)), -10 * float(np.log10(max(relative, 1e-20))),
             agreement, chosen,
         )  # fmt: skip

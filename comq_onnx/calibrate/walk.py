@@ -35,13 +35,13 @@ from comq_onnx.plan.activations import ActivationPlan
 from comq_onnx.plan.forms import may_add_bias
 from comq_onnx.runtime import device as devices
 from comq_onnx.runtime.session import Session
-from comq_onnx.samples.dataset import Samples
 from comq_onnx.samples.padding import Mask, has_positions, take_kept
+from comq_onnx.samples.samples import Samples
 from comq_onnx.solve import moment_sums as moments
 from comq_onnx.solve.grid import Array, Grid
 from comq_onnx.solve.layer import COMQ, Method, Solution, error_db, round_rows, solve_together
-from comq_onnx.solve.moment_sums import Moments, halves, parts
-from comq_onnx.solve.moments import Statistics
+from comq_onnx.solve.moment_sums import MomentSums, halves, parts
+from comq_onnx.solve.moments import Moments
 from comq_onnx.targets.target import Target
 from comq_onnx.write.emit import emit
 from comq_onnx.write.weights import Quantization
@@ -49,7 +49,7 @@ from comq_onnx.write.weights import Quantization
 logger = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
 # called with the layers that are solved as one, their weights and moments, and whether a bias can take their mean
-Observer = Callable[[Sequence["Layer"], Sequence[Array], Statistics, bool], None]
+Observer = Callable[[Sequence["Layer"], Sequence[Array], Moments, bool], None]
 Tensors = dict[str, list[Any]]  # one array per batch
 # More input positions than these do not change a solution (measured on EfficientNet-Lite0 at 4 bits: 27k positions give
 # -26.4 dB, 6.6k -26.0): beyond them positions are drawn at random, the same share of each batch. Depthwise layers,
@@ -203,7 +203,7 @@ class _Walk:
             alike.setdefault((grid, self._has_bias(layer), layer.name if grid.per_tensor else None), []).append(layer)
         return list(alike.values())
 
-    def _moments(self, layers: Sequence[Layer], x: Tensors, x_hat: Tensors) -> Iterator[tuple[list[Layer], Statistics]]:
+    def _moments(self, layers: Sequence[Layer], x: Tensors, x_hat: Tensors) -> Iterator[tuple[list[Layer], Moments]]:
         """The layers that read the same rows, with the moments of those."""
         sharing: dict[tuple[str, bool, object], list[Layer]] = {}
         for layer in layers:
@@ -215,8 +215,8 @@ class _Walk:
                 statistics = self._statistics(group[0], x[source], x_hat[source])
             yield group, statistics
 
-    def _statistics(self, layer: Layer, x: Sequence[Any], x_hat: Sequence[Any]) -> Statistics:
-        sums = Moments()
+    def _statistics(self, layer: Layer, x: Sequence[Any], x_hat: Sequence[Any]) -> Moments:
+        sums = MomentSums()
         settings = self.settings
         quantize = layer.name in self.plan.integer_layers and not settings.independent
         grid = self.result.grids[layer.input] if quantize else None
@@ -328,7 +328,7 @@ class _Walk:
         self.solved.append(layer)
         return True
 
-    def _solve(self, together: Sequence[Layer], statistics: Statistics) -> None:
+    def _solve(self, together: Sequence[Layer], statistics: Moments) -> None:
         weights = [_finite_weight(self.prepared, layer) for layer in together]
         grid, has_bias = self.grids[together[0].name], self._has_bias(together[0])
         found = solve_together(weights, statistics, grid, self.settings.method, has_bias)
@@ -403,8 +403,8 @@ class _Walk:
     ) -> Tensors:
         source = to_bytes_or_file(segment, self.work, f"stage{stage.index}")
         session = Session(
-            source, self.settings.device, what=f"stage {stage.index} of the model", exact=True,
-            literal=self.target.elsewhere,
+            source, self.settings.device, what=f"stage {stage.index} of the model", float_matmul_nbits=True,
+            disable_qdq_fusion=self.target.runs_outside_ort,
         )  # fmt: skip
         made: Tensors = {name: [] for name in live}
         feeds = self.cuts.ahead(

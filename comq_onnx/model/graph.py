@@ -59,7 +59,7 @@ def walk_values(model: ir.Model) -> Iterator[ir.Value]:
             yield from node.outputs
 
 
-def exposing(model: ir.Model, names: Iterable[str]) -> ir.Model:
+def with_outputs(model: ir.Model, names: Iterable[str]) -> ir.Model:
     """The part of a model that makes these values, as a model of its own with them as outputs."""
     part = model.clone()
     values = {str(v.name): v for v in walk_values(part)}

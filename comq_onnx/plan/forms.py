@@ -37,7 +37,9 @@ def may_add_bias(layer: Layer, plan: ActivationPlan) -> bool:
     return isinstance(layer.kind, MatMul) and form(layer, plan) == "blocked"
 
 
-def stored_as(layer: Layer, bits: int, plan: ActivationPlan, target: Target, opset: int) -> tuple[str, tuple[int, ...]]:
+def container_of(
+    layer: Layer, bits: int, plan: ActivationPlan, target: Target, opset: int
+) -> tuple[str, tuple[int, ...]]:
     """The container of a layer's codes, and the widths of the bit planes that take its place: none where they save less
     than the nodes that join them take, or in a weight-only MatMul that would lose its 4-bit kernel by them."""
     how = form(layer, plan)
@@ -56,12 +58,12 @@ def stored_as(layer: Layer, bits: int, plan: ActivationPlan, target: Target, ops
 
 def code_bytes(layer: Layer, bits: int, plan: ActivationPlan, target: Target, opset: int) -> int:
     """The bytes that the codes of a layer take in the file at some bits."""
-    container, planes = stored_as(layer, bits, plan, target, opset)
+    container, planes = container_of(layer, bits, plan, target, opset)
     count = int(np.prod(layer.weight_shape))
     return sum(-(-count * width // 8) for width in planes or (WIDTHS[container],))
 
 
-def grid_for(layer: Layer, grid: Grid, target: Target) -> Grid:
+def supported_grid(layer: Layer, grid: Grid, target: Target) -> Grid:
     """The grid a layer's graph form can carry on a target: blocks only along a matrix's inputs, one scale for grouped
     ConvTranspose, symmetric where a zero point would have no place."""
     kind = layer.kind

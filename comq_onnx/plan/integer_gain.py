@@ -37,13 +37,13 @@ BLOCKED = frozenset(
 WORTH = 0.002
 SWEEPS = 3
 # microseconds for what must not be: between quantized values ONNX Runtime rounds the weights of a float layer itself
-SWALLOWED = 1e6
+FORBIDDEN_US = 1e6
 
 
 def choose(prepared: Prepared, layers: Sequence[Layer], plan: Planner, shapes: Shapes, costs: Costs) -> ActivationPlan:
     """The activations with the least predicted time: whole regions of layers out of integers first, then layer by
     layer. plan: gives the activations for some of `layers`; shapes: of every value, for one sample."""
-    clock = Clock(prepared, shapes, costs)
+    clock = CostModel(prepared, shapes, costs)
     best = plan(layers)
     chosen, least = set(best.integer_layers), clock.time(best)
     convolutions = {layer.name for layer in layers if layer.name in chosen and is_measured(layer)}
@@ -64,7 +64,7 @@ def choose(prepared: Prepared, layers: Sequence[Layer], plan: Planner, shapes: S
 
 
 @dataclass(frozen=True)
-class Clock:
+class CostModel:
     """Predicts what a plan takes, apart from what it takes under every plan."""
 
     prepared: Prepared
@@ -82,7 +82,7 @@ class Clock:
             if layer is not None:
                 total += self._layer(layer, node, layer.name in plan.integer_layers)
                 if layer.name not in plan.integer_layers and _between(layer, node, plan):
-                    total += SWALLOWED
+                    total += FORBIDDEN_US
             elif node.op_type in self.costs.operators:
                 total += self.costs.operators[node.op_type][str(node.name) in integers].of(self._largest(node))
         for value in self._values():

@@ -13,7 +13,7 @@ from comq_onnx.model import graph as graphs
 from comq_onnx.model.layers import Layer, Prepared
 from comq_onnx.model.operators import Gather
 from comq_onnx.runtime.session import Session
-from comq_onnx.samples.dataset import Samples
+from comq_onnx.samples.samples import Samples
 
 # If
 # ----------------------------------------------------------------------------------------------------------------------
@@ -108,7 +108,7 @@ def _inline_one_level(model: ir.Model, samples: Samples, settings: Settings) -> 
         seen[name].add(bool(value.all()))
     asked = [name for name in conditions if name not in known]
     if asked:
-        probe = ir.to_proto(graphs.exposing(model, asked)).SerializeToString()
+        probe = ir.to_proto(graphs.with_outputs(model, asked)).SerializeToString()
         session = Session(probe, settings.device, what="the conditions of the model")
         names = {i.name for i in session.inputs}
         for feeds in samples.batches(settings.batch_size):

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 if TYPE_CHECKING:
-    from comq_onnx.bits.tradeoff import Point
+    from comq_onnx.bits.tradeoff import FrontierPoint
     from comq_onnx.report.report import ActivationReport, LayerReport
 
 # stand-ins for the page's colours: matplotlib knows no CSS variables
@@ -64,10 +64,10 @@ def errors(name: str, layers: Sequence[LayerReport], size: tuple[float, float] =
     )  # fmt: skip
 
 
-def frontier(name: str, found: Sequence[Point], size: tuple[float, float] = WIDE) -> str:
+def frontier(name: str, found: Sequence[FrontierPoint], size: tuple[float, float] = WIDE) -> str:
     """Predicted SQNR against the size of the file, and the allocation that was chosen."""
 
-    def marks(label: str, some: Sequence[Point], colour: str) -> Marks:
+    def marks(label: str, some: Sequence[FrontierPoint], colour: str) -> Marks:
         said = [
             f"{p.size / 1e6:,.2f} MB, {p.mean_bits:.2f} bits in the mean\npredicted {p.sqnr_db:.1f} dB"
             + ("" if p.top1_agreement is None else f", {p.top1_agreement:.1%} agreement")

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from comq_onnx.bits.tradeoff import Point
+from comq_onnx.bits.tradeoff import FrontierPoint
 from comq_onnx.evaluate import FLOAT_PRODUCTS
 from comq_onnx.metrics import OutputComparison
 from comq_onnx.model.files import write_text
@@ -122,7 +122,7 @@ class Report:
     float_kernels: dict[str, int] = field(default_factory=dict)
     activations: list[ActivationReport] = field(default_factory=list)
     inputs: list[InputReport] = field(default_factory=list)
-    frontier: list[Point] = field(default_factory=list)
+    frontier: list[FrontierPoint] = field(default_factory=list)
     command: str = ""
     in_memory: bytes | None = field(default=None, repr=False, compare=False)
 

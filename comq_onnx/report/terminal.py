@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from comq_onnx.bits.tradeoff import Point
+from comq_onnx.bits.tradeoff import FrontierPoint
 from comq_onnx.metrics import OutputComparison
 from comq_onnx.report.advice import advise
 
@@ -101,7 +101,7 @@ def _output_table(outputs: list[OutputComparison]) -> Table:
     return table
 
 
-def _frontier_table(frontier: list[Point]) -> Table:
+def _frontier_table(frontier: list[FrontierPoint]) -> Table:
     table = Table(title="size against predicted accuracy", title_justify="left", box=None, pad_edge=False)
     for name in ("MB", "mean bits", "SQNR dB", "top-1 agreement", ""):
         table.add_column(name, justify="right")

@@ -148,7 +148,7 @@ def _is_numeric(kind: str) -> bool:
 
 class Session:
     """One loaded model. `optimized` names a file for the graph that ONNX Runtime made of it; level as in its
-    API; exact keeps activations float where the model has no QuantizeLinear for them; literal computes each
+    API; float_matmul_nbits keeps activations float where the model has no QuantizeLinear for them; disable_qdq_fusion computes each
     QuantizeLinear and DequantizeLinear as it is written, with no integer kernels of its own; check is called before
     each run: external data are mapped, not read."""
 
@@ -160,8 +160,8 @@ class Session:
         level: int | None = None,
         optimized: Path | None = None,
         what: str = "the model",
-        exact: bool = False,
-        literal: bool = False,
+        float_matmul_nbits: bool = False,
+        disable_qdq_fusion: bool = False,
         check: Callable[[], None] | None = None,
     ) -> None:
         runtime = require()
@@ -170,10 +170,10 @@ class Session:
         options.intra_op_num_threads = threads
         # the arena keeps what the largest segment needed for good
         options.enable_cpu_mem_arena = False
-        if exact:
+        if float_matmul_nbits:
             # float activations in weight-only MatMuls: the default rounds them to int8
             options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-        if literal:
+        if disable_qdq_fusion:
             # its rewriting of int8 activations to uint8 fails on some models, besides
             options.add_session_config_entry("session.disable_quant_qdq", "1")
         if level is not None:

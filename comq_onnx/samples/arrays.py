@@ -17,7 +17,7 @@ from onnx import numpy_helper
 
 from comq_onnx.errors import SamplesError
 from comq_onnx.runtime import memory
-from comq_onnx.samples.dataset import AnyArray, ModelInput, names_of
+from comq_onnx.samples.samples import AnyArray, ModelInput, names_of
 
 
 def read_arrays(paths: Sequence[Path], inputs: Sequence[ModelInput]) -> dict[str, AnyArray]:

@@ -15,7 +15,7 @@ from scipy.signal import resample_poly
 from comq_onnx.errors import OptionError, SamplesError
 from comq_onnx.options.samples import Recipe
 from comq_onnx.samples.beside import beside, parse_json
-from comq_onnx.samples.dataset import AnyArray, Clues, ModelInput, names_of
+from comq_onnx.samples.samples import AnyArray, Clues, ModelInput, names_of
 
 AUDIO_SUFFIXES = frozenset({".wav"})
 WINDOW = 16_000  # points, where the model leaves the length free

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from comq_onnx.errors import ComqError, ModelError
 from comq_onnx.model.files import private_directory, to_bytes_or_file
 from comq_onnx.runtime.session import Session
-from comq_onnx.samples.dataset import Clues, Feeds
+from comq_onnx.samples.samples import Clues, Feeds
 
 Floats = npt.NDArray[np.float64]
 # what exporters put between an input and the first layer that tells the layout
@@ -36,7 +36,7 @@ def read_clues(model: ir.Model, path: Path, session: Session, device: str) -> Cl
     )
 
 
-def misfitting(clues: Clues, feeds: Feeds) -> str | None:
+def suspicious_statistics(clues: Clues, feeds: Feeds) -> str | None:
     """Why the first layers make one doubt these feeds; None where they do not, or have no BatchNormalization to tell.
 
     Right pixels measure 0.01 to 0.2, those of another model's mean and deviation up to 2, those of another scale 30 and

@@ -13,7 +13,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from comq_onnx.samples.dataset import AnyArray, Samples
+from comq_onnx.samples.samples import AnyArray, Samples
 
 TILE, COLUMNS = 112, 8
 

@@ -20,9 +20,9 @@ from comq_onnx.errors import SamplesError
 from comq_onnx.options.samples import PICTURE_OPTIONS, TEXT_OPTIONS, Recipe
 from comq_onnx.samples.arrays import read_arrays, read_test_data
 from comq_onnx.samples.audio import AUDIO_SUFFIXES, read_sounds
-from comq_onnx.samples.dataset import AnyArray, Clues, ModelInput, Samples, fit
 from comq_onnx.samples.images.files import IMAGE_SUFFIXES, read_images
 from comq_onnx.samples.readers import is_reader, load_reader, read_python
+from comq_onnx.samples.samples import AnyArray, Clues, ModelInput, Samples, fit
 from comq_onnx.samples.synthetic import synthesize
 from comq_onnx.samples.text import TEXT_SUFFIXES, read_lines, texts_wanted, tokenize
 

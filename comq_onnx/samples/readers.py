@@ -19,8 +19,8 @@ from PIL import Image
 from comq_onnx.errors import SamplesError
 from comq_onnx.options.samples import PICTURE_OPTIONS, TEXT_OPTIONS, Recipe
 from comq_onnx.samples.arrays import stack_feeds
-from comq_onnx.samples.dataset import AnyArray, Clues, ModelInput, names_of
 from comq_onnx.samples.images.files import read_images
+from comq_onnx.samples.samples import AnyArray, Clues, ModelInput, names_of
 from comq_onnx.samples.text import texts_wanted, tokenize
 
 

@@ -13,11 +13,11 @@ import numpy as np
 from comq_onnx.errors import ComqError
 from comq_onnx.options.samples import PICTURE_OPTIONS, Recipe
 from comq_onnx.samples.beside import beside
-from comq_onnx.samples.dataset import AnyArray, Clues, Feeds, ModelInput
 from comq_onnx.samples.images.drawing import draw_pictures, one_over_f
 from comq_onnx.samples.images.guess import guess_preprocess, to_grey
 from comq_onnx.samples.images.pixels import channels_last, geometry, to_input
 from comq_onnx.samples.images.preprocess import Preprocess, find_preprocess
+from comq_onnx.samples.samples import AnyArray, Clues, Feeds, ModelInput
 from comq_onnx.samples.text import complete, role_of, texts_wanted, token_inputs, tokenize
 
 SIDE, FREE_TOKENS, MOST_DRAWN = 224, 32, 512

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from comq_onnx.errors import OptionError, SamplesError
 from comq_onnx.options.samples import Recipe
 from comq_onnx.samples.beside import beside, parse_json
-from comq_onnx.samples.dataset import AnyArray, Clues, ModelInput, names_of
+from comq_onnx.samples.samples import AnyArray, Clues, ModelInput, names_of
 
 TEXT_SUFFIXES = frozenset({".txt", ".jsonl"})
 TOKENS = 128

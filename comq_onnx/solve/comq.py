@@ -24,7 +24,7 @@ import numpy.typing as npt
 from comq_onnx.solve import kernels
 from comq_onnx.solve.bitsplit import refine
 from comq_onnx.solve.grid import Array, Codes, Grid, QuantizedWeight, fit_mse
-from comq_onnx.solve.moments import Statistics
+from comq_onnx.solve.moments import Moments
 from comq_onnx.solve.parallel import each, parts, single_threaded_blas
 from comq_onnx.solve.problem import BLOCK, RIDGE, Arranged, Part, Problem, arrange, pose, take_part, visiting_order
 
@@ -73,7 +73,7 @@ class Rounding:
     norm: Array
 
 
-def solve_comq(weight: Array, statistics: Statistics, grid: Grid, effort: str | Effort = "default") -> QuantizedWeight:
+def solve_comq(weight: Array, statistics: Moments, grid: Grid, effort: str | Effort = "default") -> QuantizedWeight:
     """Quantize a weight [groups, out, in]: see the module. effort: a name in EFFORTS, or one of another make."""
     scale, zero = fit_mse(weight, grid)
     search = EFFORTS[effort] if isinstance(effort, str) else effort
@@ -332,10 +332,10 @@ def _refit_blocks(part: Part, one: Rounding, v: Array) -> Rounding:
     return replace(one, scale=np.where(good[:, None], moved, one.scale))
 
 
-def solve_gptq(weight: Array, statistics: Statistics, grid: Grid) -> QuantizedWeight:
+def solve_gptq(weight: Array, statistics: Moments, grid: Grid) -> QuantizedWeight:
     """GPTQ as it is commonly run, on the same grid, clip and Gram: one pass of rounding, ridge GPTQ_RIDGE."""
     scale, zero = fit_mse(weight, grid)
-    alone = Statistics(statistics.gram, statistics.mean, statistics.count)
+    alone = Moments(statistics.gram, statistics.mean, statistics.count)
     solved = []
     with single_threaded_blas():
         for g in range(len(weight)):
@@ -350,7 +350,7 @@ def solve_gptq(weight: Array, statistics: Statistics, grid: Grid) -> QuantizedWe
 # The ridge ------------------------------------------------------------------------------------------------------------
 
 
-def choose_ridge(weight: Array, statistics: Statistics, grid: Grid) -> float:
+def choose_ridge(weight: Array, statistics: Moments, grid: Grid) -> float:
     """The ridge with which codes found on one half of the samples do best on the other; RIDGE without halves.
 
     A few channels of a few groups, Babai-rounded at the MSE-best scale; every other ridge of RIDGES from RIDGE on,
@@ -402,7 +402,7 @@ def spread(total: int, most: int) -> npt.NDArray[np.intp]:
 
 
 def _solve_small(
-    weight: Array, statistics: Statistics, grid: Grid, ridge: float, start_scale: Array, start_zero: Codes
+    weight: Array, statistics: Moments, grid: Grid, ridge: float, start_scale: Array, start_zero: Codes
 ) -> QuantizedWeight:
     """Problems of few inputs, all groups and channels at once: see kernels.solve_small."""
     posed = [pose(arrange(statistics.group(g)), grid, ridge) for g in range(len(weight))]

@@ -34,7 +34,7 @@ import numpy.typing as npt
 from comq_onnx import arrays
 from comq_onnx.solve.comq import EFFORTS, SMALL, solve_comq, solve_gptq
 from comq_onnx.solve.grid import Array, Codes, Grid, QuantizedWeight, fit_mse, round_to_grid, rtn
-from comq_onnx.solve.moments import Matrix, Statistics
+from comq_onnx.solve.moments import Matrix, Moments
 from comq_onnx.solve.output_error import Judge
 from comq_onnx.solve.paper import ORDERS, SWEEPS, solve_paper
 
@@ -59,7 +59,7 @@ class Method:
             if name not in names:
                 raise ValueError(f"no {what} {name!r}; there are {', '.join(names)}")
 
-    def __call__(self, weight: Array, statistics: Statistics, grid: Grid) -> QuantizedWeight:
+    def __call__(self, weight: Array, statistics: Moments, grid: Grid) -> QuantizedWeight:
         """The quantized weight that the solver finds."""
         if self.solver == "comq":
             return solve_comq(weight, statistics, grid, self.effort)
@@ -99,7 +99,7 @@ def error_db(error: float) -> float:
 
 
 def solve(
-    weight: Array, statistics: Statistics, grid: Grid, method: Method = COMQ, has_bias: bool = False
+    weight: Array, statistics: Moments, grid: Grid, method: Method = COMQ, has_bias: bool = False
 ) -> Solution:  # fmt: skip
     """Quantize one layer's weight [groups, out, in] on `grid`.
 
@@ -109,7 +109,7 @@ def solve(
 
 
 def solve_together(
-    weights: Sequence[Array], statistics: Statistics, grid: Grid, method: Method = COMQ, has_bias: bool = False
+    weights: Sequence[Array], statistics: Moments, grid: Grid, method: Method = COMQ, has_bias: bool = False
 ) -> list[Solution]:
     """`solve` for layers that read the same input: what depends on it is computed once.
 
@@ -119,7 +119,7 @@ def solve_together(
 
 
 def errors_at(
-    weight: Array, statistics: Statistics, grids: Sequence[Grid], method: Method = COMQ, has_bias: bool = False
+    weight: Array, statistics: Moments, grids: Sequence[Grid], method: Method = COMQ, has_bias: bool = False
 ) -> list[float]:  # fmt: skip
     """The relative error of the solution of a weight [groups, out, in] on each grid."""
     moments = statistics.centred()
@@ -127,7 +127,7 @@ def errors_at(
 
 
 def _solve(
-    weights: Sequence[Array], statistics: Statistics, moments: Statistics, grid: Grid, method: Method, has_bias: bool
+    weights: Sequence[Array], statistics: Moments, moments: Moments, grid: Grid, method: Method, has_bias: bool
 ) -> list[Solution]:
     """moments: `statistics`, centred."""
     centre = has_bias and method.solver == "comq"
@@ -162,14 +162,14 @@ def _solve(
 Judged = tuple[QuantizedWeight, QuantizedWeight, Callable[[QuantizedWeight], tuple[Matrix, Matrix]], Matrix]
 
 
-def _on_host(whole: Array, given: Statistics, moments: Statistics, grid: Grid, method: Method) -> Judged:
+def _on_host(whole: Array, given: Moments, moments: Moments, grid: Grid, method: Method) -> Judged:
     """A weight rounded and solved, what judges both, and the energy of each channel's output."""
     rounded = rtn(whole, grid)
     judge = Judge(whole, moments)
     return rounded, rounded if method.solver == "rtn" else method(whole, given, grid), judge, judge.energy
 
 
-def _on_device(whole: Array, given: Statistics, moments: Statistics, grid: Grid, method: Method) -> Judged:
+def _on_device(whole: Array, given: Moments, moments: Moments, grid: Grid, method: Method) -> Judged:
     """The same where the moments are torch tensors."""
     import torch
 

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from comq_onnx import arrays
-from comq_onnx.solve.moments import Statistics
+from comq_onnx.solve.moments import Moments
 from comq_onnx.solve.patches import patch_gram, patch_sum
 
 # rows that are added at once take at most so many bytes
@@ -39,7 +39,7 @@ def parts(which: npt.NDArray[np.intp], inputs: int, groups: int) -> Iterator[tup
             yield np.arange(start, min(start + step, end)), int(which[begin])
 
 
-class Moments:
+class MomentSums:
     """Running sums of a layer's input rows: products in float32, sums in float64; two halves of the samples apart."""
 
     def __init__(self) -> None:
@@ -65,7 +65,7 @@ class Moments:
             hat, error, lambda a, b: patch_gram(a, b, kernel)[None], lambda a: patch_sum(a, kernel)[None], count
         )
 
-    def statistics(self) -> Statistics:
+    def statistics(self) -> Moments:
         """The moments of all rows, with those of the first half beside them where both halves have rows."""
         first, second = self._halves
         if first.count == 0 or second.count == 0:
@@ -112,11 +112,11 @@ class _Sums:
         ]
         return both
 
-    def means(self) -> Statistics:
+    def means(self) -> Moments:
         gram, mean, cross, residue, mean_error = (None if s is None else s / self.count for s in self._sums)
         assert gram is not None
         assert mean is not None
-        return Statistics(gram, mean, self.count, cross, residue, mean_error)
+        return Moments(gram, mean, self.count, cross, residue, mean_error)
 
 
 def _gram(a: Any, b: Any) -> Any:

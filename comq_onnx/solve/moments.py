@@ -13,7 +13,7 @@ Matrix = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Statistics:
+class Moments:
     """Second moments of a layer's input: x^ in the model quantized so far, x in the float model, e = x - x^.
 
     gram E[x^ x^T], cross E[x^ e^T], residue E[e e^T]: [groups, in, in]; mean E[x^], mean_error E[e]: [groups, in];
@@ -28,39 +28,39 @@ class Statistics:
     cross: Matrix | None = None
     residue: Matrix | None = None
     mean_error: Matrix | None = None
-    half: Statistics | None = None
+    half: Moments | None = None
 
-    def centred(self) -> Statistics:
+    def centred(self) -> Moments:
         """The same moments about the mean (those of `half` too: about the mean of all)."""
         return self._about(self.mean, self.mean_error)
 
-    def _about(self, mean: Matrix, mean_error: Matrix | None) -> Statistics:
+    def _about(self, mean: Matrix, mean_error: Matrix | None) -> Moments:
         gram = _centred(self.gram, self.mean, self.mean, mean, mean)
         half = None if self.half is None else self.half._about(mean, mean_error)
         if self.cross is None or self.mean_error is None or mean_error is None:
-            return Statistics(gram, self.mean, self.count, half=half)
+            return Moments(gram, self.mean, self.count, half=half)
         own = self.mean_error
         cross = _centred(self.cross, self.mean, own, mean, mean_error)
         residue = None if self.residue is None else _centred(self.residue, own, own, mean_error, mean_error)
-        return Statistics(gram, self.mean, self.count, cross, residue, own, half)
+        return Moments(gram, self.mean, self.count, cross, residue, own, half)
 
-    def group(self, g: int) -> Statistics:
+    def group(self, g: int) -> Moments:
         """The moments of one group, as a stack of one."""
         return self.groups(slice(g, g + 1))
 
-    def groups(self, which: slice | npt.NDArray[np.intp]) -> Statistics:
+    def groups(self, which: slice | npt.NDArray[np.intp]) -> Moments:
         """The moments of some of the groups."""
 
         def some(matrix: Matrix | None) -> Matrix | None:
             return None if matrix is None else arrays.at(matrix, which)
 
         half = None if self.half is None else self.half.groups(which)
-        return Statistics(
+        return Moments(
             arrays.at(self.gram, which), arrays.at(self.mean, which), self.count, some(self.cross), some(self.residue),
             some(self.mean_error), half,
         )  # fmt: skip
 
-    def take(self, inputs: npt.NDArray[np.intp]) -> Statistics:
+    def take(self, inputs: npt.NDArray[np.intp]) -> Moments:
         """The moments of some of the inputs."""
 
         def some(matrix: Matrix | None) -> Matrix | None:
@@ -73,9 +73,9 @@ class Statistics:
         gram, mean = some(self.gram), few(self.mean)
         assert gram is not None
         assert mean is not None
-        return Statistics(gram, mean, self.count, some(self.cross), some(self.residue), few(self.mean_error), half)
+        return Moments(gram, mean, self.count, some(self.cross), some(self.residue), few(self.mean_error), half)
 
-    def on_host(self) -> Statistics:
+    def on_host(self) -> Moments:
         """The same moments as numpy arrays."""
         names = ("gram", "mean", "cross", "residue", "mean_error")
         half = None if self.half is None else self.half.on_host()
@@ -86,7 +86,7 @@ class Statistics:
         """Whether there are two halves."""
         return self.half is not None and 0 < self.half.count < self.count
 
-    def folds(self) -> tuple[Statistics, Statistics] | None:
+    def folds(self) -> tuple[Moments, Moments] | None:
         """The moments of the two halves of the samples; None where they were not told apart."""
         first = self.half
         if first is None or not self.has_folds:
@@ -99,7 +99,7 @@ class Statistics:
         def other(whole: Matrix | None, half: Matrix | None) -> Matrix | None:
             return None if whole is None or half is None else other_half(whole, half)
 
-        second = Statistics(
+        second = Moments(
             other_half(self.gram, first.gram), other_half(self.mean, first.mean), rest, other(self.cross, first.cross),
             None, other(self.mean_error, first.mean_error),
         )  # fmt: skip

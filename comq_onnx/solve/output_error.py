@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from comq_onnx.solve.grid import Array, QuantizedWeight
-from comq_onnx.solve.moments import Matrix, Statistics
+from comq_onnx.solve.moments import Matrix, Moments
 from comq_onnx.solve.parallel import each, parts
 
 
@@ -18,7 +18,7 @@ class Judge:
     variance D G D^T + 2 D E W^T + W S W^T (G, E, S centred): sums of small numbers, no difference of large ones.
     """
 
-    def __init__(self, weight: Array, moments: Statistics) -> None:
+    def __init__(self, weight: Array, moments: Moments) -> None:
         """weight [groups, out, in]; moments: centred."""
         self._weight, self._mean = weight, moments.mean
         self._gram = moments.gram.astype(np.float32)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from comq_onnx.solve import kernels
 from comq_onnx.solve.grid import Array, Grid, QuantizedWeight, fit_minmax
-from comq_onnx.solve.moments import Matrix, Statistics
+from comq_onnx.solve.moments import Matrix, Moments
 from comq_onnx.solve.parallel import each, parts, single_threaded_blas
 
 ORDERS = ("greedy", "cyclic")
@@ -26,7 +26,7 @@ SHRINK = {2: 0.65, 3: 0.8}
 
 def solve_paper(
     weight: Array,
-    statistics: Statistics,
+    statistics: Moments,
     grid: Grid,
     order: str = "greedy",
     sweeps: int = SWEEPS,

@@ -19,7 +19,7 @@ import scipy.linalg
 from scipy.linalg import lapack
 
 from comq_onnx.solve.grid import Array, Grid
-from comq_onnx.solve.moments import Statistics
+from comq_onnx.solve.moments import Moments
 
 # inputs that are decided before the others see them in a matrix product
 BLOCK = 128
@@ -63,7 +63,7 @@ def visiting_order(gram: npt.NDArray[np.float64]) -> npt.NDArray[np.intp]:
     return np.argsort(-np.diag(gram), kind="stable")
 
 
-def arrange(statistics: Statistics, order: npt.NDArray[np.intp] | None = None) -> Arranged:
+def arrange(statistics: Moments, order: npt.NDArray[np.intp] | None = None) -> Arranged:
     """The moments of one group in `order` (None: visiting_order)."""
     if order is None:
         order = visiting_order(statistics.gram[0])

@@ -98,7 +98,7 @@ class Target:
     costs: Costs | None = None
 
     @property
-    def elsewhere(self) -> bool:
+    def runs_outside_ort(self) -> bool:
         """Whether another runtime than ONNX Runtime executes the model: then that only computes what is written."""
         return self.device is None
 

@@ -17,7 +17,7 @@ from comq_onnx.errors import InternalError
 from comq_onnx.model import graph as graphs
 from comq_onnx.model.layers import Layer, nodes_by_name
 from comq_onnx.model.operators import Gather
-from comq_onnx.plan.forms import form, stored_as
+from comq_onnx.plan.forms import container_of, form
 from comq_onnx.solve.grid import QuantizedWeight
 from comq_onnx.targets.target import Target
 from comq_onnx.write.weights import Quantization, channel_scale
@@ -79,7 +79,7 @@ def _fault(node: ir.Node, layer: Layer, q: Quantization) -> str:
     index = 0 if how == "looked up" else 1 if how == "blocked" else layer.kind.weight_index
     weight = node.inputs[index]
     solution = q.solutions[layer.name].weight
-    container, planes = stored_as(layer, solution.grid.bits, q.plan, q.target, q.opset)
+    container, planes = container_of(layer, solution.grid.bits, q.plan, q.target, q.opset)
     codes = [v for v in _constants_behind(weight) if str(v.name).startswith(f"{layer.weight}.codes")]
     types = {v.dtype for v in codes}
     wanted = ir.DataType.UINT8 if planes else ir.DataType[container]

@@ -15,7 +15,7 @@ from comq_onnx.model.layers import Layer
 from comq_onnx.model.operators import Gemm, MatMul
 from comq_onnx.plan.activation_grid import ActivationGrid
 from comq_onnx.plan.activations import ActivationPlan
-from comq_onnx.plan.forms import form, stored_as
+from comq_onnx.plan.forms import container_of, form
 from comq_onnx.solve.grid import Array, QuantizedWeight
 from comq_onnx.solve.layer import Solution
 from comq_onnx.targets.target import Target
@@ -98,7 +98,7 @@ def channel_scale(layer: Layer, weight: QuantizedWeight) -> Array:
 
 
 def _codes(model: ir.Model, layer: Layer, codes: Numbers, weight: QuantizedWeight, q: Quantization) -> ir.Value:
-    container, planes = stored_as(layer, weight.grid.bits, q.plan, q.target, q.opset)
+    container, planes = container_of(layer, weight.grid.bits, q.plan, q.target, q.opset)
     return store(model, layer.weight, codes, container, planes)
 
 

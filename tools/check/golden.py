@@ -28,7 +28,7 @@ import onnx
 import comq_onnx
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests" / "support"))
 
 import models  # noqa: E402  (the builders that the tests have)
 

@@ -12,10 +12,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from comq_onnx.errors import SamplesError
 from comq_onnx.options.samples import Recipe
-from comq_onnx.samples.dataset import AnyArray, Clues, ModelInput, names_of
 from comq_onnx.samples.images.guess import TRIED, guess_preprocess
 from comq_onnx.samples.images.pixels import geometry, to_input
 from comq_onnx.samples.images.preprocess import PREPROCESS, Preprocess, find_preprocess
+from comq_onnx.samples.samples import AnyArray, Clues, ModelInput, names_of
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 

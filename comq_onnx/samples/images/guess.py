@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from comq_onnx.errors import ComqError
-from comq_onnx.samples.dataset import AnyArray, Clues, Feeds, ModelInput
 from comq_onnx.samples.images.pixels import geometry, to_input
 from comq_onnx.samples.images.preprocess import PREPROCESS, Found, Preprocess
+from comq_onnx.samples.samples import AnyArray, Clues, Feeds, ModelInput
 
 TRIED = 8  # pictures, at the most
 # ImageNet's mean of pixels 0..255, which models of the first years subtract and leave at that

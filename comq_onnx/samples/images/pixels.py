@@ -8,8 +8,8 @@ import numpy as np
 
 from comq_onnx.errors import OptionError, SamplesError
 from comq_onnx.options.samples import Size
-from comq_onnx.samples.dataset import AnyArray, ModelInput
 from comq_onnx.samples.images.preprocess import Preprocess
+from comq_onnx.samples.samples import AnyArray, ModelInput
 
 
 def channels_last(info: ModelInput, layout: str | None, seen: bool | None) -> bool:

@@ -32,7 +32,7 @@ from comq_onnx.solve.comq import (
 )
 from comq_onnx.solve.gpu.step import step
 from comq_onnx.solve.grid import SHRINKS, Array, Grid, QuantizedWeight, fit_mse, fit_span
-from comq_onnx.solve.moments import Statistics
+from comq_onnx.solve.moments import Moments
 from comq_onnx.solve.problem import BLOCK, MISMATCH, RIDGE
 
 Tensor: TypeAlias = Any
@@ -53,15 +53,15 @@ def round_to_nearest(weight: Tensor, grid: Grid) -> QuantizedWeight:
     return QuantizedWeight(codes.to(torch.int8).cpu().numpy(), scale, zero, grid)
 
 
-def solve_comq(weight: Tensor, statistics: Statistics, grid: Grid, search: Effort) -> QuantizedWeight:
+def solve_comq(weight: Tensor, statistics: Moments, grid: Grid, search: Effort) -> QuantizedWeight:
     """comq.solve_comq of a weight [groups, out, in] on the device of the moments."""
     ridge = choose_ridge(weight, statistics, grid) if search.choose_ridge else RIDGE
     return _solved(weight, pose(arrange(statistics), grid, ridge), search)
 
 
-def solve_gptq(weight: Tensor, statistics: Statistics, grid: Grid) -> QuantizedWeight:
+def solve_gptq(weight: Tensor, statistics: Moments, grid: Grid) -> QuantizedWeight:
     """comq.solve_gptq of a weight [groups, out, in] on the device of the moments."""
-    alone = Statistics(statistics.gram, statistics.mean, statistics.count)
+    alone = Moments(statistics.gram, statistics.mean, statistics.count)
     return _solved(weight, pose(arrange(alone), grid, GPTQ_RIDGE), None)
 
 
@@ -129,7 +129,7 @@ def _fit_mse(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
 # The problem ----------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Arranged:
-    """Moments in visiting order, float32: problem.Arranged of all groups at once."""
+    """MomentSums in visiting order, float32: problem.Arranged of all groups at once."""
 
     order: Tensor  # [groups, in]
     gram: Tensor  # [groups, in, in]
@@ -202,7 +202,7 @@ class Rounding:
     norm: Tensor
 
 
-def arrange(statistics: Statistics, order: Tensor | None = None) -> Arranged:
+def arrange(statistics: Moments, order: Tensor | None = None) -> Arranged:
     """problem.arrange, all groups at once; order [groups, in]."""
     gram: Tensor = statistics.gram
     if order is None:
@@ -538,7 +538,7 @@ def _move_pairs(h: Tensor, few: _Moves, at: Tensor, there: Tensor) -> Tensor:
 
 
 # The ridge ------------------------------------------------------------------------------------------------------------
-def choose_ridge(weight: Tensor, statistics: Statistics, grid: Grid) -> float:
+def choose_ridge(weight: Tensor, statistics: Moments, grid: Grid) -> float:
     """comq.choose_ridge: the ridge with which codes found on one half of the samples do best on the other."""
     if not statistics.has_folds:
         return RIDGE
@@ -587,7 +587,7 @@ def _noise(mean: Tensor) -> Tensor:
 class Judge:
     """judge.Judge on the device of the moments: the output error of one layer's quantized weights."""
 
-    def __init__(self, weight: Tensor, moments: Statistics) -> None:
+    def __init__(self, weight: Tensor, moments: Moments) -> None:
         """weight [groups, out, in]; moments: centred."""
         self._weight = weight
         gram, mean, cross, residue, mean_error = (

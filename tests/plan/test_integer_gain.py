@@ -1,0 +1,177 @@
+"""What runs in integers because it gains: predicted times, regions left float, and what that does to a file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from conftest import Done
+
+import comq_onnx
+from comq_onnx.model import graph as graphs
+from comq_onnx.model.convolutions import Conv
+from comq_onnx.model.layers import Layer, Prepared
+from comq_onnx.model.prepare import prepare
+from comq_onnx.plan import integer_gain as gains
+from comq_onnx.plan.activations import ActivationPlan, plan_activations
+from comq_onnx.plan.integer_gain import CostModel
+from comq_onnx.targets.catalog import ORT_CPU
+from comq_onnx.targets.costs import ORT_CPU_COSTS
+from models import build, cnn, infer, normal, op_types, samples_for, weight
+
+
+def opened(model: onnx.ModelProto, samples: dict[str, np.ndarray]) -> tuple[Prepared, gains.Shapes]:
+    prepared = prepare(ir.from_proto(model), 17, 13)
+    names = [str(v.name) for node in prepared.model.graph for v in node.outputs]
+    one = {name: array[:1] for name, array in samples.items()}
+    part = ir.to_proto(graphs.with_outputs(prepared.model, names))
+    return prepared, {name: np.shape(array) for name, array in {**one, **infer(part, one)}.items()}
+
+
+def planner(prepared: Prepared) -> gains.Planner:
+    def plan(layers: object) -> ActivationPlan:
+        return plan_activations(prepared.model, layers, ORT_CPU, "uint8")  # type: ignore[arg-type]
+
+    return plan
+
+
+def net(channels: int, size: int, middle: str = "b = HardSwish (a)") -> onnx.ModelProto:
+    """Two convolutions of 3 x 3 with something float between them."""
+    return build(
+        f"""net (float[n, {channels}, {size}, {size}] x) => (float[n, {channels}, {size}, {size}] y) {{
+            [first] a = Conv <pads = [1, 1, 1, 1]> (x, w1)
+            {middle}
+            [second] y = Conv <pads = [1, 1, 1, 1]> (b, w2)
+        }}""",
+        {name: weight(channels, channels, 3, 3, fan=9 * channels, seed=i) for i, name in enumerate(("w1", "w2"))},
+    )
+
+
+def chosen(model: onnx.ModelProto) -> frozenset[str]:
+    prepared, shapes = opened(model, samples_for(model))
+    return gains.choose(prepared, prepared.layers, planner(prepared), shapes, ORT_CPU_COSTS).integer_layers
+
+
+def test_large_layers_gain_and_small_ones_do_not() -> None:
+    assert chosen(net(64, 16)) == {"first", "second"}
+    assert chosen(net(4, 16)) == frozenset()
+
+
+def test_convolutions_of_signals_stay_in_integers() -> None:
+    model = build(
+        "g (float[n, 4, 64] x) => (float[n, 16, 62] y) { [layer] y = Conv (x, w) }", {"w": weight(16, 4, 3, fan=12)}
+    )
+    assert chosen(model) == {"layer"}
+
+
+def test_what_gains_stays_beside_what_does_not() -> None:
+    model = build(
+        """g (float[n, 64, 14, 14] x) => (float[n, 64, 14, 14] y) {
+            [wide] a = Conv <pads = [1, 1, 1, 1]> (x, w1)
+            b = HardSwish (a)
+            [deep] c = Conv <pads = [1, 1, 1, 1], group = 64> (b, w2)
+            d = HardSwish (c)
+            [last] y = Conv <pads = [1, 1, 1, 1]> (d, w3)
+        }""",
+        {"w1": weight(64, 64, 3, 3, fan=576), "w2": weight(64, 1, 3, 3, fan=9), "w3": weight(64, 64, 3, 3, fan=576)},
+    )
+    assert chosen(model) == {"wide", "last"}
+
+
+def test_no_float_layer_is_left_between_quantized_values() -> None:
+    """ONNX Runtime would round its weights itself, to 8 bits of their own."""
+    model = build(
+        """g (float[n, 64, 14, 14] x) => (float[n, 64, 14, 14] y) {
+            [wide] a = Conv <pads = [1, 1, 1, 1]> (x, w1)
+            b = Relu (a)
+            [deep] c = Conv <pads = [1, 1, 1, 1], group = 64> (b, w2)
+            d = Relu (c)
+            [last] y = Conv <pads = [1, 1, 1, 1]> (d, w3)
+        }""",
+        {"w1": weight(64, 64, 3, 3, fan=576), "w2": weight(64, 1, 3, 3, fan=9), "w3": weight(64, 64, 3, 3, fan=576)},
+    )
+    assert chosen(model) == {"wide", "deep", "last"}
+    prepared, shapes = opened(model, samples_for(model))
+    clock = CostModel(prepared, shapes, ORT_CPU_COSTS)
+    outer = [layer for layer in prepared.layers if layer.name != "deep"]
+    assert clock.time(planner(prepared)(outer)) > gains.FORBIDDEN_US
+
+
+def test_the_time_is_the_sum_of_its_lines() -> None:
+    model = net(8, 10)
+    prepared, shapes = opened(model, samples_for(model))
+    clock, plan = CostModel(prepared, shapes, ORT_CPU_COSTS), planner(prepared)
+    number, products = 8 * 10 * 10, 8 * 10 * 10 * 8 * 9
+    costs = ORT_CPU_COSTS
+
+    def layer(integer: bool) -> float:
+        fixed, product, each = costs.layers["window"][integer]
+        return fixed + (products * product + 2 * number * each) * 1e-3
+
+    layout = costs.layout.of(number)
+    # in floats a layout for each convolution and back, around HardSwish, which is not blocked
+    assert clock.time(plan([])) == pytest.approx(2 * layer(False) + 4 * layout)
+    # in integers besides: what both read quantized, the first's output dequantized and the second's too, as the output
+    whole = 2 * layer(True) + 2 * costs.quantize.of(number) + 2 * costs.dequantize.of(number) + 4 * layout
+    assert clock.time(plan(prepared.layers)) == pytest.approx(whole)
+
+
+def test_a_choice_is_never_predicted_slower_than_all_or_none() -> None:
+    model = cnn(size=32)
+    prepared, shapes = opened(model, samples_for(model))
+    clock, plan = CostModel(prepared, shapes, ORT_CPU_COSTS), planner(prepared)
+    best = gains.choose(prepared, prepared.layers, plan, shapes, ORT_CPU_COSTS)
+    matrices = [layer for layer in prepared.layers if not isinstance(layer.kind, Conv)]
+    assert clock.time(best) <= min(clock.time(plan(prepared.layers)), clock.time(plan(matrices)) * (1 + gains.WORTH))
+
+
+@pytest.mark.parametrize(("activations", "forms"), [("auto", {"folded"}), ("8", {"integer"})])
+def test_who_says_8_has_it_in_integers(quantized: Callable[..., Done], activations: str, forms: set[str]) -> None:
+    done = quantized(net(4, 16), activations=activations)
+    assert {layer.form for layer in done.report.layers} == forms
+    assert ("QuantizeLinear" in op_types(done.model)) == (activations == "8")
+    assert any("slower" in note for note in done.report.notes) == (activations == "auto")
+    assert {layer.slower for layer in done.report.layers} == {activations == "auto"}
+
+
+def test_sequences_have_no_shape(tmp_path: Path) -> None:
+    model = build(
+        """g (float[n, 4, 16, 16] x) => (float[n, 4, 16, 16] y) {
+            [layer] a = Conv <pads = [1, 1, 1, 1]> (x, w)
+            parts = SplitToSequence <axis = 1> (a, sizes)
+            y = ConcatFromSequence <axis = 1> (parts)
+        }""",
+        {"w": weight(4, 4, 3, 3, fan=36), "sizes": np.array([1, 3])},
+    )
+    report = comq_onnx.quantize(model, tmp_path / "q.onnx", {"x": normal(40, 4, 16, 16)}, device="cpu")
+    assert {layer.form for layer in report.layers} == {"folded"}
+
+
+def test_a_layer_in_a_branch_is_planned_as_it_is_walked(tmp_path: Path) -> None:
+    model = build(
+        """g (float[n, 4, 16, 16] x) => (float[n, 4, 16, 16] y) {
+            [outer] a = Conv <pads = [1, 1, 1, 1]> (x, w1)
+            flag = Constant <value = bool {1}> ()
+            y = If (flag) <
+                then_branch = then () => (float[n, 4, 16, 16] t) { [inner] t = Conv <pads = [1, 1, 1, 1]> (a, w2) },
+                else_branch = other () => (float[n, 4, 16, 16] e) { e = Tanh (a) }
+            >
+        }""",
+        {name: weight(4, 4, 3, 3, fan=36, seed=i) for i, name in enumerate(("w1", "w2"))},
+    )
+    report = comq_onnx.quantize(model, tmp_path / "q.onnx", {"x": normal(40, 4, 16, 16)}, device="cpu")
+    assert {layer.form for layer in report.layers} == {"folded"}
+
+
+def test_layers_are_named() -> None:
+    kinds = {gains._kind(layer) for layer in _layers()}
+    assert kinds == set(ORT_CPU_COSTS.layers)
+
+
+def _layers() -> list[Layer]:
+    model = cnn()
+    return prepare(ir.from_proto(model), 17, 13).layers + prepare(ir.from_proto(net(4, 8)), 17, 13).layers

@@ -1,0 +1,155 @@
+"""What ONNX Runtime's errors become, and that it reports to nobody."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+import comq_onnx
+from comq_onnx.errors import ModelError, OutOfMemory, RuntimeFailure
+from comq_onnx.evaluate import INTEGER_PRODUCTS
+from comq_onnx.runtime import session as runtime
+from comq_onnx.runtime.session import Session
+from models import build, endless, mlp, normal, samples_for
+
+PLACE = "/onnxruntime_src/onnxruntime/core"
+
+
+@pytest.mark.parametrize(
+    ("raw", "clear"),
+    [
+        (
+            f"[ONNXRuntimeError] : 1 : FAIL : Load model from /tmp/a b.onnx failed:{PLACE}/graph/model.cc:256 "
+            "onnxruntime::Model::Model(onnx::ModelProto&&, const onnxruntime::PathString&, const Model::Options&) "
+            "Unsupported model IR version: 14, max supported IR version: 13",
+            "Unsupported model IR version: 14, max supported IR version: 13",
+        ),
+        (
+            f"{PLACE}/graph/model_load_utils.h:46 void onnxruntime::model_load_utils::ValidateOpsetForDomain("
+            "const std::unordered_map<std::__cxx11::basic_string<char>, int>&, bool, int) ONNX Runtime only guarantees",
+            "ONNX Runtime only guarantees",
+        ),
+        (
+            "initialization: tensorprotoutils.cc:1876 GetExtDataFromTensorProto External initializer: w",
+            "initialization: External initializer: w",
+        ),
+        (f"{PLACE}/matmul_helper.h:59 Compute MatMul dimension mismatch", "Compute MatMul dimension mismatch"),
+        ("Status\n  Message:\x1b[31m red", "Status Message:?[31m red"),
+    ],
+)
+def test_a_reason_is_one_line_without_places_in_a_source(raw: str, clear: str) -> None:
+    assert runtime._reason(Exception(raw)) == clear
+
+
+def test_a_model_that_cannot_be_loaded_and_one_that_fails_are_told_apart() -> None:
+    with pytest.raises(ModelError, match="cannot load the thing"):
+        Session(b"no model", what="the thing")
+    session = Session(mlp().SerializeToString(), what="the thing")
+    with pytest.raises(RuntimeFailure, match="failed running the thing") as failed:
+        session.run({"x": normal(4, 31)})
+    assert not isinstance(failed.value, OutOfMemory)
+
+
+def test_a_failed_allocation_is_out_of_memory() -> None:
+    # more than any machine has: no address space holds it
+    model = build(
+        "g (float[n] x, int64[1] size) => (float[m] y) { y = Expand (x, size) }",
+    )
+    with pytest.raises(OutOfMemory, match="no memory to run the thing"):
+        Session(model.SerializeToString(), what="the thing").run(
+            {"x": np.ones(1, np.float32), "size": np.array([1 << 45])}
+        )
+
+
+def _back_to(threads: int) -> bool:
+    """Whether no more than so many threads are left, after a moment in which one may take its leave."""
+    for _ in range(1000):
+        if threading.active_count() <= threads:
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def test_a_run_without_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "MOST_SECONDS", 0.2)
+    threads = threading.active_count()
+    with pytest.raises(ModelError, match="the thing: no end after 0 s on one batch"):
+        Session(endless().SerializeToString(), what="the thing").run({"x": normal(4, 32)})
+    assert _back_to(threads)
+
+
+class _Asked(BaseException):
+    """What the handler of a signal raises."""
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="other signals here")
+def test_a_signal_ends_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object) -> None:
+        raise _Asked
+
+    before = signal.signal(signal.SIGALRM, stop)
+    # without signals it would end by this
+    monkeypatch.setattr(runtime, "MOST_SECONDS", 30.0)
+    threads = threading.active_count()
+    session = Session(endless().SerializeToString())
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        with pytest.raises(_Asked):
+            session.run({"x": normal(4, 32)})
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert _back_to(threads)
+
+
+def test_a_run_needs_no_thread_where_none_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", full)
+    session = Session(mlp().SerializeToString())
+    assert session.run({"x": normal(4, 32)})["y"].shape == (4, 10)
+    with pytest.raises(RuntimeFailure, match="failed running"):
+        session.run({"x": normal(4, 31)})
+
+
+def test_a_model_that_cannot_be_loaded_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    # of an error of this kind ONNX Runtime's Python part tries again, and says so on standard output
+    broken = mlp().SerializeToString().replace(b"\x04Relu", b"\x04\xe9elu")
+    with pytest.raises(ModelError, match=r"cannot load the model: .*codec"):
+        Session(broken)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_onnx_runtime_is_asked_to_report_nothing(tmp_path: Path) -> None:
+    code = "import os, comq_onnx\nprint(os.environ['ORT_DISABLE_TELEMETRY'])"
+    environment = {"TMPDIR": str(tmp_path), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path / "home")}
+    for given, wanted in ((None, "1"), ("0", "0")):
+        extra = {} if given is None else {"ORT_DISABLE_TELEMETRY": given}
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env={**environment, **extra}
+        )
+        assert done.stdout == f"{wanted}\n", done.stderr
+        if given is None:
+            assert not list(tmp_path.glob("*"))
+
+
+def test_a_literal_session_has_no_integer_kernels(tmp_path: Path) -> None:
+    source = mlp()
+    comq_onnx.quantize(source, tmp_path / "q.onnx", samples_for(source), bits=8)
+    ops = {}
+    for literal in (False, True):
+        seen = tmp_path / f"{literal}.onnx"
+        Session(tmp_path / "q.onnx", optimized=seen, disable_qdq_fusion=literal)
+        ops[literal] = {node.op_type for node in onnx.load(seen).graph.node}
+    assert ops[False] & INTEGER_PRODUCTS
+    assert not ops[True] & INTEGER_PRODUCTS
+    assert "QuantizeLinear" in ops[True]

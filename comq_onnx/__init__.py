@@ -14,12 +14,14 @@ arrays by input name, or whatever yields them. A `Report` shows itself in a note
 from comq_onnx.errors import ComqError, ModelError, OptionError, OutOfMemory, RuntimeFailure, SamplesError
 from comq_onnx.evaluate import Comparison, compare
 from comq_onnx.metrics import OutputComparison
+from comq_onnx.options.options import Options
 from comq_onnx.options.samples import Recipe
-from comq_onnx.pipeline import Options, inspect_samples, plan, quantize, version
+from comq_onnx.pipeline import inspect_samples, plan, quantize
 from comq_onnx.report.inputs import InputReport
 from comq_onnx.report.report import ActivationReport, LayerReport, Report
 from comq_onnx.samples.load import load_samples
 from comq_onnx.samples.samples import Samples
+from comq_onnx.write.provenance import version
 
 __all__ = [
     "ActivationReport",

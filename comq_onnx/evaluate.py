@@ -1,4 +1,4 @@
-"""Two models on the same samples: how near the outputs are, how fast each runs, and what the runtime made of them."""
+"""Run two models on the same samples: how near the outputs are, how fast each runs, what the runtime made of them."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ from typing import Any
 import numpy as np
 import onnx
 
+from comq_onnx.context import Context
 from comq_onnx.errors import ModelError
 from comq_onnx.metrics import ComparisonSums, OutputComparison
 from comq_onnx.model.files import private_directory
+from comq_onnx.model.float_model import FloatModel
 from comq_onnx.model.source import as_path, load_source
-from comq_onnx.options.samples import Recipe
+from comq_onnx.options.samples import SampleOptions
 from comq_onnx.runtime import device as devices
-from comq_onnx.runtime.session import Session
+from comq_onnx.runtime.session import Session, has_device
+from comq_onnx.samples.dataset import Dataset
 from comq_onnx.samples.load import load_samples
 from comq_onnx.samples.samples import Samples
 
@@ -37,10 +40,22 @@ INTEGER_KERNELS = INTEGER_PRODUCTS | frozenset(
 )  # fmt: skip
 
 
+# what is timed for about so long, both models in turn
+TIMED_SECONDS = 2.0
+# below this an output is more noise than a user would put up with; it may be what few bits cost, but never silently
+LEAST_DB = 5.0
+# a model that takes so many times its source's time is warned about
+SLOWER = 1.05
+
+
 @dataclass(frozen=True)
 class Comparison:
-    """Two models on the same samples: how near each output is, bytes of both, median milliseconds of both for one
-    sample on one thread, and the kernels that ONNX Runtime runs the second with (see `Kernels`)."""
+    """Hold how two models compare on the same samples.
+
+    outputs: how near each output is; size: bytes of both files
+    latency_ms: median milliseconds of both for one sample on one thread
+    kernels, float_kernels: operators by type in the graph of the second as ONNX Runtime runs it (see `Kernels`)
+    """
 
     outputs: list[OutputComparison]
     size: dict[str, int]
@@ -48,6 +63,18 @@ class Comparison:
     kernels: dict[str, int]
     float_kernels: dict[str, int]
     samples: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Hold how a quantized model compares with its source on the samples held back.
+
+    latency_ms, kernels: of the target's own device; None where ONNX Runtime has no such device here
+    """
+
+    outputs: list[OutputComparison]
+    latency_ms: dict[str, float]
+    kernels: Kernels | None
 
 
 def compare(
@@ -60,7 +87,7 @@ def compare(
     batch_size: int = 16,
     seed: int = 0,
     device: str = "auto",
-    seconds: float = 2.0,
+    seconds: float = TIMED_SECONDS,
 ) -> Comparison:
     """Run two models on the same samples, at most `count`, and say how near the second is to the first.
 
@@ -78,7 +105,7 @@ def compare(
                 f"{paths[1]}: lacks output {missing[0]!r} of {paths[0]} (it has {', '.join(second.output_names)}); "
                 "compare a model with its quantized form"
             )
-        data = load_samples(samples, first.inputs, Recipe(preprocess=preprocess), count, seed)
+        data = load_samples(samples, first.inputs, SampleOptions(preprocess=preprocess), count, seed)
         data = data.take(np.arange(min(count, len(data))))
         times = latency([Session(path, device, threads=1) for path in paths], data, seconds)
         kernels = executed_kernels(paths[1], device)
@@ -92,6 +119,49 @@ def compare(
         )
 
 
+def evaluate(source: FloatModel, path: Path, data: Dataset, context: Context) -> Evaluation:
+    """Compare the quantized model at `path` with its source on the samples held back.
+
+    Warns where an output is mostly noise, or the model slower than its source. Releases the source's session.
+    """
+    journal = context.journal
+    outputs = compare_outputs(
+        source.session, quantized_session(path, context), data.held_back, context.options.batch_size,
+        lambda done, total: context.progress("compare", done, total),
+    )  # fmt: skip
+    source.session.close()
+    source.file.check()
+    lost = [f"{o.name} {o.sqnr_db:.1f} dB" for o in outputs if not o.sqnr_db >= LEAST_DB]
+    if lost:
+        journal.warnings.append(
+            f"the quantized model's outputs are far from its source's (SQNR {', '.join(lost)}): give more --bits, "
+            "more samples, or --exclude the layers of most error"
+        )
+    device = context.target.device
+    if device is None or not has_device(device):
+        journal.notes.append(
+            f"compared by ONNX Runtime, not on {context.target.name}: docs/deploy.md tells how to see kernels and "
+            "speed there"
+        )
+        return Evaluation(outputs, {}, None)
+    before, after = latency([Session(x, device, threads=1) for x in (source.reference, path)], data.held_back)
+    if after > SLOWER * before:
+        journal.warnings.append(
+            f"the quantized model is slower than its source ({after:.2f} against {before:.2f} ms): "
+            "try --activations none, or --exclude the layers of least weight"
+        )
+    return Evaluation(outputs, {"before": before, "after": after}, executed_kernels(path, device))
+
+
+def quantized_session(model: Path | bytes | str, context: Context) -> Session:
+    """Load a quantized model as its target would compute it, as far as ONNX Runtime can."""
+    # ONNX Runtime's CPU alone rounds the activations of weight-only products
+    return Session(
+        model, context.device, what="the quantized model", float_matmul_nbits=context.device != context.target.device,
+        disable_qdq_fusion=context.target.runs_outside_ort,
+    )  # fmt: skip
+
+
 def compare_outputs(
     before: Session,
     after: Session,
@@ -99,8 +169,10 @@ def compare_outputs(
     batch_size: int,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> list[OutputComparison]:
-    """Run both models on `samples` and compare every floating-point output they share; progress: called with the
-    samples done and all of them."""
+    """Run both models on `samples` and compare every floating-point output that they share.
+
+    progress: called with the samples done and all of them.
+    """
     done = 0
     sums: dict[str, ComparisonSums] = {}
     names = [name for name in before.output_names if name in after.output_names]
@@ -117,8 +189,14 @@ def compare_outputs(
     return [s.result(name) for name, s in sums.items()]
 
 
-def latency(sessions: Sequence[Session], samples: Samples, seconds: float = 2.0, most: int = 200) -> list[float]:
-    """Median milliseconds for one sample (or one fixed batch), each model in turn, for about `seconds` in all."""
+def latency(
+    sessions: Sequence[Session], samples: Samples, seconds: float | None = None, most: int = 200
+) -> list[float]:
+    """Return the median milliseconds of each model for one sample (or one fixed batch).
+
+    The models run in turn, at most `most` times each; seconds: for about how long, None for TIMED_SECONDS.
+    """
+    seconds = TIMED_SECONDS if seconds is None else seconds
     feeds = next(samples.batches(1))
     for session in sessions:
         session.run(feeds)
@@ -135,7 +213,7 @@ _SCALE_INPUT = {"QLinearConv": 4, "QGemm": 4, "QLinearMatMul": 4, "MatMulInteger
 
 
 def _layers_of(node: onnx.NodeProto) -> list[str]:
-    """The layers whose constants a product of an optimized graph reads, by the names that `qdq` gives those."""
+    """Return the layers whose constants a product of an optimized graph reads, by the names that write/ gives those."""
     if node.op_type in _SCALE_INPUT:
         names, ends = node.input[_SCALE_INPUT[node.op_type] :][:1], ("scale", "scale_T")
     elif node.op_type in FLOAT_PRODUCTS | {"ConvTranspose"}:
@@ -148,8 +226,12 @@ def _layers_of(node: onnx.NodeProto) -> list[str]:
 
 @dataclass(frozen=True)
 class Kernels:
-    """The graph as ONNX Runtime executes it: nodes by op type, the float products left behind a dequantization, and the
-    op type of the product that reads each layer's constants, by the layer's name (see `qdq` for their names)."""
+    """Describe the graph that ONNX Runtime executes.
+
+    counts: nodes by op type
+    float_behind_dequantize: the float products left behind a dequantization
+    of_layer: the op type of the product that reads each layer's constants, by the layer's name
+    """
 
     counts: dict[str, int]
     float_behind_dequantize: int
@@ -157,12 +239,12 @@ class Kernels:
 
     @property
     def integer(self) -> dict[str, int]:
-        """The integer kernels among them."""
+        """Return the integer kernels among them."""
         return {op: n for op, n in sorted(self.counts.items()) if op in INTEGER_KERNELS}
 
     @property
     def floating(self) -> dict[str, int]:
-        """All others, those that only convert between integers and floats included."""
+        """Return all others, those that only convert between integers and floats included."""
         return {op: n for op, n in sorted(self.counts.items()) if op not in INTEGER_KERNELS}
 
 

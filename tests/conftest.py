@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from comq_onnx.calibrate.walk import _Walk
-from comq_onnx.evaluate import latency
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -31,11 +31,19 @@ LEAST_BYTES = 1 << 16
 UNDER_WAY = 4
 
 
+def uses_tensors(name: str) -> bool:
+    """Tell whether cut tensors are torch's on a device, not numpy arrays."""
+    return device.is_gpu(name)
+
+
 @contextlib.contextmanager
-def opened(name: str, tensors: bool, memory: int, directory: Path) -> Iterator[Host]:
-    """Where to keep tensors at a cut and work on them; tensors: with torch; memory: bytes for those on the host."""
+def opened(name: str, memory: int, directory: Path) -> Iterator[Host]:
+    """Open the place where cut tensors lie and are worked on.
+
+    name: the device; memory: bytes for tensors on the host; directory: for files of what is beyond that
+    """
     host = Host(memory, directory)
-    if not tensors:
+    if not uses_tensors(name):
         yield host
         return
     import torch

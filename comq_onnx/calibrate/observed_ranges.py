@@ -1,52 +1,77 @@
-"""The ranges of activations, as the samples show them."""
+"""The ranges of quantized activations, gathered along the walk, and the grids that come of them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
 import numpy as np
-import numpy.typing as npt
 
-from comq_onnx.plan.activation_grid import ActivationGrid, fit_range
+from comq_onnx import arrays
+from comq_onnx.calibrate.finite import LARGEST
+from comq_onnx.errors import ModelError
+from comq_onnx.plan import ranges
+from comq_onnx.plan.activation_grid import ActivationGrid
+from comq_onnx.plan.observed_range import ObservedRange
+from comq_onnx.plan.plan import Plan
+from comq_onnx.samples.padding import Mask, take_kept
 
-# of each batch so many values, drawn at random, tell how an activation is spread
-SPREAD_VALUES = 8192
-# the sign, the exponent and two bits of the mantissa of a float32: bins a quarter of a power of two wide
-_BIN_SHIFT, _BINS = 21, 2048
+# makes the error for a value whose numbers are out of range, from its name, an array of it and its batch
+Refuse = Callable[[str, Any, int], ModelError]
 
 
-class Range:
-    """The span of an activation over all samples, gathered batch by batch, and how its values are spread in it."""
+class ActivationRanges:
+    """Gather what the samples show of each quantized activation, and turn it into grids.
 
-    def __init__(self) -> None:
-        self.low, self.high = np.inf, -np.inf
-        self._counts = np.zeros(_BINS, np.int64)
-        self._rng = np.random.default_rng(0)
+    ranges: by value, what was seen so far
+    grids: by value, once all of it was seen
+    """
 
-    def observe(self, x: npt.NDArray[np.float32]) -> None:
-        """Widen the span by one batch."""
-        if x.size:
-            # numpy's minimum hands NaN on, Python's drops it
-            self.low, self.high = float(np.minimum(self.low, x.min())), float(np.maximum(self.high, x.max()))
-            flat = np.ascontiguousarray(x, np.float32).reshape(-1)
-            if flat.size > SPREAD_VALUES:
-                flat = flat[self._rng.integers(0, flat.size, SPREAD_VALUES)]
-            self._counts += np.bincount(flat.view(np.uint32) >> _BIN_SHIFT, minlength=_BINS)
+    def __init__(self, plan: Plan, masks: Sequence[Mask | None], seed: int, refuse: Refuse) -> None:
+        """Begin with nothing seen; masks: the positions of each batch that count."""
+        self._plan, self._masks, self._seed, self._refuse = plan, masks, seed, refuse
+        self.ranges = {name: ObservedRange() for name in plan.activations.values}
+        self.grids: dict[str, ActivationGrid] = {}
+        self._readers = ranges.readers(plan.walked, plan.activations)
+        self._positions = {name: ranges.Positions(readers.axis) for name, readers in self._readers.items()}
 
-    def between(self, share: float) -> tuple[float, float]:
-        """Bounds that leave out at most (1 - share) / 2 of the values on either side, as far as the bins tell: up to a
-        quarter too wide, never wider than the span; (0, 0) where nothing was ever seen."""
-        if not np.isfinite(self.low):
-            return 0.0, 0.0
-        # the edges of the bins in the order of the numbers: the negative ones from the largest magnitude down
-        half = _BINS // 2
-        edges = (np.arange(half + 1, dtype=np.uint32) << _BIN_SHIFT).view(np.float32)
-        counts = np.concatenate([self._counts[half:][::-1], self._counts[:half]])
-        lower = np.concatenate([-edges[1:][::-1], edges[:-1]])
-        upper = np.concatenate([-edges[:-1][::-1], edges[1:]])
-        total, left_out = np.cumsum(counts), (1 - share) / 2 * counts.sum()
-        first, last = np.searchsorted(total, left_out, "right"), np.searchsorted(total, counts.sum() - left_out)
-        return max(self.low, float(lower[first])), min(self.high, float(upper[last]))
+    def observe(self, name: str, array: Any, batch: int) -> None:
+        """Widen the range of a value by its array of one batch; values that are not quantized are passed over.
 
-    def grid(self, dtype: str, bounds: tuple[float, float] | None) -> ActivationGrid:
-        """The min-max grid; a span of [0, 0] where nothing was ever seen."""
-        low, high = (self.low, self.high) if np.isfinite(self.low) else (0.0, 0.0)
-        return fit_range(low, high, dtype, bounds)
+        Raises ModelError where it holds numbers that are too large or not finite.
+        """
+        if name not in self.ranges:
+            return
+        array = arrays.on_host(array)
+        seen = take_kept(array, self._masks[batch], least_rank=3)
+        self.ranges[name].observe(seen)
+        if name in self._positions:
+            self._positions[name].observe(seen)
+        low, high = self.ranges[name].low, self.ranges[name].high
+        if low != np.inf and not max(-low, high) <= LARGEST:
+            raise self._refuse(name, array, batch)
+
+    def settle(self, names: Iterable[str]) -> None:
+        """Turn the ranges of values that were seen in all batches into grids.
+
+        A grid that is shared may belong to a value behind: where that is not yet reached, each has its own.
+        """
+        planned = self._plan.activations
+        known = [name for name in names if name in self.ranges]
+        for name in sorted(known, key=lambda name: planned.values[name].like is not None):
+            root = planned.root(name)
+            self.grids[name] = self.grids[root] if root != name and root in self.grids else self._grid(name)
+
+    def _grid(self, name: str) -> ActivationGrid:
+        """Choose the grid by what the readers make of the rounding; by the range alone where nothing tells."""
+        plan, seen = self._plan, self.ranges[name]
+        dtype, bounds = plan.activations.dtype, plan.activations.values[name].bounds
+        positions = self._positions.pop(name, None)
+        if positions is None or not positions.enough or not np.isfinite(seen.low):
+            return seen.grid(dtype, bounds)
+        rng, reading = np.random.default_rng(self._seed), self._readers[name]
+        readers = [
+            ranges.Reader(ranges.mix(x.kind, plan.walked.weight(x), rng), plan.has_bias(x)) for x in reading.layers
+        ]
+        objective = ranges.Objective.of(*positions.rows(), readers, reading.passed_on)
+        return ranges.choose(objective, seen.low, seen.high, dtype, bounds)

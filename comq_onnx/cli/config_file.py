@@ -1,4 +1,4 @@
-"""Options by their long names: as a command line to paste, and in a TOML file.
+"""Read and write configuration files: options by their long names, in TOML.
 
 bits = 4
 calib = "photos"
@@ -25,7 +25,7 @@ else:
 
 
 def load_config(path: Path) -> dict[str, Any]:
-    """The options of a TOML file, by long names. Raises OptionError."""
+    """Read the options of a TOML file, by long names. Raises OptionError."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

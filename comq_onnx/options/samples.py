@@ -1,62 +1,102 @@
-"""How samples are read, as the caller says."""
+"""The options that say how samples are read."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 
 from comq_onnx.errors import OptionError
+from comq_onnx.options.option import SAMPLES, declare, verify
 
 Size = int | tuple[int, int]
 CHANNELS, LAYOUTS, DTYPES = ("rgb", "bgr", "grey"), ("nchw", "nhwc"), ("float32", "float16", "uint8", "int8")
+# the names of what images/preprocess.py knows
+PRESETS = ("imagenet", "imagenet-inception", "clip", "0-1", "raw")
+
+
+def comma(numbers: Sequence[float]) -> str:
+    """Write numbers with commas between, four digits each."""
+    return ",".join(f"{n:.4g}" for n in numbers)
+
+
+def is_size(size: Any) -> bool:
+    """Tell whether a size is a whole number of pixels of 1 or more, or a pair (height, width) of them."""
+    sides = size if isinstance(size, tuple) and len(size) == 2 else (size,)
+    return all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in sides)
+
+
+def _check_numbers(name: str) -> Callable[[Sequence[float]], None]:
+    def check(numbers: Sequence[float]) -> None:
+        if len(numbers) not in (1, 3) or not np.isfinite(numbers).all():
+            raise OptionError(f"--{name} {comma(numbers)}: one number, or three in the order of --channels")
+        if name == "std" and 0 in numbers:
+            raise OptionError(f"--std {comma(numbers)}: pixels are divided by it, so none may be 0")
+
+    return check
+
+
+def _check_size(name: str) -> Callable[[Size], None]:
+    def check(size: Size) -> None:
+        if not is_size(size):
+            raise OptionError(f"--{name} {size}: whole pixels of 1 or more, one number or HEIGHTxWIDTH")
+
+    return check
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """The options that say how samples are read; None where nothing is said.
+class SampleOptions:
+    """Hold the options that say how samples are read; None where nothing is said.
 
-    Pictures: preprocess (a preset or a JSON file), and mean, std, resize, crop, layout, channels, dtype over it. Text:
-    tokenizer (tokenizer.json or its folder), text_field (of JSON lines). Text and waveforms: length, in tokens or
-    points.
+    Pictures have preprocess (a preset or a JSON file), and mean, std, resize, crop, layout, channels and dtype over
+    it. Text has tokenizer (a tokenizer.json or its folder) and text_field (of JSON lines). Text and waveforms have
+    length, in tokens or points. Raises OptionError for values that cannot be.
     """
 
-    preprocess: str | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    resize: Size | None = None
-    crop: Size | None = None
-    layout: str | None = None
-    channels: str | None = None
-    dtype: str | None = None
-    tokenizer: str | None = None
-    text_field: str | None = None
-    length: int | None = None
+    preprocess: str | None = declare(
+        None, SAMPLES, f"For images: {', '.join(PRESETS)}, or a JSON file.  [default: a file beside the model]",
+        metavar="NAME|FILE",
+    )  # fmt: skip
+    mean: tuple[float, ...] | None = declare(
+        None, SAMPLES, "For images: one number, or three in the order of --channels.", separator=",",
+        check=_check_numbers("mean"),
+    )  # fmt: skip
+    std: tuple[float, ...] | None = declare(
+        None, SAMPLES, "For images, likewise.", separator=",", check=_check_numbers("std")
+    )
+    resize: Size | None = declare(
+        None, SAMPLES, "For images: the short side, or HxW exactly.  [default: crop / 0.875]", metavar="N|HxW",
+        separator="x", check=_check_size("resize"),
+    )  # fmt: skip
+    crop: Size | None = declare(
+        None, SAMPLES, "For images: of the centre.  [default: the model's input]", metavar="N|HxW", separator="x",
+        check=_check_size("crop"),
+    )  # fmt: skip
+    layout: str | None = declare(None, SAMPLES, "For images.  [default: as the model shows]", choices=LAYOUTS)
+    channels: str | None = declare(
+        None, SAMPLES, "For images.  [default: rgb, or grey for one channel]", choices=CHANNELS
+    )
+    dtype: str | None = declare(None, SAMPLES, "For images: of the pixels.  [default: the input's]", choices=DTYPES)
+    tokenizer: str | None = declare(
+        None, SAMPLES, "For text: a tokenizer.json.  [default: the one beside the model]", metavar="FILE"
+    )
+    text_field: str | None = declare(
+        None, SAMPLES, "For .jsonl text: where each line has it.  [default: text]", metavar="NAME"
+    )
+    length: int | None = declare(
+        None, SAMPLES, "Tokens of a text at most, points of a sound.  [default: the model's, or 128 and 16000]",
+        metavar="N", bounds=(1, np.inf),
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
-        for name, allowed in (("layout", LAYOUTS), ("channels", CHANNELS), ("dtype", DTYPES)):
-            value = getattr(self, name)
-            if value is not None and value not in allowed:
-                raise OptionError(f"--{name} {value}: choose one of {', '.join(allowed)}")
-        for name in ("mean", "std"):
-            numbers = getattr(self, name)
-            if numbers is not None and (len(numbers) not in (1, 3) or not np.isfinite(numbers).all()):
-                raise OptionError(f"--{name} {comma(numbers)}: one number, or three in the order of --channels")
-        if self.std is not None and 0 in self.std:
-            raise OptionError(f"--std {comma(self.std)}: pixels are divided by it, so none may be 0")
-        for name in ("resize", "crop"):
-            size = getattr(self, name)
-            if size is not None and not is_size(size):
-                raise OptionError(f"--{name} {size}: whole pixels of 1 or more, one number or HEIGHTxWIDTH")
-        if self.length is not None and self.length < 1:
-            raise OptionError(f"--length {self.length}: must be 1 or more")
+        verify(self)
 
     def only(self, used: Iterable[str], what: str) -> None:
-        """Raise OptionError when something is said that samples of this kind (`what`) have no use for."""
+        """Raise OptionError where an option is given that samples of this kind (`what`) have no use for."""
         used = set(used)
-        for item in fields(self):
+        for item in fields(SampleOptions):
             if getattr(self, item.name) is not None and item.name not in used:
                 option = "--" + item.name.replace("_", "-")
                 kind = next(kind for kind, names in KINDS.items() if item.name in names)
@@ -67,11 +107,4 @@ PICTURE_OPTIONS = ("preprocess", "mean", "std", "resize", "crop", "layout", "cha
 TEXT_OPTIONS = ("tokenizer", "text_field", "length")
 KINDS = {"images": PICTURE_OPTIONS, "text": ("tokenizer", "text_field"), "text and sound": ("length",)}
 
-
-def is_size(size: Any) -> bool:
-    sides = size if isinstance(size, tuple) and len(size) == 2 else (size,)
-    return all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in sides)
-
-
-def comma(numbers: Sequence[float]) -> str:
-    return ",".join(f"{n:.4g}" for n in numbers)
+Recipe = SampleOptions

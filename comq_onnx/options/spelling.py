@@ -1,52 +1,58 @@
-"""Options by their long names, as a configuration file and a command line spell them."""
+"""Spell options by their long names, as a configuration file and a command line have them."""
 
 from __future__ import annotations
 
 import shlex
-import sys
 from collections.abc import Mapping
 from typing import Any
 
-if sys.version_info >= (3, 11):
-    pass
-else:
-    pass
+from comq_onnx.options.option import Option, options_of
+from comq_onnx.options.options import Options
+
+OPTIONS: dict[str, Option] = options_of(Options)
 
 
-# options of several numbers in one word, and what stands between those
-JOINED = {"mean": ",", "std": ",", "resize": "x", "crop": "x"}
-# the long names of those fields of Options whose own says more
-LONG_NAMES = {"max_samples": "samples", "memory_gb": "memory"}
+def long_name(field: str) -> str:
+    """Return the long name, without dashes, of a field of Options or of another parameter of the command."""
+    return OPTIONS[field].name if field in OPTIONS else field.replace("_", "-")
 
 
-def chosen(
-    options: Mapping[str, Any], defaults: Mapping[str, Any], long_names: Mapping[str, str] = LONG_NAMES
-) -> dict[str, Any]:
-    """What differs from the defaults, by long names, as TOML has it: pairs of a pattern and bits become RE=N."""
-    found: dict[str, Any] = {}
-    for field, value in options.items():
-        if value is None or value == defaults.get(field):
-            continue
-        name = long_names.get(field, field).replace("_", "-")
-        if field in JOINED and isinstance(value, tuple | list):
-            value = JOINED[field].join(map(str, value))
-        elif isinstance(value, tuple | list):
-            value = ["=".join(map(str, v)) if isinstance(v, tuple | list) else str(v) for v in value]
-        found[name] = value if isinstance(value, bool | int | float | list) else str(value)
-    return found
+def spell(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Spell values by field as TOML has them, by long name; None is left out.
+
+    Several numbers of one option become one word, pairs of a pattern and bits become RE=N.
+    """
+    return {long_name(field): _spelled(field, value) for field, value in values.items() if value is not None}
+
+
+def differing(options: Options) -> dict[str, Any]:
+    """Spell the options that are not as they are by default."""
+    defaults = vars(Options())
+    return spell({field: value for field, value in vars(options).items() if value != defaults[field]})
+
+
+def _spelled(field: str, value: Any) -> Any:
+    separator = OPTIONS[field].separator if field in OPTIONS else None
+    if isinstance(value, tuple | list):
+        if separator is not None:
+            return separator.join(map(str, value))
+        return ["=".join(map(str, v)) if isinstance(v, tuple | list) else str(v) for v in value]
+    return value if isinstance(value, bool | int | float) else str(value)
 
 
 def command_line(model: str, output: str | None, calib: str | None, options: Mapping[str, Any]) -> str:
-    """The command that does a run again; options: what `chosen` gives."""
+    """Return the command that does a run again; options: what `spell` gives."""
+    opposites = {option.name: option.off for option in OPTIONS.values() if option.off is not None}
     words = ["comq-onnx", model]
     if calib is not None:
         words += ["--calib", calib]
     for name, value in options.items():
-        if value is True or (name == "symmetric" and value is False):
-            words.append("--asymmetric" if name == "symmetric" else f"--{name}")
+        if isinstance(value, bool):
+            flag = name if value else opposites.get(name)
+            words += [f"--{flag}"] if flag is not None else []
         elif isinstance(value, list):
             words += [word for one in value for word in (f"--{name}", one)]
-        elif value is not False:
+        else:
             words += [f"--{name}", str(value)]
     words += ["-o", output] if output is not None else ["--plan"]
     return shlex.join(words)

@@ -1,8 +1,9 @@
-"""How the weight of a layer is written: its form, its grid and its container on a target."""
+"""How the weight of a layer is written on a target: its form, its grid and its container."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from enum import Enum
 
 import numpy as np
 
@@ -17,37 +18,60 @@ from comq_onnx.targets.target import WIDTHS, Target
 PLANE_NODE_BYTES = 1500
 
 
-def form(layer: Layer, plan: ActivationPlan) -> str:
-    """`integer`, `blocked`, `folded` or `looked up`: how the layer's weight is written."""
+class WeightForm(Enum):
+    """Name the ways in which a weight is written, from the fastest to the most general.
+
+    - INTEGER: codes -> (Cast to INT8) -> DequantizeLinear per channel, the layer's input quantized, an int32 bias of scale
+      s_x * s_w (float where the target wants that, or it would be dequantized at every call). ONNX Runtime folds the Cast
+      at load and runs its int8 kernels; the file holds 4 (2) bits a weight.
+    - BLOCKED (weight-only MatMul): codes in blocks along the inputs -> DequantizeLinear: MatMulNBits.
+    - FOLDED (any other weight-only layer): codes -> Cast to FLOAT -> Mul by the scale. Runtimes fold both at load: the file
+      is small, the speed that of the float layer. A DequantizeLinear there would run at every call in ONNX Runtime;
+      TensorRT takes codes nowhere else, so there one of scale 1 takes the place of the Cast.
+    - LOOKED_UP (embeddings): Gather of codes -> Cast -> Mul by the Gather of scales; only rows that are looked up become
+      float.
+    """
+
+    INTEGER = "integer"
+    BLOCKED = "blocked"
+    FOLDED = "folded"
+    LOOKED_UP = "looked up"
+
+
+def form_of(layer: Layer, activations: ActivationPlan) -> WeightForm:
+    """Choose how the weight of a layer is written."""
     if isinstance(layer.kind, Gather):
-        return "looked up"
-    if layer.name in plan.integer_layers:
-        return "integer"
+        return WeightForm.LOOKED_UP
+    if layer.name in activations.integer_layers:
+        return WeightForm.INTEGER
     if layer.nested:
-        return "folded"
+        return WeightForm.FOLDED
     if isinstance(layer.kind, MatMul) and len(layer.weight_shape) == 2:
-        return "blocked"
+        return WeightForm.BLOCKED
     if isinstance(layer.kind, Gemm) and not layer.kind.trans_a:
-        return "blocked"
-    return "folded"
+        return WeightForm.BLOCKED
+    return WeightForm.FOLDED
 
 
-def may_add_bias(layer: Layer, plan: ActivationPlan) -> bool:
-    """Whether a layer without a bias can be given one: a weight-only MatMul, whose kernel takes it in."""
-    return isinstance(layer.kind, MatMul) and form(layer, plan) == "blocked"
+def may_add_bias(layer: Layer, activations: ActivationPlan) -> bool:
+    """Tell whether a layer without a bias can be given one: a weight-only MatMul, whose kernel takes it in."""
+    return isinstance(layer.kind, MatMul) and form_of(layer, activations) is WeightForm.BLOCKED
 
 
 def container_of(
-    layer: Layer, bits: int, plan: ActivationPlan, target: Target, opset: int
+    layer: Layer, bits: int, activations: ActivationPlan, target: Target, opset: int
 ) -> tuple[str, tuple[int, ...]]:
-    """The container of a layer's codes, and the widths of the bit planes that take its place: none where they save less
-    than the nodes that join them take, or in a weight-only MatMul that would lose its 4-bit kernel by them."""
-    how = form(layer, plan)
-    storage = target.integer if how == "integer" else target.weight_only
+    """Return the container of a layer's codes, and the widths of the bit planes that take its place.
+
+    There are no planes where they save less than the nodes that join them take, or in a weight-only MatMul that would lose
+    its 4-bit kernel by them.
+    """
+    form = form_of(layer, activations)
+    storage = target.integer if form is WeightForm.INTEGER else target.weight_only
     container, planes = storage.container(bits, opset)[0], storage.planes(bits, opset)
     if int(np.prod(layer.weight_shape)) * (WIDTHS[container] - bits) < 8 * PLANE_NODE_BYTES:
         planes = ()
-    if how == "blocked" and container != "INT8":
+    if form is WeightForm.BLOCKED and container != "INT8":
         columns = layer.kind.axis
         assert columns is not None
         if container == "INT2" and layer.weight_shape[columns] % target.int2_columns:
@@ -56,16 +80,19 @@ def container_of(
     return container, planes
 
 
-def code_bytes(layer: Layer, bits: int, plan: ActivationPlan, target: Target, opset: int) -> int:
-    """The bytes that the codes of a layer take in the file at some bits."""
-    container, planes = container_of(layer, bits, plan, target, opset)
+def code_bytes(layer: Layer, bits: int, activations: ActivationPlan, target: Target, opset: int) -> int:
+    """Return the bytes that the codes of a layer take in the file at some bits."""
+    container, planes = container_of(layer, bits, activations, target, opset)
     count = int(np.prod(layer.weight_shape))
     return sum(-(-count * width // 8) for width in planes or (WIDTHS[container],))
 
 
 def supported_grid(layer: Layer, grid: Grid, target: Target) -> Grid:
-    """The grid a layer's graph form can carry on a target: blocks only along a matrix's inputs, one scale for grouped
-    ConvTranspose, symmetric where a zero point would have no place."""
+    """Return the grid nearest to `grid` that the form of a layer can carry on a target.
+
+    Blocks lie only along the inputs of a matrix, a grouped ConvTranspose has one scale, and where a zero point would have
+    no place the grid is symmetric.
+    """
     kind = layer.kind
     if isinstance(kind, Gather):
         return Grid(grid.bits, symmetric=True)

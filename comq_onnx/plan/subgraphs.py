@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
 
-from comq_onnx.calibrate.walk import Settings
+from comq_onnx.context import Context
 from comq_onnx.model import graph as graphs
 from comq_onnx.model.layers import Layer, Prepared
 from comq_onnx.model.operators import Gather
-from comq_onnx.runtime.session import Session
+from comq_onnx.model.probe import probe
 from comq_onnx.samples.samples import Samples
-
-# If
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -32,13 +29,13 @@ class Specialized:
     skipped: dict[str, str]
 
 
-def specialize(prepared: Prepared, samples: Samples, settings: Settings) -> Specialized:
+def specialize(prepared: Prepared, samples: Samples, context: Context) -> Specialized:
     """Make the layers in subgraphs reachable: each If is replaced by the branch that all samples take, and what layers
     in the body of a Loop or Scan read becomes an output of it."""
     model = prepared.model
     if any(node.op_type in ("If", "Loop", "Scan") for node in model.graph):
         model = model.clone()
-        while _inline_one_level(model, samples, settings):
+        while _inline_one_level(model, samples, context):
             pass
     probes = _probe_bodies(model, {layer.name: layer for layer in prepared.layers})
     reached = {str(node.name) for node in model.graph} | set(probes)
@@ -53,7 +50,7 @@ def specialize(prepared: Prepared, samples: Samples, settings: Settings) -> Spec
         if layer.name not in reached
     }
     layers = [layer for layer in prepared.layers if layer.name in reached]
-    return Specialized(Prepared(model, layers, prepared.skipped, prepared.notes), probes, skipped)
+    return Specialized(replace(prepared, model=model, layers=layers), probes, skipped)
 
 
 def _probe_bodies(model: ir.Model, layers: Mapping[str, Layer]) -> dict[str, str]:
@@ -96,7 +93,7 @@ def _inside(op: str | None) -> str:
     return f"too deep in the body of a {op} to be calibrated"
 
 
-def _inline_one_level(model: ir.Model, samples: Samples, settings: Settings) -> bool:
+def _inline_one_level(model: ir.Model, samples: Samples, context: Context) -> bool:
     """Inline the branches of main-graph Ifs whose condition is the same for all samples; whether there was one."""
     ifs = [node for node in model.graph if node.op_type == "If" and node.domain == ""]
     if not ifs:
@@ -108,11 +105,9 @@ def _inline_one_level(model: ir.Model, samples: Samples, settings: Settings) -> 
         seen[name].add(bool(value.all()))
     asked = [name for name in conditions if name not in known]
     if asked:
-        probe = ir.to_proto(graphs.with_outputs(model, asked)).SerializeToString()
-        session = Session(probe, settings.device, what="the conditions of the model")
-        names = {i.name for i in session.inputs}
-        for feeds in samples.batches(settings.batch_size):
-            for name, value in session.run({k: v for k, v in feeds.items() if k in names}, asked).items():
+        batches = samples.batches(context.options.batch_size)
+        for values in probe(model, asked, batches, context.device, "the conditions of the model"):
+            for name, value in values.items():
                 seen[name].add(bool(np.all(value)))
     inlined = False
     for node in ifs:

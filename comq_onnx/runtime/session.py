@@ -264,6 +264,10 @@ class Session:
                 raise OutOfMemory(f"no memory to run {self._what}: {_reason(error)}") from error
             raise RuntimeFailure(f"ONNX Runtime failed running {self._what}: {_reason(error)}") from error
 
+    def close(self) -> None:
+        """Release the loaded model: it cannot run again."""
+        del self._session
+
     def milliseconds(self, feeds: Feeds) -> float:
         """How long one run takes, of which it is known that it ends."""
         inputs = dict(feeds)

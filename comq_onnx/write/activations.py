@@ -6,30 +6,34 @@ import numpy as np
 import onnx_ir as ir
 
 from comq_onnx.model import graph as graphs
-from comq_onnx.write.weights import Quantization
+from comq_onnx.plan.solved import Solved
 
 # Activations
 # -----------------------------------------------------------------------------------------------------------
 
 
-def integer_readers(q: Quantization, nodes: dict[str, ir.Node]) -> dict[str, list[tuple[ir.Node, int]]]:
+def integer_readers(solved: Solved, nodes: dict[str, ir.Node]) -> dict[str, list[tuple[ir.Node, int]]]:
     """For each value that only integer layers read dequantized: those layers' nodes and the input it is."""
     readers: dict[str, list[tuple[ir.Node, int]]] = {}
-    for layer in q.layers:
-        if layer.name in q.plan.integer_layers and layer.name in nodes and layer.name in q.solutions:
+    for layer in solved.plan.layers:
+        if (
+            layer.name in solved.plan.activations.integer_layers
+            and layer.name in nodes
+            and layer.name in solved.solutions
+        ):
             readers.setdefault(layer.input, []).append((nodes[layer.name], layer.kind.input_index))
     return readers
 
 
-def emit_activation(model: ir.Model, value: ir.Value, q: Quantization, readers: list[tuple[ir.Node, int]]) -> None:
-    planned = q.plan.values[str(value.name)]
+def emit_activation(model: ir.Model, value: ir.Value, solved: Solved, readers: list[tuple[ir.Node, int]]) -> None:
+    planned = solved.plan.activations.values[str(value.name)]
     if planned.everywhere:
         uses = list(value.uses())
         outputs = [i for i, v in enumerate(model.graph.outputs) if v is value]
         producer = value.producer()
         home = producer.graph if producer is not None else model.graph
         inner = [(g, i) for g in model.graph.subgraphs() for i, v in enumerate(g.outputs) if v is value]
-        new = _pair(model, value, q, home)
+        new = _pair(model, value, solved, home)
         for node, index in uses:
             node.replace_input_with(index, new)
         for g, i in inner:
@@ -41,16 +45,16 @@ def emit_activation(model: ir.Model, value: ir.Value, q: Quantization, readers: 
             model.graph.outputs[i] = new
         return
     for home in {id(node.graph): node.graph for node, _ in readers}.values():
-        new = _pair(model, value, q, home)
+        new = _pair(model, value, solved, home)
         for node, index in readers:
             if node.graph is home:
                 node.replace_input_with(index, new)
 
 
-def _pair(model: ir.Model, value: ir.Value, q: Quantization, home: ir.Graph | ir.Function | None) -> ir.Value:
+def _pair(model: ir.Model, value: ir.Value, solved: Solved, home: ir.Graph | ir.Function | None) -> ir.Value:
     """QuantizeLinear and DequantizeLinear behind `value` in graph `home`; scale and zero point of rank 0."""
     assert isinstance(home, ir.Graph)
-    grid = q.grids[str(value.name)]
+    grid = solved.activation_grids[str(value.name)]
     scale = graphs.add_initializer(model.graph, f"{value.name}.scale", np.asarray(grid.scale, np.float32))
     zero = graphs.add_initializer(model.graph, f"{value.name}.zero_point", np.asarray(grid.zero_point, grid.dtype))
     quantize = ir.node("QuantizeLinear", [value, scale, zero], name=f"{value.name}.quantize")

@@ -17,10 +17,11 @@ from comq_onnx.errors import InternalError
 from comq_onnx.model import graph as graphs
 from comq_onnx.model.layers import Layer, nodes_by_name
 from comq_onnx.model.operators import Gather
-from comq_onnx.plan.forms import container_of, form
+from comq_onnx.plan.forms import WeightForm
+from comq_onnx.plan.solved import Solved
 from comq_onnx.solve.grid import QuantizedWeight
 from comq_onnx.targets.target import Target
-from comq_onnx.write.weights import Quantization, channel_scale
+from comq_onnx.write.weights import channel_scale
 
 Numbers = npt.NDArray[Any]
 # the most findings that one line names
@@ -32,9 +33,9 @@ _UNPACKING = frozenset(
 )
 
 
-def check_emitted(model: ir.Model, quantization: Quantization) -> None:
+def check_emitted(model: ir.Model, solved: Solved) -> None:
     """Raise InternalError where a written model is not what was planned or breaks a rule of its target."""
-    found = [*missing(model, quantization), *lint(model, quantization.target)]
+    found = [*missing(model, solved), *lint(model, solved.plan.target)]
     if found:
         more = f"; {len(found) - MOST_NAMED} more" if len(found) > MOST_NAMED else ""
         raise InternalError(
@@ -47,20 +48,20 @@ def check_emitted(model: ir.Model, quantization: Quantization) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def missing(model: ir.Model, quantization: Quantization) -> list[str]:
+def missing(model: ir.Model, solved: Solved) -> list[str]:
     """What a model lacks of its plan: layers whose weight is not made of the solution's codes, float weights that are
     left, activations without their pair."""
     nodes = nodes_by_name(model)
     found = []
-    for layer in quantization.layers:
+    for layer in solved.plan.layers:
         node = nodes.get(layer.name) or nodes.get(f"{layer.name}.matmul")
         if isinstance(layer.kind, Gather):
             node = nodes.get(f"{layer.name}.rows")
-        fault = "has no node" if node is None else _fault(node, layer, quantization)
+        fault = "has no node" if node is None else _fault(node, layer, solved)
         if fault:
             found.append(f"layer {layer.name!r} {fault}")
-    found += _stale(model, quantization)
-    for name, planned in quantization.plan.values.items():
+    found += _stale(model, solved)
+    for name, planned in solved.plan.activations.values.items():
         pair = nodes.get(f"{name}.quantize")
         if pair is None or pair.op_type != "QuantizeLinear":
             found.append(f"activation {name!r} is not quantized")
@@ -72,14 +73,14 @@ def missing(model: ir.Model, quantization: Quantization) -> list[str]:
     return found
 
 
-def _fault(node: ir.Node, layer: Layer, q: Quantization) -> str:
+def _fault(node: ir.Node, layer: Layer, solved: Solved) -> str:
     """What is wrong with the node of a layer; "" where nothing is."""
-    how = form(layer, q.plan)
+    form = solved.plan.form(layer)
     # a Gemm in blocks has become a MatMul; rows that are looked up are a product of codes and scales
-    index = 0 if how == "looked up" else 1 if how == "blocked" else layer.kind.weight_index
+    index = 0 if form is WeightForm.LOOKED_UP else 1 if form is WeightForm.BLOCKED else layer.kind.weight_index
     weight = node.inputs[index]
-    solution = q.solutions[layer.name].weight
-    container, planes = container_of(layer, solution.grid.bits, q.plan, q.target, q.opset)
+    solution = solved.solutions[layer.name].weight
+    container, planes = solved.plan.container(layer, solution.grid.bits)
     codes = [v for v in _constants_behind(weight) if str(v.name).startswith(f"{layer.weight}.codes")]
     types = {v.dtype for v in codes}
     wanted = ir.DataType.UINT8 if planes else ir.DataType[container]
@@ -87,32 +88,32 @@ def _fault(node: ir.Node, layer: Layer, q: Quantization) -> str:
         stored = ", ".join(sorted(t.name for t in types if t is not None)) or "no codes"
         return f"reads {stored} where {wanted.name} was planned"
     last = None if weight is None else weight.producer()
-    if how in ("integer", "blocked") and (last is None or last.op_type != "DequantizeLinear"):
+    if form in (WeightForm.INTEGER, WeightForm.BLOCKED) and (last is None or last.op_type != "DequantizeLinear"):
         return "does not read its weight from a DequantizeLinear"
     numbers = graphs.constant(codes[0])
-    if not planes and (numbers is None or not _same_codes(numbers, last, layer, how, solution)):
+    if not planes and (numbers is None or not _same_codes(numbers, last, layer, form, solution)):
         return "reads other codes than were solved for"
-    if how == "integer" and not _dequantized(node.inputs[layer.kind.input_index]):
+    if form is WeightForm.INTEGER and not _dequantized(node.inputs[layer.kind.input_index]):
         return "reads an input that is not quantized"
     return ""
 
 
-def _same_codes(stored: Numbers, last: ir.Node | None, layer: Layer, how: str, weight: QuantizedWeight) -> bool:
+def _same_codes(stored: Numbers, last: ir.Node | None, layer: Layer, form: WeightForm, weight: QuantizedWeight) -> bool:
     """Whether stored codes are those solved for; a channel of an integer layer may have others where a large bias gave
     it another scale."""
     codes = stored.astype(np.int8)
-    if how in ("looked up", "blocked"):
-        codes = (codes.T if how == "blocked" else codes)[None]
+    if form in (WeightForm.LOOKED_UP, WeightForm.BLOCKED):
+        codes = (codes.T if form is WeightForm.BLOCKED else codes)[None]
     else:
         codes = layer.kind.to_matrix(codes)
     if codes.shape != weight.codes.shape:
         return False
     same = (codes == weight.codes).all(axis=-1)
-    if how == "integer" and last is not None and not same.all():
+    if form is WeightForm.INTEGER and last is not None and not same.all():
         scale = graphs.constant(last.inputs[1])
-        solved = channel_scale(layer, weight)
-        if scale is not None and scale.shape == solved.shape:
-            same |= np.broadcast_to(scale != solved, same.size).reshape(same.shape)
+        planned = channel_scale(layer, weight)
+        if scale is not None and scale.shape == planned.shape:
+            same |= np.broadcast_to(scale != planned, same.size).reshape(same.shape)
     return bool(same.all())
 
 
@@ -141,11 +142,11 @@ def _constants_behind(value: ir.Value | None) -> list[ir.Value]:
     return [v for v in found if graphs.is_constant(v)]
 
 
-def _stale(model: ir.Model, q: Quantization) -> list[str]:
+def _stale(model: ir.Model, solved: Solved) -> list[str]:
     """Float weights of quantized layers that are still in the model, but for those that something else reads."""
     found = []
-    own = {layer.name for layer in q.layers}
-    for name in dict.fromkeys(layer.weight for layer in q.layers):
+    own = {layer.name for layer in solved.plan.layers}
+    for name in dict.fromkeys(layer.weight for layer in solved.plan.layers):
         value = model.graph.initializers.get(name)
         if value is None:
             continue

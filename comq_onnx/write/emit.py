@@ -1,43 +1,59 @@
-"""Solutions and activation grids written into a graph as QuantizeLinear and DequantizeLinear, as the target wants them.
+"""Write solutions and activation grids into a graph as QuantizeLinear and DequantizeLinear, as the target wants them.
 
 The same functions rewrite a segment during calibration and the whole model at the end, so what is measured is what
 ships.
-
-Weights, from fastest to most general:
-
-- *integer*: codes -> (Cast to INT8) -> DequantizeLinear per channel, the layer's input quantized, an int32 bias of
-  scale s_x * s_w (float where the target wants that, or it would be dequantized at every call). ONNX Runtime folds the
-  Cast at load and runs its int8 kernels; the file holds 4 (2) bits a weight.
-- *blocked* (weight-only MatMul): codes in blocks along the inputs -> DequantizeLinear: MatMulNBits.
-- *folded* (any other weight-only layer): codes -> Cast to FLOAT -> Mul by the scale. Runtimes fold both at load: the
-  file is small, the speed that of the float layer. A DequantizeLinear there would run at every call in ONNX Runtime;
-  TensorRT takes codes nowhere else, so there one of scale 1 takes the place of the Cast.
-- *looked up* (embeddings): Gather of codes -> Cast -> Mul by the Gather of scales; only the rows looked up become
-  float.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
 from comq_onnx.model import graph as graphs
 from comq_onnx.model.layers import nodes_by_name
+from comq_onnx.plan.solved import Solved
 from comq_onnx.write.activations import emit_activation, integer_readers
-from comq_onnx.write.weights import Quantization, emit_layer
+from comq_onnx.write.weights import emit_layer, stored_bytes
 
 
-def emit(model: ir.Model, quantization: Quantization) -> None:
-    """Rewrite `model` in place: every solved layer it holds, every planned value that has a grid."""
+@dataclass(frozen=True)
+class Emitted:
+    """Hold a whole quantized model with what it was made from."""
+
+    solved: Solved
+    model: ir.Model
+
+    @property
+    def stored_bytes(self) -> dict[str, int]:
+        """Return what the weight of each layer takes in the model."""
+        return {layer.name: stored_bytes(self.model, layer) for layer in self.solved.plan.layers}
+
+
+def emit_model(solved: Solved, provenance: Mapping[str, str]) -> Emitted:
+    """Make the quantized model of what is solved; provenance: metadata for the file."""
+    model = solved.plan.written.model.clone()
+    emit(model, solved)
+    used = {t.dtype for v in model.graph.initializers.values() if (t := v.const_value) is not None}
+    lowest_ir = 13 if ir.DataType.INT2 in used else 10 if ir.DataType.INT4 in used else 8
+    model.ir_version = min(max(model.ir_version, lowest_ir), solved.plan.target.max_ir)
+    model.metadata_props.update(provenance)
+    return Emitted(solved, model)
+
+
+def emit(model: ir.Model, solved: Solved) -> None:
+    """Rewrite `model` in place: every solved layer that it holds, every planned value that has a grid."""
     nodes = nodes_by_name(model)
-    for layer in quantization.layers:
-        if layer.name in nodes and layer.name in quantization.solutions:
-            emit_layer(model, nodes, layer, quantization)
-    readers = integer_readers(quantization, nodes)
+    for layer in solved.plan.layers:
+        if layer.name in nodes and layer.name in solved.solutions:
+            emit_layer(model, nodes, layer, solved)
+    readers = integer_readers(solved, nodes)
     values = {str(v.name): v for v in graphs.walk_values(model)}
-    for name in quantization.plan.values:
-        if name in values and name in quantization.grids:
-            emit_activation(model, values[name], quantization, readers.get(name, []))
+    for name in solved.plan.activations.values:
+        if name in values and name in solved.activation_grids:
+            emit_activation(model, values[name], solved, readers.get(name, []))
     passes.RemoveUnusedNodesPass()(model)
     # the names made up here may be taken
     passes.NameFixPass()(model)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,68 +11,49 @@ import onnx_ir as ir
 from comq_onnx.model import graph as graphs
 from comq_onnx.model.layers import Layer
 from comq_onnx.model.operators import Gemm, MatMul
-from comq_onnx.plan.activation_grid import ActivationGrid
 from comq_onnx.plan.activations import ActivationPlan
-from comq_onnx.plan.forms import container_of, form
+from comq_onnx.plan.forms import WeightForm
+from comq_onnx.plan.solved import Solved
 from comq_onnx.solve.grid import Array, QuantizedWeight
-from comq_onnx.solve.layer import Solution
-from comq_onnx.targets.target import Target
 from comq_onnx.write.biases import add_bias, fit_bias, float_bias, is_open_product, set_bias
 from comq_onnx.write.codes import pack, shared_constant, store
 
 Numbers = npt.NDArray[Any]
 
 
-@dataclass(frozen=True)
-class Quantization:
-    """All that emission needs: the solved layers, the activation plan with a grid for each of its values, the
-    target."""
-
-    layers: Sequence[Layer]
-    solutions: Mapping[str, Solution]
-    plan: ActivationPlan
-    grids: Mapping[str, ActivationGrid]
-    target: Target
-    opset: int
-
-
-# Weights
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def emit_layer(model: ir.Model, nodes: dict[str, ir.Node], layer: Layer, quantization: Quantization) -> None:
+def emit_layer(model: ir.Model, nodes: dict[str, ir.Node], layer: Layer, solved: Solved) -> None:
     node = nodes[layer.name]
-    solution = quantization.solutions[layer.name]
-    how = form(layer, quantization.plan)
-    if how == "looked up":
-        _emit_gather(model, node, layer, solution.weight, quantization)
+    solution = solved.solutions[layer.name]
+    form = solved.plan.form(layer)
+    if form is WeightForm.LOOKED_UP:
+        _emit_gather(model, node, layer, solution.weight, solved)
         return
     bias = float_bias(model, layer, solution)
-    if how == "integer":
-        grid = quantization.grids[layer.input]
-        exact = quantization.target.integer_bias and not is_open_product(node)
+    if form is WeightForm.INTEGER:
+        grid = solved.activation_grids[layer.input]
+        exact = solved.plan.target.integer_bias and not is_open_product(node)
         weight = fit_bias(solution.weight, bias, grid.scale) if exact else solution.weight
-        dequantized = _dequantize(model, node, layer, weight, quantization)
+        dequantized = _dequantize(model, node, layer, weight, solved)
         _set_weight(node, layer, dequantized)
         set_bias(model, nodes, layer, bias, dequantized if exact else None, grid.scale)
         if isinstance(layer.kind, Gemm):
             # alpha has gone into the scales
             node.attributes.pop("alpha", None)
         return
-    if how == "blocked":
+    if form is WeightForm.BLOCKED:
         if isinstance(layer.kind, Gemm):
-            node = _gemm_as_matmul(model, node, layer, bias, quantization.plan)
+            node = _gemm_as_matmul(model, node, layer, bias, solved.plan.activations)
         else:
             set_bias(model, nodes, layer, bias, None, None)
             adder = nodes[layer.bias_node] if layer.bias_node is not None else None
             if adder is None and bias is not None:
                 adder = add_bias(model, node, layer, bias)
             if adder is not None:
-                adder.op_type = _adding(adder, quantization.plan)
-        _set_weight(node, layer, _dequantize_blocks(model, node, layer, solution.weight, quantization), matmul=True)
+                adder.op_type = _adding(adder, solved.plan.activations)
+        _set_weight(node, layer, _dequantize_blocks(model, node, layer, solution.weight, solved), matmul=True)
         return
     set_bias(model, nodes, layer, bias, None, None)
-    _set_weight(node, layer, _unpack_at_load(model, node, layer, solution.weight, quantization))
+    _set_weight(node, layer, _unpack_at_load(model, node, layer, solution.weight, solved))
 
 
 def stored_bytes(model: ir.Model, layer: Layer) -> int:
@@ -97,15 +76,15 @@ def channel_scale(layer: Layer, weight: QuantizedWeight) -> Array:
     return np.asarray(weight.scale.reshape(-1) * alpha, np.float32)
 
 
-def _codes(model: ir.Model, layer: Layer, codes: Numbers, weight: QuantizedWeight, q: Quantization) -> ir.Value:
-    container, planes = container_of(layer, weight.grid.bits, q.plan, q.target, q.opset)
+def _codes(model: ir.Model, layer: Layer, codes: Numbers, weight: QuantizedWeight, solved: Solved) -> ir.Value:
+    container, planes = solved.plan.container(layer, weight.grid.bits)
     return store(model, layer.weight, codes, container, planes)
 
 
-def _dequantize(model: ir.Model, node: ir.Node, layer: Layer, weight: QuantizedWeight, q: Quantization) -> ir.Value:
+def _dequantize(model: ir.Model, node: ir.Node, layer: Layer, weight: QuantizedWeight, solved: Solved) -> ir.Value:
     """codes -> Cast to INT8 where packed -> DequantizeLinear along the channels; the zero point of a matrix always
     written: without it ONNX Runtime does not fuse a Gemm."""
-    codes = _codes(model, layer, layer.kind.from_matrix(weight.codes), weight, q)
+    codes = _codes(model, layer, layer.kind.from_matrix(weight.codes), weight, solved)
     if codes.dtype != ir.DataType.INT8:
         codes = graphs.insert(node, "Cast", [codes], {"to": ir.DataType.INT8}, f"{layer.name}.int8")
     scale = channel_scale(layer, weight)
@@ -118,7 +97,7 @@ def _dequantize(model: ir.Model, node: ir.Node, layer: Layer, weight: QuantizedW
 
 
 def _dequantize_blocks(
-    model: ir.Model, node: ir.Node, layer: Layer, weight: QuantizedWeight, q: Quantization
+    model: ir.Model, node: ir.Node, layer: Layer, weight: QuantizedWeight, solved: Solved
 ) -> ir.Value:
     """A weight-only MatMul's weight [in, out] in blocks along the inputs; per channel where the opset or the target has
     no blocks.
@@ -127,13 +106,13 @@ def _dequantize_blocks(
     """
     inputs = weight.codes.shape[-1]
     grid = weight.grid
-    block = grid.block_size or q.target.block_of(inputs, grid.bits)
-    if q.opset < 21 or block is None:
-        return _dequantize_columns(model, node, layer, weight, q)
+    block = grid.block_size or solved.plan.target.block_of(inputs, grid.bits)
+    if solved.plan.opset < 21 or block is None:
+        return _dequantize_columns(model, node, layer, weight, solved)
     of = np.minimum(np.arange(-(-inputs // block)) * block, inputs - 1) // (grid.block_size or inputs)
     scale = np.asarray(weight.scale[0][:, of].T * _alpha(layer), np.float32)
     zero = weight.zero_point[0][:, of].T
-    codes = _codes(model, layer, weight.codes[0].T, weight, q)
+    codes = _codes(model, layer, weight.codes[0].T, weight, solved)
     parts = [codes, graphs.add_initializer(model.graph, f"{layer.name}.scale", scale)]
     if zero.any():
         assert codes.dtype is not None
@@ -143,9 +122,9 @@ def _dequantize_blocks(
 
 
 def _dequantize_columns(
-    model: ir.Model, node: ir.Node, layer: Layer, weight: QuantizedWeight, q: Quantization
+    model: ir.Model, node: ir.Node, layer: Layer, weight: QuantizedWeight, solved: Solved
 ) -> ir.Value:
-    codes = _codes(model, layer, weight.codes[0].T, weight, q)
+    codes = _codes(model, layer, weight.codes[0].T, weight, solved)
     scale = channel_scale(layer, weight)
     zero = weight.zero_point.flat[0] if weight.grid.per_tensor else weight.zero_point.reshape(-1)
     parts = [codes, graphs.add_initializer(model.graph, f"{layer.name}.scale", scale)]
@@ -161,7 +140,7 @@ def _alpha(layer: Layer) -> np.float32:
     return np.float32(layer.kind.alpha if isinstance(layer.kind, Gemm) else 1)
 
 
-def _unpack_at_load(model: ir.Model, node: ir.Node, layer: Layer, weight: QuantizedWeight, q: Quantization) -> ir.Value:
+def _unpack_at_load(model: ir.Model, node: ir.Node, layer: Layer, weight: QuantizedWeight, solved: Solved) -> ir.Value:
     """codes -> floats (-> Sub zero point) -> Mul scale, all constant: folded when the runtime loads the model."""
 
     # a stack of INT4 matrices times one number is what TensorRT fails to compile
@@ -173,8 +152,8 @@ def _unpack_at_load(model: ir.Model, node: ir.Node, layer: Layer, weight: Quanti
     if layer.nested:
         # in the main graph, where every runtime folds constants, and once for all iterations
         node = next(iter(model.graph))
-    codes = _codes(model, layer, layer.kind.from_matrix(weight.codes), weight, q)
-    value = _as_float(model, node, codes, q.target.unpack, f"{layer.name}.float")
+    codes = _codes(model, layer, layer.kind.from_matrix(weight.codes), weight, solved)
+    value = _as_float(model, node, codes, solved.plan.target.unpack, f"{layer.name}.float")
     if weight.zero_point.any():
         zero = spread(weight.zero_point).astype(np.float32)
         part = graphs.add_initializer(model.graph, f"{layer.name}.zero_point", zero)
@@ -191,20 +170,20 @@ def _as_float(model: ir.Model, node: ir.Node, codes: ir.Value, unpack: str, name
     return graphs.insert(node, "DequantizeLinear", [codes, one], {}, name)
 
 
-def _emit_gather(model: ir.Model, node: ir.Node, layer: Layer, weight: QuantizedWeight, q: Quantization) -> None:
+def _emit_gather(model: ir.Model, node: ir.Node, layer: Layer, weight: QuantizedWeight, solved: Solved) -> None:
     indices = node.inputs[1]
-    codes = _codes(model, layer, weight.codes[0], weight, q)
+    codes = _codes(model, layer, weight.codes[0], weight, solved)
     scale = graphs.add_initializer(model.graph, f"{layer.name}.scale", weight.scale[0])
     attributes = {"axis": 0}
-    if q.target.unpack != "Cast":
-        table = _as_float(model, node, codes, q.target.unpack, f"{layer.name}.float")
+    if solved.plan.target.unpack != "Cast":
+        table = _as_float(model, node, codes, solved.plan.target.unpack, f"{layer.name}.float")
         value = graphs.insert(node, "Gather", [table, indices], attributes, f"{layer.name}.row")
     else:
         if codes.dtype != ir.DataType.INT8:
             # folded at load: ONNX Runtime looks nothing up in packed tables
             codes = graphs.insert(node, "Cast", [codes], {"to": ir.DataType.INT8}, f"{layer.name}.int8")
         found = graphs.insert(node, "Gather", [codes, indices], attributes, f"{layer.name}.row_codes")
-        value = _as_float(model, node, found, q.target.unpack, f"{layer.name}.row")
+        value = _as_float(model, node, found, solved.plan.target.unpack, f"{layer.name}.row")
     if weight.zero_point.any():
         zeros = graphs.add_initializer(model.graph, f"{layer.name}.zero_point", weight.zero_point[0].astype(np.float32))
         offset = graphs.insert(node, "Gather", [zeros, indices], attributes, f"{layer.name}.row_zero_point")

@@ -1,0 +1,239 @@
+"""Choose the bits of each layer, solve them, and where an accuracy is to be kept try again until it is."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from comq_onnx.bits.drop_check import DropCheck, check_drop, max_noise
+from comq_onnx.bits.knapsack import Allocation
+from comq_onnx.bits.survey import BITS, survey
+from comq_onnx.bits.tradeoff import UPGRADE_SHARE, Tradeoff, node_bytes
+from comq_onnx.calibrate.walk import walk
+from comq_onnx.context import Context
+from comq_onnx.errors import OptionError
+from comq_onnx.evaluate import compare_outputs, quantized_session
+from comq_onnx.metrics import Floats, lead_changes, leads, scores_among
+from comq_onnx.model.files import file_size, private_directory, to_bytes_or_file
+from comq_onnx.model.float_model import FloatModel
+from comq_onnx.model.operators import Gather
+from comq_onnx.options.budgets import Drop, parse_drop, parse_size
+from comq_onnx.plan.activation_grid import ActivationGrid
+from comq_onnx.plan.initial_bits import REFERENCE_BITS, has_explicit_bits
+from comq_onnx.plan.plan import Bits, Plan
+from comq_onnx.plan.solved import Solved
+from comq_onnx.samples.dataset import Dataset
+from comq_onnx.solve.grid import MAX_BITS
+from comq_onnx.solve.layer import blank, check_codes
+from comq_onnx.write.check import check_emitted
+from comq_onnx.write.emit import Emitted, emit_model
+from comq_onnx.write.provenance import provenance
+
+# models that are made to keep an accuracy, the noise of the next over what should do, and the size that is worth it
+MOST_ATTEMPTS, NEXT_ATTEMPT, WORTHWHILE = 5, 0.9, 0.97
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Hold a plan with the bits that were chosen for it.
+
+    tradeoff: what was surveyed to choose by; None where nothing was
+    allocation: what was chosen of it
+    """
+
+    plan: Plan
+    tradeoff: Tradeoff | None = None
+    allocation: Allocation | None = None
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Hold the model that was made of a choice."""
+
+    chosen: Chosen
+    emitted: Emitted
+
+
+def choose_and_solve(plan: Plan, source: FloatModel, data: Dataset, context: Context) -> Quantized:
+    """Choose the bits of each layer, calibrate and solve all of them, and make the model.
+
+    Raises OptionError where a budget cannot be kept.
+    """
+    tradeoff = make_tradeoff(plan, source, data, context)
+    if tradeoff is not None and context.options.max_drop is not None:
+        return _within_drop(plan, tradeoff, parse_drop(context.options.max_drop), source, data, context)
+    return _solve(choose_bits(plan, tradeoff, source, context), source, data, context)
+
+
+def choose_bits(plan: Plan, tradeoff: Tradeoff | None, source: FloatModel, context: Context) -> Chosen:
+    """Choose the bits that the budget gives; with a fixed number of bits, more for the layers that gain most."""
+    options = context.options
+    if tradeoff is None:
+        return Chosen(plan)
+    if options.size is not None:
+        allocation = tradeoff.within_size(parse_size(options.size, source.file.size))
+    elif options.max_drop is not None:
+        drop = parse_drop(options.max_drop)
+        allocation = tradeoff.within_noise(max_noise(drop, tradeoff.leads), drop.kind)
+    elif options.fixed_bits is None:
+        assert isinstance(options.bits, float)
+        allocation = tradeoff.within_mean(options.bits)
+    elif options.uniform or options.fixed_bits == MAX_BITS:
+        return Chosen(plan, tradeoff)
+    else:
+        allocation = tradeoff.within_size(int(tradeoff.file_size(plan.bits) * (1 + UPGRADE_SHARE)))
+    return Chosen(plan.with_bits(tradeoff.bits(allocation), options), tradeoff, allocation)
+
+
+def _solve(chosen: Chosen, source: FloatModel, data: Dataset, context: Context) -> Quantized:
+    """Calibrate and solve a plan, make the model and check it against the plan."""
+    solved = walk(chosen.plan, data, context)
+    for solution in solved.solutions.values():
+        check_codes(solution.weight)
+    with context.journal.timed("emit"):
+        emitted = emit_model(solved, provenance(source, data, context))
+        check_emitted(emitted.model, solved)
+    return Quantized(chosen, emitted)
+
+
+# The tradeoff
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def make_tradeoff(plan: Plan, source: FloatModel, data: Dataset, context: Context) -> Tradeoff | None:
+    """Survey what every width of every layer costs, in accuracy and bytes; None where nothing is to be chosen."""
+    with context.journal.timed("survey"):
+        if not has_choice(plan, context):
+            return None
+        least = context.options.fixed_bits or BITS[0]
+        wanted = sorted({REFERENCE_BITS, *plan.bits.values(), *(bits for bits in BITS if bits >= least)})
+        found = survey(plan, data, context, wanted)
+        layers = {layer.name: layer for layer in plan.layers}
+        code_bytes = {name: {bits: plan.code_bytes(layers[name], bits) for bits in wanted} for name in found.groups}
+
+        def size_of(bits: Bits) -> int:
+            return _file_size(plan, bits, source, data, context)
+
+        return Tradeoff(
+            sensitivity=found,
+            widths={name: _widths(plan, name, members, context) for name, members in found.groups.items()},
+            code_bytes=code_bytes,
+            node_bytes=node_bytes(found.groups, code_bytes, size_of),
+            counts={name: math.prod(layers[name].weight_shape) for name in found.groups},
+            file_size=size_of,
+            leads=_leads(source, data, context),
+        )
+
+
+def has_choice(plan: Plan, context: Context) -> bool:
+    """Tell whether the bits of some layer are to be chosen, or the layers ranked."""
+    options = context.options
+    if options.fixed_bits is None or options.sensitivity:
+        return True
+    free = [x.name for x in plan.layers if not (has_explicit_bits(x.name, options) or isinstance(x.kind, Gather))]
+    return not options.uniform and any(plan.bits[name] < MAX_BITS for name in free)
+
+
+def _widths(plan: Plan, name: str, members: Sequence[str], context: Context) -> Sequence[int]:
+    """Return the bits that a group of layers may get."""
+    fixed = context.options.fixed_bits is not None
+    layer = next(x for x in plan.layers if x.name == name)
+    told = any(has_explicit_bits(member, context.options) for member in members)
+    if told or (fixed and isinstance(layer.kind, Gather)):
+        return (plan.bits[name],)
+    return [bits for bits in BITS if not fixed or bits >= plan.bits[name]]
+
+
+def _file_size(plan: Plan, bits: Bits, source: FloatModel, data: Dataset, context: Context) -> int:
+    """Return the bytes of the file with these bits: it is made, with codes of nothing."""
+    plan = plan.with_bits(bits, context.options)
+    solutions = {x.name: blank(plan.written.weight(x), plan.grids[x.name]) for x in plan.layers}
+    one = ActivationGrid(np.float32(1), 0, plan.activations.dtype)
+    solved = Solved(plan, solutions, dict.fromkeys(plan.activations.values, one))
+    return file_size(emit_model(solved, provenance(source, data, context)).model)
+
+
+def _leads(source: FloatModel, data: Dataset, context: Context) -> Floats | None:
+    """Return the leads of the float model's best class on all samples; None where it gives no class scores."""
+    name = scores_among(data.first_outputs)
+    if name is None:
+        return None
+    batches = itertools.chain.from_iterable(
+        samples.batches(context.options.batch_size) for samples in (data.calibration, data.held_back)
+    )
+    return np.concatenate([leads(source.session.run(feeds, [name])[name]) for feeds in batches])
+
+
+# An accuracy that is kept
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _within_drop(
+    plan: Plan, tradeoff: Tradeoff, drop: Drop, source: FloatModel, data: Dataset, context: Context
+) -> Quantized:
+    """Make the smallest model that keeps the accuracy asked for on the samples held back.
+
+    What each model measures tells which to try next: as far off as the prediction was, and between one that keeps it
+    and one that does not once there are both. Raises OptionError where even the most bits lose more.
+    """
+    noise = max_noise(drop, tradeoff.leads)
+    passed: float | None = None
+    failed: float | None = None
+    most = tradeoff.within_codes(tradeoff.limits()[1])
+    best: Quantized | None = None
+    for attempt in range(MOST_ATTEMPTS):
+        last = attempt == MOST_ATTEMPTS - 1
+        allocation = most if last and best is None else tradeoff.within_noise(noise, drop.kind)
+        if best is not None and allocation.size > WORTHWHILE * _allocated_size(best):
+            break
+        chosen = Chosen(plan.with_bits(tradeoff.bits(allocation), context.options), tradeoff, allocation)
+        quantized = _solve(chosen, source, data, context)
+        check = _check_accuracy(quantized, drop, source, data, context)
+        mean = tradeoff.mean_bits(chosen.plan.bits)
+        context.journal.notes.append(f"tried {mean:.2f} bits in the mean: {check.said}")
+        predicted = float(tradeoff.noise(allocation)[drop.kind])
+        if check.enough:
+            best, passed = quantized, predicted
+        elif allocation.size >= most.size:
+            raise OptionError(
+                f"--max-drop {context.options.max_drop}: not reached. At {mean:.1f} bits in the mean {check.said} on "
+                f"{len(data.held_back)} samples held back; allow more, or try --activations 16 or none, or more "
+                "calibration samples"
+            )
+        else:
+            failed = predicted
+        if passed is None or failed is None:
+            noise = predicted * check.ratio * NEXT_ATTEMPT
+        else:
+            noise = float(np.sqrt(passed * failed))
+    assert best is not None
+    return best
+
+
+def _allocated_size(quantized: Quantized) -> int:
+    allocation = quantized.chosen.allocation
+    assert allocation is not None
+    return allocation.size
+
+
+def _check_accuracy(quantized: Quantized, drop: Drop, source: FloatModel, data: Dataset, context: Context) -> DropCheck:
+    """Measure whether a model keeps the accuracy on the samples held back."""
+    tradeoff = quantized.chosen.tradeoff
+    assert tradeoff is not None
+    size = context.options.batch_size
+    with private_directory() as work:
+        session = quantized_session(to_bytes_or_file(quantized.emitted.model, work, "quantized"), context)
+        outputs = compare_outputs(source.session, session, data.held_back, size)
+        changes = None
+        if drop.points is not None:
+            name = scores_among(data.first_outputs)
+            assert name is not None
+            changes = np.concatenate([
+                lead_changes(source.session.run(feeds, [name])[name], session.run(feeds, [name])[name])
+                for feeds in data.held_back.batches(size)
+            ])  # fmt: skip
+    return check_drop(drop, tradeoff.leads, outputs, changes)

@@ -1,0 +1,71 @@
+"""The accuracy that a user wants kept, against what a model measures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from comq_onnx.errors import OptionError
+from comq_onnx.metrics import Floats, OutputComparison, deviation_for, expected_agreement
+from comq_onnx.options.budgets import Drop
+
+# of an accepted drop the expected one is to be the first share, and may be the second: a count on some hundred fresh
+# samples varies as much
+DROP_SHARE, ENOUGH_SHARE = 0.5, 0.75
+SQNR_RESERVE_DB = 0.5
+
+
+def max_noise(drop: Drop, leads: Floats | None) -> float:
+    """Return the noise at which a drop is just kept, with some reserve.
+
+    It is relative for an SQNR, and the variance of the leads for points. leads: of the float model on many samples. Raises
+    OptionError where points are asked for and there are no class scores.
+    """
+    if drop.sqnr_db is not None:
+        return float(10 ** (-(drop.sqnr_db + SQNR_RESERVE_DB) / 10))
+    if leads is None:
+        raise OptionError(
+            f"--max-drop {drop.points}: no output of this model looks like class scores; give an SQNR to keep, "
+            "such as --max-drop 20dB"
+        )
+    assert drop.points is not None
+    return deviation_for(leads, 1 - DROP_SHARE * drop.points / 100) ** 2
+
+
+@dataclass(frozen=True)
+class DropCheck:
+    """Hold whether a model keeps the accuracy asked for.
+
+    said: what was measured, in words
+    ratio: the noise that it may have over the noise that it has
+    """
+
+    enough: bool
+    said: str
+    ratio: float
+
+
+def check_drop(
+    drop: Drop, leads: Floats | None, outputs: Sequence[OutputComparison], changes: Floats | None
+) -> DropCheck:
+    """Check whether a model keeps the accuracy asked for.
+
+    leads: of the float model on many samples; outputs: both models compared on samples held back
+    changes: of the leads there, for points of agreement
+    """
+    if drop.sqnr_db is not None:
+        worst = min((output.sqnr_db for output in outputs), default=np.inf)
+        return DropCheck(worst >= drop.sqnr_db, f"{worst:.2f} dB remain", float(10 ** ((worst - drop.sqnr_db) / 10)))
+    assert drop.points is not None
+    assert changes is not None
+    assert leads is not None
+    variance = float(np.mean(changes**2))
+    expected = 100 * (1 - expected_agreement(leads, np.sqrt(variance)))
+    counted = 100 * (1 - next(o.top1_agreement for o in outputs if o.top1_agreement is not None))
+    ratio = max_noise(drop, leads) / max(variance, 1e-30)
+    said = f"{counted:.1f} points of agreement are lost ({expected:.2f} expected)"
+    enough = counted <= drop.points and expected <= ENOUGH_SHARE * drop.points
+    # a class may change by chance, whatever the noise
+    return DropCheck(enough, said, ratio if enough else min(ratio, DROP_SHARE))

@@ -1,0 +1,231 @@
+"""The moments of a layer's input, from the tensors at the cut before it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from comq_onnx import arrays
+from comq_onnx.calibrate.cut_tensors import Host
+from comq_onnx.calibrate.finite import LARGEST, SMALLEST, largest_magnitude
+from comq_onnx.errors import ModelError, SamplesError
+from comq_onnx.model.layers import Layer
+from comq_onnx.model.operators import Gemm, MatMul, MatMulLeft
+from comq_onnx.plan.activation_grid import ActivationGrid
+from comq_onnx.samples.padding import Mask, has_positions
+from comq_onnx.solve import moment_sums
+from comq_onnx.solve.moment_sums import MomentSums, halves, parts
+from comq_onnx.solve.moments import Moments
+
+# More input positions than these do not change a solution (measured on EfficientNet-Lite0 at 4 bits: 27k positions give
+# -26.4 dB, 6.6k -26.0): beyond them positions are drawn at random, the same share of each batch. Depthwise layers,
+# whose rows are many numbers for few moments, get the fewest.
+LEAST_POSITIONS, MOST_POSITIONS = 16_384, 65_536
+POSITIONS_PER_INPUT = 24
+MOST_NUMBERS = 1 << 27
+# how many times as many positions a Gram of patches takes in the same time, at least (see patches.py)
+PATCHES_GAIN = 2
+# moments are summed over so many samples at a time (fewer where those take more than CHUNK_BYTES), however many run at
+# once: the batch size changes the order of no sum
+GROUP = 16
+
+Indices = npt.NDArray[np.intp]
+
+
+@dataclass(frozen=True)
+class LayerInput:
+    """Hold the input of a layer, batch by batch, in the float model and in the one quantized so far.
+
+    x, x_hat: one array per batch; an array is the same object in both where quantization does not reach it
+    grid: what the input is quantized with before the layer reads it; None where it is not
+    counts: how many samples each array holds; empty where an array is an iteration of a loop
+    masks: the positions of each array that are no padding, None where all count; empty likewise
+    """
+
+    layer: Layer
+    x: Sequence[Any]
+    x_hat: Sequence[Any]
+    grid: ActivationGrid | None
+    counts: Sequence[int]
+    masks: Sequence[Mask | None]
+
+
+def input_moments(
+    given: LayerInput, store: Host, seed: int, refuse: Callable[[Any, int], ModelError], fewer: int = 1
+) -> Moments:
+    """Sum the moments of a layer's input over all samples.
+
+    store: where the tensors lie
+    refuse: makes the error for an array, and its place, whose numbers are not finite or too large
+    fewer: by what to divide the number of positions that are taken
+
+    Raises SamplesError where no sample reaches the layer.
+    """
+    layer = given.layer
+    drawn = _draw(given, store, fewer)
+    rng = np.random.default_rng(seed)
+    shared = all(a is b for a, b in zip(given.x, given.x_hat, strict=True))
+    sums, seen = MomentSums(), 0
+
+    def fetched(i: int) -> tuple[Any, Any]:
+        batch = store.fetch(given.x[i])
+        return batch, batch if shared else store.fetch(given.x_hat[i])
+
+    for i, (batch, batch_hat) in enumerate(store.ahead(len(given.x), fetched)):
+        if drawn.taken[i] == 0:
+            continue
+        pick = drawn.pick(i, rng)
+        largest = largest_magnitude(batch)
+        if not largest <= LARGEST:
+            raise refuse(batch, i)
+        if largest < SMALLEST:
+            batch, batch_hat = batch * 0, batch_hat * 0
+        hat = None if batch_hat is batch and given.grid is None else batch_hat
+        if given.grid is not None:
+            hat = store.fake_quantize(given.grid, batch_hat)
+        _add_rows(sums, layer, batch, hat, pick, halves(seen, drawn.taken[i], sum(drawn.taken)))
+        seen += drawn.taken[i]
+    return sums.statistics()
+
+
+def _add_rows(sums: MomentSums, layer: Layer, x: Any, x_hat: Any, pick: Indices | None, half_of: Indices) -> None:
+    """Add the rows of one batch to the sums.
+
+    x_hat: None where it is x; pick: the positions that are taken, None for all; half_of: the half of each of them.
+    """
+    kind = layer.kind
+    padded = kind.patches(x) if pick is None else None
+    if padded is not None:
+        padded_hat = None if x_hat is None else kind.patches(x_hat)
+        half_of_image = half_of[:: len(half_of) // len(padded)]
+        for half in np.unique(half_of_image):
+            mine = slice(None) if (half_of_image == half).all() else half_of_image == half
+            mine_hat = None if padded_hat is None else arrays.at(padded_hat, mine)
+            sums.add_patches(arrays.at(padded, mine), mine_hat, kind.kernel, half)
+        return
+    for part, half in parts(half_of, kind.inputs, kind.groups):
+        # all positions in one part need no index
+        chosen = None if pick is None and len(part) == len(half_of) else part if pick is None else pick[part]
+        sums.add(kind.rows(x, chosen), None if x_hat is None else kind.rows(x_hat, chosen), half)
+
+
+# Which positions
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """Hold how many positions of each array are taken.
+
+    positions: how many there are, without padding; kept: which those are, None for all; taken: how many are drawn
+    """
+
+    positions: Sequence[int]
+    kept: Sequence[Indices | None]
+    taken: Sequence[int]
+    draws: bool
+
+    def pick(self, i: int, rng: np.random.Generator) -> Indices | None:
+        """Draw the positions of the i-th array in ascending order; None for all."""
+        kept = self.kept[i]
+        if not self.draws:
+            return kept
+        pick = np.sort(rng.choice(self.positions[i], self.taken[i], replace=False))
+        return pick if kept is None else kept[pick]
+
+
+def _draw(given: LayerInput, store: Host, fewer: int) -> _Drawn:
+    """Choose how many positions of each array are taken. Raises SamplesError where there are none."""
+    layer, kind = given.layer, given.layer.kind
+    shapes = given.x.shapes if isinstance(given.x, _Groups) else [array.shape for array in given.x]
+    like = [store.empty(shape) for shape in shapes]
+    masks = [*given.masks, *[None] * (len(like) - len(given.masks))]
+    kept = [_kept_positions(layer, x, mask) for x, mask in zip(like, masks, strict=True)]
+    positions = [kind.positions(x) if k is None else len(k) for x, k in zip(like, kept, strict=True)]
+    if not any(positions):
+        raise SamplesError(f"no sample reaches layer {layer.name!r}: its input is empty for all of them")
+    affordable = MOST_NUMBERS // (kind.inputs * kind.groups)
+    limit = max(min(affordable, MOST_POSITIONS), LEAST_POSITIONS, POSITIONS_PER_INPUT * kind.inputs) // fewer
+    share = min(1.0, limit / max(sum(positions), 1))
+    if share > 1 / PATCHES_GAIN and kind.patches(like[0]) is not None:
+        share = 1.0
+    taken = [max(1, round(share * n)) if n and share < 1 else n for n in positions]
+    return _Drawn(positions, kept, taken, share < 1)
+
+
+def _kept_positions(layer: Layer, batch: Any, kept: Mask | None) -> Indices | None:
+    """Return the positions of a batch of a layer's input that are not padding; None where all count."""
+    if kept is None or layer.kind.groups != 1 or kept.all():
+        return None
+    total = layer.kind.positions(batch)
+    along = isinstance(layer.kind, MatMul) and has_positions(batch, kept, least_rank=3)
+    if along or (isinstance(layer.kind, Gemm) and total == kept.size):
+        return np.flatnonzero(np.repeat(kept.ravel(), total // kept.size))
+    return None
+
+
+# Groups of samples
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def in_groups(given: LayerInput, store: Host) -> LayerInput:
+    """Put the arrays into groups of GROUP samples, where they have equal rows for each sample."""
+    if not _has_samples_first(given.layer) or not _can_regroup(given.x, given.counts):
+        return given
+    x, counts = given.x, given.counts
+    size = max(1, min(GROUP, moment_sums.CHUNK_BYTES * counts[0] // max(x[0].nbytes, 1)))
+    grouped = _Groups(x, counts, size, store.fetch)
+    masks = _Groups(given.masks, counts, size) if given.masks[0] is not None else ()
+    return replace(
+        given, x=grouped, x_hat=_Groups(given.x_hat, counts, size, store.fetch), counts=grouped.counts, masks=masks
+    )
+
+
+class _Groups(Sequence[Any]):
+    """View arrays with equally many rows for each of some samples as arrays with the rows of `size` samples each."""
+
+    def __init__(
+        self, given: Sequence[Any], counts: Sequence[int], size: int, fetch: Callable[[Any], Any] = lambda array: array
+    ) -> None:
+        """Keep the arrays; fetch: brings a part of an array to where it is worked on."""
+        self._arrays, self._starts, self._size, self._fetch = given, np.cumsum([0, *counts]), size, fetch
+        self._rows = len(given[0]) // counts[0]
+        total = sum(counts)
+        self.counts = [min(size, total - first) for first in range(0, total, size)]
+        self.shapes = [(self._rows * count, *given[0].shape[1:]) for count in self.counts]
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    def __getitem__(self, i: Any) -> Any:
+        first = i * self._size
+        last = first + self.counts[i]
+        found = [
+            self._fetch(array[(max(first, start) - start) * self._rows : (min(last, end) - start) * self._rows])
+            for array, start, end in zip(self._arrays, self._starts[:-1], self._starts[1:], strict=True)
+            if start < last and first < end
+        ]
+        return found[0] if len(found) == 1 else arrays.concatenate(found)
+
+
+def _has_samples_first(layer: Layer) -> bool:
+    """Tell whether inputs of the layer one behind the other along the first axis give its rows in that order."""
+    if isinstance(layer.kind, Gemm):
+        return not layer.kind.trans_a
+    return not isinstance(layer.kind, (MatMul, MatMulLeft)) or (
+        isinstance(layer.kind, MatMul) and layer.kind.groups == 1
+    )
+
+
+def _can_regroup(given: Sequence[Any], counts: Sequence[int]) -> bool:
+    """Tell whether arrays, one per batch of `counts` samples, have equally many rows for each sample."""
+    if not given or len(given) != len(counts) or not all(arrays.is_array(a) and a.ndim > 1 and len(a) for a in given):
+        return False
+    rows = len(given[0]) // counts[0]
+    return rows >= 1 and all(
+        len(a) == rows * n and a.shape[1:] == given[0].shape[1:] for a, n in zip(given, counts, strict=True)
+    )

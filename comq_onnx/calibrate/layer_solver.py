@@ -1,0 +1,110 @@
+"""The layers of a stage, solved from the moments of their inputs."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from comq_onnx.calibrate.finite import finite_weight
+from comq_onnx.model.layers import Layer
+from comq_onnx.model.operators import Gather
+from comq_onnx.plan.plan import Plan
+from comq_onnx.solve.grid import Array
+from comq_onnx.solve.layer import Method, Solution, error_db, round_rows, solve_together
+from comq_onnx.solve.moments import Moments
+
+logger = logging.getLogger(__name__)
+
+# called with the layers that are solved as one, their weights and moments, and whether a bias can take their mean
+Observer = Callable[[Sequence[Layer], Sequence[Array], Moments, bool], None]
+
+
+class LayerSolver:
+    """Solve layers one after the other, each weight once.
+
+    solutions, seconds: by layer
+    """
+
+    def __init__(self, plan: Plan, method: Method, observer: Observer | None = None) -> None:
+        """Begin with nothing solved; observer: sees the moments that each solution is made from."""
+        self._plan, self._method, self._observer = plan, method, observer
+        self.solutions: dict[str, Solution] = {}
+        self.seconds: dict[str, float] = {}
+        self._solved: dict[object, str] = {}  # the first layer of each weight, kind and grid
+
+    @property
+    def count(self) -> int:
+        """Count the solved layers that are calibrated."""
+        return sum(not isinstance(x.kind, Gather) for x in self._plan.walked.layers if x.name in self.solutions)
+
+    def round_tables(self) -> float:
+        """Round the embeddings, which need no calibration. Returns the seconds that it took."""
+        start = time.perf_counter()
+        for layer in self._plan.walked.layers:
+            if isinstance(layer.kind, Gather):
+                begun = time.perf_counter()
+                solution = round_rows(finite_weight(self._plan.walked, layer), self._plan.grids[layer.name])
+                self._keep(layer, solution)
+                self.seconds[layer.name] = time.perf_counter() - begun
+        return time.perf_counter() - start
+
+    def solve(self, readers: Sequence[Layer], moments: Moments, tell: Callable[[], None]) -> float:
+        """Solve layers that read the same rows; tell: called after each solution. Returns the seconds that it took."""
+        total = 0.0
+        for together in self._alike(readers):
+            start = time.perf_counter()
+            self._solve_together(together, moments)
+            spent = time.perf_counter() - start
+            total += spent
+            self.seconds |= {layer.name: spent / len(together) for layer in together}
+            tell()
+        for layer in readers:
+            if layer.name not in self.solutions:
+                self._reuse_solution(layer)
+        return total
+
+    def _alike(self, readers: Sequence[Layer]) -> list[list[Layer]]:
+        """Group layers of one input that are solved as one: their outputs are more channels of the same problem.
+
+        Each weight stands there once: layers that share it take its codes afterwards.
+        """
+        alike: dict[object, list[Layer]] = {}
+        begun = set()
+        for layer in readers:
+            grid = self._plan.grids[layer.name]
+            if self._reuse_solution(layer) or self._weight_key(layer) in begun:
+                continue
+            begun.add(self._weight_key(layer))
+            key = (grid, self._plan.has_bias(layer), layer.name if grid.per_tensor else None)
+            alike.setdefault(key, []).append(layer)
+        return list(alike.values())
+
+    def _reuse_solution(self, layer: Layer) -> bool:
+        """Copy the solution of a layer with the same weight, which is stored once; False if there is none."""
+        first = self._solved.get(self._weight_key(layer))
+        if first is None:
+            return False
+        self.solutions[layer.name] = replace(self.solutions[first], shift=None)
+        return True
+
+    def _solve_together(self, together: Sequence[Layer], moments: Moments) -> None:
+        weights = [finite_weight(self._plan.walked, layer) for layer in together]
+        grid, has_bias = self._plan.grids[together[0].name], self._plan.has_bias(together[0])
+        found = solve_together(weights, moments, grid, self._method, has_bias)
+        if self._observer is not None:
+            self._observer(together, weights, moments, has_bias)
+        for layer, solution in zip(together, found, strict=True):
+            self._keep(layer, solution)
+            logger.info(
+                "%s: error %.2f dB (rounding %.2f dB)",
+                layer.name, error_db(solution.error), error_db(solution.rtn_error),
+            )  # fmt: skip
+
+    def _keep(self, layer: Layer, solution: Solution) -> None:
+        self.solutions[layer.name] = solution
+        self._solved.setdefault(self._weight_key(layer), layer.name)
+
+    def _weight_key(self, layer: Layer) -> tuple[object, ...]:
+        return layer.weight, layer.kind, self._plan.grids[layer.name]

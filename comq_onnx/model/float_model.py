@@ -1,0 +1,79 @@
+"""The source model, open: its graph, its files, and the session that runs it as the reference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+
+from comq_onnx.context import Context
+from comq_onnx.errors import ModelError
+from comq_onnx.model import graph as graphs
+from comq_onnx.model.prepare import check_source, prepare
+from comq_onnx.model.source import Source, load_source
+from comq_onnx.runtime.session import Session
+
+
+@dataclass(frozen=True)
+class FloatModel:
+    """Hold the model that is quantized.
+
+    path: where it was read; model: its graph; file: what identifies its files
+    session: runs the reference, on the device that the model is calibrated on
+    reference: what the quantized model is compared with: the file, or its float32 form where the file cannot run
+    is_half: whether it has half-precision values
+    """
+
+    path: Path
+    model: ir.Model
+    file: Source
+    session: Session
+    reference: Path | bytes
+    is_half: bool
+
+
+def open_model(path: Path, context: Context) -> FloatModel:
+    """Read a model and load it into ONNX Runtime: what can be wrong with it shows here.
+
+    Raises ModelError for a model that is no ONNX model, is quantized already, has a newer opset than the target reads,
+    cannot run, or has no inputs.
+    """
+    model, file = load_source(path)
+    check_source(model, str(path))
+    target = context.target
+    if graphs.opset(model) > target.max_opset:
+        raise ModelError(
+            f"{path}: has opset {graphs.opset(model)}; {target.name} reads {target.max_opset} at most: export the model "
+            "with a lower one"
+        )
+    opened = _load(path, model, file, context)
+    if not opened.session.inputs:
+        raise ModelError(f"{path}: the model has no inputs, so there is nothing to calibrate on")
+    return opened
+
+
+def _load(path: Path, model: ir.Model, file: Source, context: Context) -> FloatModel:
+    """Load the file; where ONNX Runtime has no bfloat16 arithmetic, the float32 form stands in for it."""
+    types = {v.dtype for v in graphs.walk_values(model)}
+    try:
+        session = Session(path, context.device, what=str(path), check=file.check)
+        return FloatModel(path, model, file, session, path, ir.DataType.FLOAT16 in types)
+    except ModelError as refused:
+        if ir.DataType.BFLOAT16 not in types:
+            raise
+        context.journal.notes.append(
+            "ONNX Runtime cannot run this bfloat16 model here: compared with its float32 form instead"
+        )
+        reference = _in_float32(model, refused)
+    session = Session(reference, context.device, what=str(path))
+    return FloatModel(path, model, file, session, reference, is_half=True)
+
+
+def _in_float32(model: ir.Model, refused: ModelError) -> bytes:
+    """Return the float32 form of a model that was refused. Raises `refused` where there is none."""
+    try:
+        prepared = prepare(model, graphs.opset(model), graphs.opset(model), fold=False)
+    except Exception:  # of a graph that is broken anyway
+        raise refused from None
+    return bytes(ir.to_proto(prepared.model).SerializeToString())

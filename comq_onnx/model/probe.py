@@ -1,0 +1,27 @@
+"""Run a part of a model for some of its values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import onnx_ir as ir
+
+from comq_onnx.model.files import private_directory, to_bytes_or_file
+from comq_onnx.model.graph import with_outputs
+from comq_onnx.runtime.session import Session
+
+
+def probe(
+    model: ir.Model, names: Sequence[str], batches: Iterable[Mapping[str, Any]], device: str, what: str
+) -> Iterator[dict[str, Any]]:
+    """Yield the values of these names for each batch of feeds.
+
+    Only what makes them runs; feeds may hold inputs that it does not read. what: the name of the part in errors.
+    Raises ModelError where it cannot be loaded, RuntimeFailure where it cannot run.
+    """
+    with private_directory() as work:
+        session = Session(to_bytes_or_file(with_outputs(model, names), work, "probe"), device, what=what)
+        read = {i.name for i in session.inputs}
+        for batch in batches:
+            yield session.run({name: array for name, array in batch.items() if name in read}, names)

@@ -1,0 +1,77 @@
+"""The source made ready in the most thorough way that leaves its outputs as they were."""
+
+from __future__ import annotations
+
+from comq_onnx.context import Context
+from comq_onnx.errors import ModelError, OutOfMemory, RuntimeFailure
+from comq_onnx.metrics import sqnr_of
+from comq_onnx.model.files import private_directory, to_bytes_or_file
+from comq_onnx.model.float_model import FloatModel
+from comq_onnx.model.layers import Prepared, select
+from comq_onnx.model.prepare import HARDSWISH_OPSET, Unprepared, prepare
+from comq_onnx.model.source import read_model
+from comq_onnx.plan.initial_bits import REFERENCE_BITS
+from comq_onnx.runtime.session import Session
+from comq_onnx.samples.dataset import Dataset
+
+# what folding may change: float32 sums in another order stay above 90 dB in deep models, half precision above 40
+SAME_DB, SAME_HALF_DB = 60.0, 30.0
+# blocks of a weight-only MatMul, and uint16 activations, came with this opset
+BLOCKS_OPSET = 21
+
+
+def prepare_faithfully(source: FloatModel, data: Dataset, context: Context) -> Prepared:
+    """Prepare the source: constants and BatchNorms folded, at the opset wanted, the layers chosen that options ask for.
+
+    Where folding or the higher opset changes the outputs, or fails, a plainer way is taken. Raises ModelError where
+    none works, OptionError for patterns that match no layer.
+    """
+    least, wanted = context.target.min_opset, _wanted_opset(context)
+    failed = []
+    for fold, opset in ((True, wanted), (False, wanted), (False, least)):
+        try:
+            prepared = prepare(read_model(source.path), opset, least, fold)
+            found = _fidelity(prepared, source, data, context)
+        except OutOfMemory:
+            raise
+        except (Unprepared, ModelError, RuntimeFailure) as error:
+            failed.append(str(error))
+            continue
+        if found >= (SAME_HALF_DB if source.is_half else SAME_DB):
+            if not fold:
+                context.journal.notes.append("constants and BatchNorms were not folded: " + failed[0])
+            context.journal.notes += prepared.notes
+            return select(prepared, context.options.include, context.options.exclude)
+        failed.append(f"outputs changed (SQNR {found:.1f} dB)")
+    raise ModelError(f"{source.path}: cannot be prepared for quantization: {failed[-1]}")
+
+
+def _wanted_opset(context: Context) -> int:
+    """Return the opset at which the model is written as small and fast as the target runs it."""
+    options, target = context.options, context.target
+    # where a budget decides, 4 bits have a container, and all other widths are bit planes
+    widths = [options.fixed_bits or REFERENCE_BITS, *(bits for _, bits in options.bits_for)]
+    dtype = target.activation_dtype(options.activations)
+    modern = options.block_size is not None or dtype in (None, "uint16")
+    # HardSwish as one operator came with its own opset
+    return max(
+        target.min_opset,
+        HARDSWISH_OPSET,
+        *(target.opset_for(bits) for bits in widths),
+        BLOCKS_OPSET if modern else 0,
+    )
+
+
+def _fidelity(prepared: Prepared, source: FloatModel, data: Dataset, context: Context) -> float:
+    """Return the SQNR in dB of the prepared model's outputs on the first batch; 200 for a model that is random itself."""
+    with private_directory() as work:
+        model = to_bytes_or_file(prepared.model, work, "prepared")
+        outputs = Session(model, context.device, what="the prepared model").run(data.first_feeds)
+    expected = dict(data.first_outputs)
+    found = sqnr_of(expected, outputs)
+    if found < SAME_DB and sqnr_of(expected, source.session.run(data.first_feeds)) < SAME_DB:
+        context.journal.warnings.append(
+            "the model gives other outputs each time it runs: nothing can be checked against it"
+        )
+        return 200.0
+    return found

@@ -1,0 +1,60 @@
+"""The bits of each layer before any survey: what the options say, and what containers hold anyway."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from comq_onnx.context import Context
+from comq_onnx.errors import OptionError
+from comq_onnx.model.layers import Layer, compile_pattern, no_match
+from comq_onnx.model.operators import Gather
+from comq_onnx.options.options import Options
+from comq_onnx.plan.plan import Bits, Plan
+from comq_onnx.solve.grid import MAX_BITS
+
+EMBEDDING_BITS = 8
+# the bits at which layers are compared, and that they have where a budget is to decide
+REFERENCE_BITS = 4
+
+
+def initial_bits(layers: Sequence[Layer], options: Options) -> Bits:
+    """Return the bits that the options give each layer. Raises OptionError for a pattern that matches none."""
+    usual = options.fixed_bits or REFERENCE_BITS
+    bits = {x.name: EMBEDDING_BITS if isinstance(x.kind, Gather) else usual for x in layers}
+    for pattern, number in options.bits_for:
+        expression = compile_pattern(pattern, "--bits-for")
+        matching = [name for name in bits if expression.search(name)]
+        if not matching:
+            raise OptionError(no_match("--bits-for", f"{pattern}={number}", pattern, list(bits)))
+        bits.update(dict.fromkeys(matching, number))
+    return bits
+
+
+def has_explicit_bits(name: str, options: Options) -> bool:
+    """Tell whether --bits-for says what a layer gets."""
+    return any(compile_pattern(pattern, "--bits-for").search(name) for pattern, _ in options.bits_for)
+
+
+def fill_containers(plan: Plan, bits: Bits, context: Context) -> Bits:
+    """Give each layer the most bits that take as many bytes as those asked for: its container holds them anyway."""
+    sharing: dict[str, list[Layer]] = {}
+    for layer in plan.layers:
+        sharing.setdefault(layer.weight, []).append(layer)
+    filled = dict(bits)
+    for layers in sharing.values():
+        if not any(has_explicit_bits(x.name, context.options) or isinstance(x.kind, Gather) for x in layers):
+            most = min(most_bits_in_container(plan, layer, bits[layer.name]) for layer in layers)
+            filled.update({layer.name: max(most, bits[layer.name]) for layer in layers})
+    more = [name for name in bits if filled[name] > bits[name]]
+    if more:
+        context.journal.notes.append(
+            f"{len(more)} of {len(bits)} layers have more bits than asked for, which their containers on "
+            f"{plan.target.name} hold in the same bytes (--uniform: not)"
+        )
+    return filled
+
+
+def most_bits_in_container(plan: Plan, layer: Layer, bits: int) -> int:
+    """Return the most bits whose codes are stored as those of `bits` are."""
+    stored = [plan.container(layer, n) for n in range(bits, MAX_BITS + 1)]
+    return max(bits + i for i, container in enumerate(stored) if container == stored[0])

@@ -1,0 +1,131 @@
+"""Make the plan: which values are quantized, which layers gain by integers, and the bits of each before any survey."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import onnx_ir as ir
+
+from comq_onnx.context import Context
+from comq_onnx.errors import ModelError, OptionError
+from comq_onnx.model.float_model import FloatModel
+from comq_onnx.model.layers import Layer, Prepared
+from comq_onnx.model.probe import probe
+from comq_onnx.plan import integer_gain, smoothing
+from comq_onnx.plan.activations import ActivationPlan, plan_activations
+from comq_onnx.plan.faithful import BLOCKS_OPSET
+from comq_onnx.plan.initial_bits import fill_containers, initial_bits
+from comq_onnx.plan.plan import Plan
+from comq_onnx.plan.subgraphs import Specialized, specialize
+from comq_onnx.samples.dataset import Dataset
+
+# samples that tell how the channels of activations compare, and how many of them run at once
+SMOOTHING_SAMPLES, SMOOTHING_BATCH = 64, 4
+PROBED = "the model with its activations as outputs"
+
+
+def make_plan(source: FloatModel, prepared: Prepared, data: Dataset, context: Context) -> Plan:
+    """Plan the quantization of a prepared model.
+
+    Raises ModelError where the samples reach no layer, OptionError for options that its opset does not have.
+    """
+    specialized = specialize(prepared, data.calibration, context)
+    prepared = _reached(prepared, specialized, source)
+    dtype = context.target.activation_dtype(context.options.activations)
+    _check_opset(prepared, dtype, context)
+    plan = Plan(prepared, specialized.prepared, specialized.probes, ActivationPlan("float32"), context.target)
+    plan = _choose_activations(plan, dtype, data, context)
+    bits = initial_bits(plan.layers, context.options)
+    if context.options.fixed_bits is not None and not context.options.uniform:
+        bits = fill_containers(plan, bits, context)
+    return smooth_activations(plan.with_bits(bits, context.options), dtype, data, context)
+
+
+def _reached(prepared: Prepared, specialized: Specialized, source: FloatModel) -> Prepared:
+    """Return the prepared model with the layers that the samples reach. Raises ModelError where there are none."""
+    unreached = specialized.skipped
+    layers = [layer for layer in prepared.layers if layer.name not in unreached]
+    if not layers:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(unreached.items())[:3])
+        raise ModelError(f"{source.path}: the samples reach no layer that can be quantized ({reasons})")
+    return replace(prepared, layers=layers, skipped={**prepared.skipped, **unreached})
+
+
+def _check_opset(prepared: Prepared, dtype: str | None, context: Context) -> None:
+    if prepared.opset >= BLOCKS_OPSET:
+        return
+    if context.options.block_size is not None:
+        raise OptionError(
+            f"--granularity {context.options.granularity} needs opset {BLOCKS_OPSET}; this model could not be raised "
+            f"above {prepared.opset}: use --granularity channel"
+        )
+    if dtype == "uint16":
+        raise OptionError(
+            f"--activations 16 needs opset {BLOCKS_OPSET}; this model could not be raised above {prepared.opset}"
+        )
+
+
+def _choose_activations(plan: Plan, dtype: str | None, data: Dataset, context: Context) -> Plan:
+    """Choose the values that are quantized: where the options leave it open, those that make the model faster."""
+    walked = plan.walked
+    # with scales per block every MatMul is weight-only: one behind it that is not would cost it its kernel
+    blocks = context.options.block_size is not None
+    whole = [
+        layer
+        for layer in walked.layers
+        if layer.name not in plan.probes and not (blocks and layer.op in ("MatMul", "Gemm"))
+    ]
+
+    def planned(layers: Sequence[Layer]) -> ActivationPlan:
+        return plan_activations(walked.model, layers, plan.target, dtype)
+
+    found, costs = planned(whole), plan.target.costs
+    open_to_doubt = any(x.name in found.integer_layers and integer_gain.is_measured(x) for x in whole)
+    if context.options.activations != "auto" or costs is None or not open_to_doubt:
+        return replace(plan, activations=found)
+    faster = integer_gain.choose(walked, whole, planned, _shapes(walked.model, data, context), costs)
+    slower = found.integer_layers - faster.integer_layers
+    if slower:
+        context.journal.notes.append(
+            f"{len(slower)} of {len(found.integer_layers)} layers are weight-only because integers would make them "
+            "slower (--activations 8 has them in integers too)"
+        )
+    return replace(plan, activations=faster, slower=slower)
+
+
+def _shapes(model: ir.Model, data: Dataset, context: Context) -> integer_gain.Shapes:
+    """Return the shape of every tensor of the main graph, for one sample."""
+    names = [str(v.name) for node in model.graph for v in node.outputs if v.name]
+    feeds = next(data.calibration.batches(1))
+    made = {**feeds, **next(iter(probe(model, names, [feeds], context.device, PROBED)))}
+    return {name: value.shape for name, value in made.items() if isinstance(value, np.ndarray)}
+
+
+def smooth_activations(plan: Plan, dtype: str | None, data: Dataset, context: Context) -> Plan:
+    """Even out the channels of activations where that gains, in the model that is walked and in the written one."""
+    factors = _smoothing_factors(plan, data, context)
+    if not factors:
+        return plan
+    written, walked = plan.written, plan.walked
+    layers = smoothing.apply(written.model, written.layers, factors)
+    inputs = {layer.name: layer.input for layer in layers}
+    if walked.model is not written.model:
+        smoothing.apply(walked.model, walked.layers, factors)
+    walked = replace(walked, layers=[replace(x, input=inputs[x.name]) for x in walked.layers])
+    integer = [x for x in walked.layers if plan.is_integer(x)]
+    activations = plan_activations(walked.model, integer, plan.target, dtype)
+    context.journal.notes.append(f"{len(factors)} activations evened out across channels before they are quantized")
+    return replace(plan, written=replace(written, layers=layers), walked=walked, activations=activations)
+
+
+def _smoothing_factors(plan: Plan, data: Dataset, context: Context) -> smoothing.Factors:
+    """Find by what to multiply the channels of some activations, from a few samples."""
+    names = list(smoothing.candidates(plan.walked, plan.activations))
+    if not names:
+        return {}
+    few = data.calibration.few(SMOOTHING_SAMPLES)
+    masks = [None if data.mask is None else batch[data.mask] == 1 for batch in few.batches(SMOOTHING_BATCH)]
+    values = probe(plan.walked.model, names, few.batches(SMOOTHING_BATCH), context.device, PROBED)
+    return smoothing.find_factors(plan.walked, plan.activations, plan.grids, values, masks)

@@ -1,0 +1,78 @@
+"""The plan of a quantization: one frozen value that goes from stage to stage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from comq_onnx.model.layers import Layer, Prepared
+from comq_onnx.options.options import Options
+from comq_onnx.plan.activations import ActivationPlan
+from comq_onnx.plan.forms import WeightForm, code_bytes, container_of, form_of, may_add_bias, supported_grid
+from comq_onnx.solve.grid import Grid
+from comq_onnx.targets.target import Target
+
+# a number of bits by the name of a layer
+Bits = dict[str, int]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Hold what is quantized, and how.
+
+    written: the model that is written, with its layers in topological order
+    walked: the same as calibration walks it: branches of If in line, loops with more outputs (subgraphs.py)
+    probes: for each layer in the body of a loop the value of `walked` that stacks its inputs
+    activations: the values that are quantized, and the layers that run in integers
+    target: what runs the model
+    bits, grids: of the weight of each layer, by its name
+    slower: layers that are weight-only because integers would make them slower
+    """
+
+    written: Prepared
+    walked: Prepared
+    probes: Mapping[str, str]
+    activations: ActivationPlan
+    target: Target
+    bits: Bits = field(default_factory=dict)
+    grids: Mapping[str, Grid] = field(default_factory=dict)
+    slower: frozenset[str] = frozenset()
+
+    @property
+    def layers(self) -> Sequence[Layer]:
+        """Return the layers that are quantized, in topological order."""
+        return self.written.layers
+
+    @property
+    def opset(self) -> int:
+        """Return the version of the standard operators in the model that is written."""
+        return self.written.opset
+
+    def form(self, layer: Layer) -> WeightForm:
+        """Return how the weight of a layer is written."""
+        return form_of(layer, self.activations)
+
+    def is_integer(self, layer: Layer) -> bool:
+        """Tell whether a layer runs in integers."""
+        return layer.name in self.activations.integer_layers
+
+    def has_bias(self, layer: Layer) -> bool:
+        """Tell whether a bias can carry a shift of a layer's output: its own bias, or one that is added."""
+        return layer.has_bias or may_add_bias(layer, self.activations)
+
+    def container(self, layer: Layer, bits: int) -> tuple[str, tuple[int, ...]]:
+        """Return the container of a layer's codes, and the widths of the bit planes in its place: see `container_of`."""
+        return container_of(layer, bits, self.activations, self.target, self.opset)
+
+    def code_bytes(self, layer: Layer, bits: int) -> int:
+        """Return the bytes that the codes of a layer take in the file."""
+        return code_bytes(layer, bits, self.activations, self.target, self.opset)
+
+    def with_bits(self, bits: Bits, options: Options) -> Plan:
+        """Return the plan with other bits, and the grids that the options give for them."""
+        grids = {layer.name: self.grid_at(layer, bits[layer.name], options) for layer in self.layers}
+        return replace(self, bits=bits, grids=grids)
+
+    def grid_at(self, layer: Layer, bits: int, options: Options) -> Grid:
+        """Return the grid of a layer's weight at some bits."""
+        return supported_grid(layer, options.grid(bits), self.target)

@@ -1,0 +1,146 @@
+"""Build the report of a run, or of a plan."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from comq_onnx.bits.choose import Chosen, Quantized
+from comq_onnx.calibrate import stages
+from comq_onnx.context import Context
+from comq_onnx.evaluate import Evaluation
+from comq_onnx.model.float_model import FloatModel
+from comq_onnx.model.layers import Layer, calibrated
+from comq_onnx.model.operators import Gather
+from comq_onnx.plan.solved import Solved
+from comq_onnx.report.inputs import describe
+from comq_onnx.report.report import ActivationReport, LayerReport, Report
+from comq_onnx.runtime import session as runtime
+from comq_onnx.samples.dataset import Dataset
+from comq_onnx.solve.grid import Grid
+from comq_onnx.solve.layer import error_db
+from comq_onnx.write.provenance import version
+
+# the share of an activation's values that its typical range holds
+TYPICAL = 0.999
+
+
+def build_plan_report(chosen: Chosen, source: FloatModel, data: Dataset, context: Context) -> Report:
+    """Build the report of a plan: layers, bits and stages, without errors and outputs."""
+    plan, options, journal = chosen.plan, context.options, context.journal
+    stage_of = {
+        layer.name: stage.index
+        for stage in stages.cut(plan.walked.model, list(calibrated(plan.walked.layers)))
+        for layer in stage.layers
+    }
+    journal.seconds["total"] = time.perf_counter() - journal.started
+    tradeoff, allocation = chosen.tradeoff, chosen.allocation
+    return Report(
+        model=str(source.path),
+        output=None,
+        version=version(),
+        target=plan.target.name,
+        bits=options.bits,
+        layers=[_planned_layer(layer, chosen, source, stage_of.get(layer.name, 0)) for layer in plan.layers],
+        skipped=plan.written.skipped,
+        notes=journal.notes,
+        warnings=journal.warnings,
+        options=dict(vars(options)),
+        runtime={"onnxruntime": runtime.version(), "device": context.device, "opset": str(plan.opset)},
+        samples={
+            "source": data.calibration.source,
+            "used": len(data.calibration),
+            "held_back": len(data.held_back),
+        },
+        seconds={stage: round(spent, 3) for stage, spent in journal.seconds.items()},
+        peak_rss_mb=round(_peak_rss_mb(), 1),
+        frontier=tradeoff.frontier(allocation) if tradeoff is not None and allocation is not None else [],
+        inputs=describe(data.calibration.arrays),
+    )
+
+
+def build_report(
+    quantized: Quantized, evaluation: Evaluation, source: FloatModel, data: Dataset, context: Context, out: Path,
+    size: int,
+) -> Report:  # fmt: skip
+    """Build the report of a finished run; out: the file that was written; size: its bytes."""
+    solved, stored = quantized.emitted.solved, quantized.emitted.stored_bytes
+    report = build_plan_report(quantized.chosen, source, data, context)
+    kernels = evaluation.kernels
+    of_layer = {} if kernels is None else kernels.of_layer
+    return replace(
+        report,
+        output=str(out),
+        layers=[_solved_layer(layer, solved, stored, of_layer) for layer in report.layers],
+        size={"before": source.file.size, "after": size},
+        activations=_activations(solved),
+        outputs=evaluation.outputs,
+        latency_ms=evaluation.latency_ms,
+        kernels={} if kernels is None else kernels.integer,
+        float_kernels={} if kernels is None else kernels.floating,
+    )
+
+
+def _planned_layer(layer: Layer, chosen: Chosen, source: FloatModel, stage: int) -> LayerReport:
+    plan, tradeoff = chosen.plan, chosen.tradeoff
+    grid = plan.grids[layer.name]
+    noise = None if tradeoff is None else error_db(tradeoff.sensitivity.cost(layer.name, grid.bits))
+    return LayerReport(
+        layer.name, layer.op, layer.weight_shape, grid.bits, _granularity(layer, grid), plan.form(layer).value, stage,
+        input=layer.input, bytes_before=math.prod(layer.weight_shape) * (2 if source.is_half else 4),
+        output_noise_db=noise, slower=layer.name in plan.slower,
+    )  # fmt: skip
+
+
+def _solved_layer(
+    report: LayerReport, solved: Solved, stored: Mapping[str, int], kernels: Mapping[str, str]
+) -> LayerReport:
+    solution = solved.solutions[report.name]
+    return replace(
+        report,
+        error_db=error_db(solution.error),
+        rtn_error_db=error_db(solution.rtn_error),
+        seconds=round(solved.layer_seconds.get(report.name, 0.0), 4),
+        bytes_after=stored.get(report.name),
+        kernel=kernels.get(report.name),
+    )
+
+
+def _activations(solved: Solved) -> list[ActivationReport]:
+    """Report what was seen of each quantized activation, in graph order."""
+    reports = []
+    for name in solved.plan.activations.values:
+        seen, grid = solved.ranges.get(name), solved.activation_grids.get(name)
+        if seen is not None and grid is not None and np.isfinite(seen.low):
+            typical = seen.between(TYPICAL)
+            reports.append(
+                ActivationReport(
+                    name, seen.low, seen.high, *typical, float(grid.scale), int(grid.zero_point), grid.dtype
+                )
+            )
+    return reports
+
+
+def _granularity(layer: Layer, grid: Grid) -> str:
+    return "row" if isinstance(layer.kind, Gather) else grid.granularity
+
+
+def _peak_rss_mb() -> float:
+    """Return the most memory that this process held, in MB; NaN where the system does not tell."""
+    try:
+        # getrusage's figure survives exec: a small run started by a large process would show the latter's
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6
+    except (OSError, IndexError, ValueError):
+        pass
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return float("nan")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)

@@ -1,0 +1,120 @@
+"""The samples of a run: those that the model is calibrated on, and others that are held back to compare on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from comq_onnx.context import Context, Journal
+from comq_onnx.errors import OutOfMemory, RuntimeFailure, SamplesError
+from comq_onnx.metrics import suspicious_scores
+from comq_onnx.model.float_model import FloatModel
+from comq_onnx.samples import padding
+from comq_onnx.samples.clues import read_clues, suspicious_statistics
+from comq_onnx.samples.load import load_samples
+from comq_onnx.samples.samples import AnyArray, Clues, Samples
+
+# of all samples one in so many is held back, and never more than the second number
+HELD_BACK_SHARE, MOST_HELD_BACK = 8, 64
+# a model calibrated on fewer is worse than it could be
+ENOUGH = 32
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Hold the samples of a run.
+
+    calibration, held_back: samples to calibrate on and others to compare on
+    first_feeds, first_outputs: the first batch of calibration, and what the float model gives for it
+    mask: the input whose zeros mark positions that the model ignores; None where there is none
+    """
+
+    calibration: Samples
+    held_back: Samples
+    first_feeds: Mapping[str, AnyArray]
+    first_outputs: Mapping[str, Any]
+    mask: str | None
+
+    @property
+    def is_synthetic(self) -> bool:
+        """Tell whether no samples were given."""
+        return self.calibration.source == "synthetic"
+
+
+def load_dataset(source: FloatModel, samples: Any, context: Context) -> Dataset:
+    """Load samples for a model, hold some back, and run one batch: what can be wrong with them shows here.
+
+    samples: as `quantize` takes them. Raises SamplesError, or OptionError for options that do not suit them.
+    """
+    options, journal = context.options, context.journal
+    wanted = options.max_samples
+    held = min(MOST_HELD_BACK, max(1, wanted // HELD_BACK_SHARE))
+    clues = read_clues(source.model, source.path, source.session, context.device)
+    everything = load_samples(samples, source.session.inputs, options, wanted + held, options.seed, clues)
+    journal.notes += everything.notes
+    journal.warnings += everything.warnings
+    _warn_of_constants(everything, journal)
+    calibration, held_back = split(everything, wanted, options.seed, journal)
+    feeds = next(calibration.batches(options.batch_size))
+    outputs = _first_outputs(source, feeds, everything.source)
+    if everything.source != "synthetic":  # made-up samples show nothing that has a class
+        _warn_of_first_batch(feeds, outputs, clues, journal)
+    return Dataset(calibration, held_back, feeds, outputs, find_mask(source, calibration, context))
+
+
+def split(everything: Samples, wanted: int, seed: int, journal: Journal) -> tuple[Samples, Samples]:
+    """Split samples into at most `wanted` to calibrate on and some to compare on. Raises SamplesError for too few."""
+    total, unit = len(everything), everything.fixed_batch or 1
+    if total < 2 * unit:
+        raise SamplesError(
+            f"{everything.source}: {total} sample(s); at least {2 * unit} are needed, one batch to calibrate on "
+            "and one to compare on, and 128 or more are better"
+        )
+    # a share of what calibration takes, and all that it leaves
+    spare = max(min(total, wanted) // HELD_BACK_SHARE, total - wanted)
+    held = max(unit, min(MOST_HELD_BACK, spare) // unit * unit)
+    used = min(wanted, total - held) // unit * unit or unit
+    if used < ENOUGH and everything.source != "synthetic":
+        journal.warnings.append(f"only {used} calibration samples: 128 or more give a better model")
+    return everything.split(used, held, seed)
+
+
+def find_mask(source: FloatModel, calibration: Samples, context: Context) -> str | None:
+    """Find the input that masks positions, where the model is shown to ignore what it masks."""
+    name = None if calibration.per_item else padding.find_mask(calibration.arrays)
+    if name is None:
+        return None
+    notes = context.journal.notes
+    # the first batch may be without padding, and so without a test
+    feeds = next(batch for batch in calibration.batches(context.options.batch_size) if (batch[name] != 1).any())
+    if not padding.is_ignored(source.session.run, feeds, name):
+        notes.append(f"{name} does not keep what it masks from the outputs: calibrated on all positions")
+        return None
+    share = float((calibration.arrays[name] != 1).mean())
+    notes.append(f"{share:.0%} of the positions are padding ({name}): not calibrated on")
+    return name
+
+
+def _first_outputs(source: FloatModel, feeds: Mapping[str, AnyArray], name: str) -> dict[str, Any]:
+    try:
+        return source.session.run(feeds)
+    except OutOfMemory:
+        raise
+    except RuntimeFailure as error:
+        raise SamplesError(f"{name}: the model cannot run on these samples: {error}") from error
+
+
+def _warn_of_constants(samples: Samples, journal: Journal) -> None:
+    for name, array in samples.arrays.items():
+        if array.dtype.kind == "f" and array.size and (array == array.flat[0]).all():
+            journal.warnings.append(
+                f"{name} is {array.flat[0]:g} in all samples: a model calibrated so is fit for that"
+            )
+
+
+def _warn_of_first_batch(
+    feeds: Mapping[str, AnyArray], outputs: Mapping[str, Any], clues: Clues, journal: Journal
+) -> None:
+    doubts = [suspicious_scores(name, output) for name, output in outputs.items()]
+    journal.warnings += filter(None, [*doubts, suspicious_statistics(clues, feeds)])

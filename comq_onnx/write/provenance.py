@@ -1,0 +1,26 @@
+"""Where a quantized model comes from: the metadata of its file."""
+
+from __future__ import annotations
+
+from importlib import metadata
+from pathlib import Path
+
+from comq_onnx.context import Context
+from comq_onnx.model.float_model import FloatModel
+from comq_onnx.samples.dataset import Dataset
+
+
+def version() -> str:
+    """Return the installed version of comq-onnx."""
+    return metadata.version("comq-onnx")
+
+
+def provenance(source: FloatModel, data: Dataset, context: Context) -> dict[str, str]:
+    """Return the metadata of the file: what made it from which source, with which options and samples."""
+    samples = data.calibration
+    return {
+        "comq_onnx.version": version(),
+        "comq_onnx.options": context.options.lasting(),
+        "comq_onnx.source_sha256": source.file.sha256,
+        "comq_onnx.samples": f"{len(samples)} of {Path(samples.source).name}",
+    }

@@ -3,7 +3,6 @@ always hold."""
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import importlib.util
 import os
@@ -12,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
@@ -20,7 +18,8 @@ import onnx
 import pytest
 
 import comq_onnx
-from comq_onnx import pipeline
+from comq_onnx import evaluate
+from comq_onnx.calibrate.layer_solver import LayerSolver
 from comq_onnx.plan import integer_gain as gains
 from comq_onnx.runtime import memory
 from comq_onnx.solve.moments import Moments
@@ -40,7 +39,7 @@ def _no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def _quick_latency(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two timed runs in place of two seconds of them: no test here is about time."""
-    monkeypatch.setattr(pipeline, "latency", functools.partial(latency, seconds=0.0))
+    monkeypatch.setattr(evaluate, "TIMED_SECONDS", 0.0)
 
 
 @pytest.fixture(autouse=True)
@@ -96,14 +95,14 @@ class Solved:
 @pytest.fixture
 def solved(monkeypatch: pytest.MonkeyPatch) -> Solved:
     """What the walks of this test solve; a later walk overwrites layers of the same name."""
-    seen, solve = Solved(), _Walk._solve
+    seen, solve = Solved(), LayerSolver._solve_together
 
-    def spy(walk: Any, together: Any, statistics: Moments) -> None:
+    def spy(solver: Any, together: Any, statistics: Moments) -> None:
         seen.together.append([layer.name for layer in together])
         seen.on.update({layer.name: statistics for layer in together})
-        solve(walk, together, statistics)
+        solve(solver, together, statistics)
 
-    monkeypatch.setattr(_Walk, "_solve", spy)
+    monkeypatch.setattr(LayerSolver, "_solve_together", spy)
     return seen
 
 

@@ -16,11 +16,12 @@ import onnx
 import pytest
 
 import comq_onnx
-from comq_onnx import Options, pipeline
+from comq_onnx import Options
 from comq_onnx.cli import command as cli
 from comq_onnx.errors import ModelError, OptionError, OutOfMemory
 from comq_onnx.runtime import session as runtime
 from comq_onnx.solve.layer import Method
+from comq_onnx.write.provenance import version
 from models import Arrays, attention, build, cnn, infer, mlp, normal, samples_for, sqnr, weight, worst_sqnr
 
 Run = Callable[..., Any]
@@ -303,4 +304,4 @@ def test_options_and_the_command_lines_defaults_are_the_same() -> None:
 def test_everything_exported_is_there_and_documented() -> None:
     for name in comq_onnx.__all__:
         assert getattr(comq_onnx, name).__doc__
-    assert comq_onnx.version() == pipeline.version()
+    assert comq_onnx.version() == version()

@@ -116,7 +116,7 @@ def make_tradeoff(plan: Plan, source: FloatModel, data: Dataset, context: Contex
         code_bytes = {name: {bits: plan.code_bytes(layers[name], bits) for bits in wanted} for name in found.groups}
 
         def size_of(bits: Bits) -> int:
-            return _file_size(plan, bits, source, data, context)
+            return file_size_at(plan, bits, source, data, context)
 
         return Tradeoff(
             sensitivity=found,
@@ -148,7 +148,7 @@ def _widths(plan: Plan, name: str, members: Sequence[str], context: Context) -> 
     return [bits for bits in BITS if not fixed or bits >= plan.bits[name]]
 
 
-def _file_size(plan: Plan, bits: Bits, source: FloatModel, data: Dataset, context: Context) -> int:
+def file_size_at(plan: Plan, bits: Bits, source: FloatModel, data: Dataset, context: Context) -> int:
     """Return the bytes of the file with these bits: it is made, with codes of nothing."""
     plan = plan.with_bits(bits, context.options)
     solutions = {x.name: blank(plan.written.weight(x), plan.grids[x.name]) for x in plan.layers}

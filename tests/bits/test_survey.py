@@ -11,33 +11,29 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from stages import Planned, planned
 
 import comq_onnx
-from comq_onnx import Options, pipeline
+from comq_onnx import Options
+from comq_onnx.bits import choose
 from comq_onnx.bits.survey import BITS, Sensitivity, survey
 from comq_onnx.errors import OptionError
-from comq_onnx.pipeline import Planned, Run
+from comq_onnx.plan.plan import Plan
 from comq_onnx.report.report import Report
 from models import Arrays, attention, build, cnn, encoder, infer, mlp, normal, samples_for, sentences, weight
 
 MODELS = Path(__file__).parents[2] / "models"
 
 
-def opened(model: onnx.ModelProto, samples: Arrays, folder: Path, **options: Any) -> tuple[Run, Planned]:
+def opened(model: onnx.ModelProto, samples: Arrays, folder: Path, **options: Any) -> Planned:
     path = folder / "model.onnx"
     onnx.save(model, path)
-    run = Run(path, None, samples, Options(device="cpu", **options), lambda _what, _done, _total: None)
-    run.open()
-    return run, run.planned()
+    return planned(path, samples, **options)
 
 
-def surveyed(model: onnx.ModelProto, samples: Arrays, folder: Path, **options: Any) -> tuple[Sensitivity, Planned]:
-    run, planned = opened(model, samples, folder, **options)
-    found = survey(
-        planned.prepared, planned.walked, planned.activations, planned.probes, run.options.grid, run.calibration,
-        run.target, run.settings(), lambda _what, _done, _total: None,
-    )  # fmt: skip
-    return found, planned
+def surveyed(model: onnx.ModelProto, samples: Arrays, folder: Path, **options: Any) -> tuple[Sensitivity, Plan]:
+    made = opened(model, samples, folder, **options)
+    return survey(made.plan, made.data, made.context), made.plan
 
 
 def noise(before: np.ndarray, after: np.ndarray) -> float:
@@ -48,7 +44,7 @@ def noise(before: np.ndarray, after: np.ndarray) -> float:
 @pytest.mark.parametrize("make", [cnn, attention, mlp], ids=lambda make: make.__name__)
 def test_more_bits_cost_less(tmp_path: Path, make: Callable[[], onnx.ModelProto], activations: str) -> None:
     found, planned = surveyed(make(), samples_for(make(), 60), tmp_path, activations=activations)
-    assert [name for group in found.groups.values() for name in group] == [x.name for x in planned.prepared.layers]
+    assert [name for group in found.groups.values() for name in group] == [x.name for x in planned.layers]
     for name in found.groups:
         errors = [found.errors[name][bits] for bits in BITS]
         assert errors == sorted(errors, reverse=True)
@@ -102,7 +98,7 @@ def test_layers_that_share_a_weight_are_one_group(tmp_path: Path) -> None:
     assert found.cost("two", 3) == found.cost("one", 3)
     report = comq_onnx.quantize(model, tmp_path / "q.onnx", {"x": normal(60, 32)}, bits=4.5, device="cpu")
     assert len({layer.bits for layer in report.layers}) == 1
-    assert len(planned.prepared.layers) == 2
+    assert len(planned.layers) == 2
 
 
 def test_outputs_that_are_no_numbers_leave_the_layers_own_errors(tmp_path: Path) -> None:
@@ -206,7 +202,7 @@ def test_a_drop_that_cannot_be_kept_is_refused_with_the_best_and_nothing_is_writ
 def test_a_prediction_that_is_off_is_corrected_by_what_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = pipeline.survey
+    real = choose.survey
 
     def far_off(factor: float) -> Callable[..., Sensitivity]:
         def made(*arguments: Any) -> Sensitivity:
@@ -216,7 +212,7 @@ def test_a_prediction_that_is_off_is_corrected_by_what_is_measured(
         return made
 
     for factor in (0.1, 10.0):
-        monkeypatch.setattr(pipeline, "survey", far_off(factor))
+        monkeypatch.setattr(choose, "survey", far_off(factor))
         report = quantized(tmp_path, bits="auto", max_drop="25dB", activations="none")
         assert report.outputs[0].sqnr_db >= 25
         assert len([note for note in report.notes if note.startswith("tried ")]) > 1

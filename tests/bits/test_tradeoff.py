@@ -7,9 +7,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from comq_onnx.bits.drop_check import check_drop, max_noise
 from comq_onnx.bits.knapsack import Allocation
 from comq_onnx.bits.survey import BITS, Sensitivity
-from comq_onnx.bits.tradeoff import Tradeoff, check_drop, max_noise, node_bytes
+from comq_onnx.bits.tradeoff import Tradeoff, node_bytes
 from comq_onnx.errors import OptionError
 from comq_onnx.metrics import OutputComparison, expected_agreement
 from comq_onnx.options.budgets import Drop, parse_drop, parse_size

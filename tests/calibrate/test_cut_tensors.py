@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,14 @@ import pytest
 from conftest import as_tensor, torch_device
 
 import comq_onnx
-from comq_onnx import arrays, pipeline
+from comq_onnx import arrays
 from comq_onnx.arrays import on_host
+from comq_onnx.bits import choose
 from comq_onnx.calibrate import cut_tensors as cuts
-from comq_onnx.calibrate import walk as walk_module
-from comq_onnx.calibrate.walk import Calibration
+from comq_onnx.calibrate.walk import walk
 from comq_onnx.errors import OutOfMemory, RuntimeFailure
 from comq_onnx.plan.activation_grid import ActivationGrid
+from comq_onnx.plan.solved import Solved
 from comq_onnx.runtime.session import Session
 from models import attention, build, cnn, mlp, normal, samples_for, sentences, tokens, weight
 
@@ -154,9 +154,9 @@ def test_activations_are_rounded_on_the_device_as_on_the_host(dtype: str) -> Non
 def test_too_little_memory_of_a_gpu_is_told_as_such_and_other_errors_are_not(tmp_path: Path) -> None:
     name = str(torch_device())
     with pytest.raises(OutOfMemory, match=f"no memory on {name}: CUDA out of memory"), \
-            cuts.opened(name, True, 0, tmp_path):  # fmt: skip
+            cuts.opened(name, 0, tmp_path):  # fmt: skip
         raise RuntimeError("CUDA out of memory.\nTried to allocate 2 GiB")
-    with pytest.raises(RuntimeError, match="another"), cuts.opened(name, True, 0, tmp_path):
+    with pytest.raises(RuntimeError, match="another"), cuts.opened(name, 0, tmp_path):
         raise RuntimeError("another")
 
 
@@ -164,15 +164,14 @@ def test_too_little_memory_of_a_gpu_is_told_as_such_and_other_errors_are_not(tmp
 
 
 @pytest.fixture
-def walked() -> Callable[..., Calibration]:
+def walked() -> Callable[..., Solved]:
     """Quantize and return what the walk found, on tensors or not."""
 
-    def run(model: onnx.ModelProto, samples: Any, tensors: bool, **options: Any) -> Calibration:
+    def run(model: onnx.ModelProto, samples: Any, tensors: bool, **options: Any) -> Solved:
         found = []
-        settings, walk = pipeline.Run.settings, walk_module.walk
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(pipeline.Run, "settings", lambda self: replace(settings(self), tensors=tensors))
-            patch.setattr(pipeline, "walk", lambda *a, **k: found.append(walk(*a, **k)) or found[-1])
+            patch.setattr(cuts, "uses_tensors", lambda _device: tensors)
+            patch.setattr(choose, "walk", lambda *a, **k: found.append(walk(*a, **k)) or found[-1])
             where = str(torch_device()) if tensors else "cpu"
             comq_onnx.quantize(model, None, samples, **{"bits": 4, "uniform": True, "device": where, **options})
         return found[-1]
@@ -189,7 +188,7 @@ CASES: dict[str, tuple[Callable[[], onnx.ModelProto], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_walk_on_tensors_is_the_walk_on_arrays(walked: Callable[..., Calibration], name: str) -> None:
+def test_the_walk_on_tensors_is_the_walk_on_arrays(walked: Callable[..., Solved], name: str) -> None:
     make, options = CASES[name]
     model = make()
     samples = sentences(pad=3) if name == "masked tokens" else samples_for(model)
@@ -202,13 +201,11 @@ def test_the_walk_on_tensors_is_the_walk_on_arrays(walked: Callable[..., Calibra
         # sums of float32 in another order
         np.testing.assert_allclose(a.error, b.error, rtol=1e-4)
         np.testing.assert_allclose(a.rtn_error, b.rtn_error, rtol=1e-4)
-    for key, grid in theirs.grids.items():
-        np.testing.assert_allclose(ours.grids[key].scale, grid.scale, rtol=1e-4)
+    for key, grid in theirs.activation_grids.items():
+        np.testing.assert_allclose(ours.activation_grids[key].scale, grid.scale, rtol=1e-4)
 
 
-def test_where_tensors_are_kept_changes_no_byte(
-    walked: Callable[..., Calibration], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_where_tensors_are_kept_changes_no_byte(walked: Callable[..., Solved], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuts, "LEAST_BYTES", 0)
     model = mlp()
     found = []
@@ -221,7 +218,7 @@ def test_where_tensors_are_kept_changes_no_byte(
             assert solution.weight.scale.tobytes() == other.solutions[key].weight.scale.tobytes()
 
 
-def test_numbers_that_are_not_finite_are_told_by_layer_and_sample(walked: Callable[..., Calibration]) -> None:
+def test_numbers_that_are_not_finite_are_told_by_layer_and_sample(walked: Callable[..., Solved]) -> None:
     model = build(
         "g (float[batch, 32] x) => (float[batch, 16] y) { h = MatMul (x, w)  l = Log (h)  y = MatMul (l, v) }",
         {"w": np.abs(weight(32, 16)), "v": weight(16, 16)},

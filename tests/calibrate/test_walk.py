@@ -15,10 +15,13 @@ from conftest import Solved
 from onnx import helper, numpy_helper
 
 import comq_onnx
-from comq_onnx.calibrate import walk as calibrate
-from comq_onnx.calibrate.walk import _regrouping
+from comq_onnx.calibrate import cut_tensors, layer_solver
+from comq_onnx.calibrate import layer_moments as calibrate
+from comq_onnx.calibrate.layer_moments import LayerInput, in_groups
 from comq_onnx.errors import ModelError, OptionError, SamplesError
 from comq_onnx.model import prepare as prepare_module
+from comq_onnx.model.layers import Layer
+from comq_onnx.model.operators import MatMul
 from comq_onnx.plan import smoothing as smooth
 from comq_onnx.runtime import session as runtime
 from comq_onnx.samples.samples import Samples
@@ -351,6 +354,15 @@ def test_the_threads_of_onnx_runtime_change_no_byte(
     assert written[0] == written[1]
 
 
+HOST = cut_tensors.Host(1 << 30, Path("unused"))
+
+
+def an_input(batches: list[np.ndarray], counts: list[int]) -> LayerInput:
+    """Return batches as the input of a product."""
+    layer = Layer("fc", "MatMul", MatMul((5, 4)), "x", "y", "w")
+    return LayerInput(layer, batches, batches, None, counts, [None] * len(batches))
+
+
 def test_rows_are_grouped_the_same_whatever_the_batches() -> None:
     array = normal(23, 5)
     for rows in (1, 5):
@@ -358,19 +370,22 @@ def test_rows_are_grouped_the_same_whatever_the_batches() -> None:
         for size in (1, 4, 16, 23):
             counts = [size] * (23 // size) + ([23 % size] if 23 % size else [])
             batches = np.split(whole, np.cumsum(counts)[:-1] * rows)
-            regroup = _regrouping(batches, counts)
-            assert regroup is not None
-            groups = regroup(batches)
+            groups = in_groups(an_input(batches, counts), HOST).x
+            assert groups is not batches
             assert groups.counts == [16, 7]
             np.testing.assert_array_equal(groups[0], whole[: 16 * rows])
             np.testing.assert_array_equal(groups[1], whole[16 * rows :])
 
 
 def test_tensors_of_other_rows_are_not_grouped() -> None:
-    assert _regrouping([normal(4, 3), normal(4, 3)], [4, 3]) is None
-    assert _regrouping([normal(4, 3), normal(3, 2)], [4, 3]) is None
-    assert _regrouping([normal(3), normal(3)], [3, 3]) is None
-    assert _regrouping([normal(0, 3), normal(0, 3)], [3, 3]) is None
+    for batches, counts in (
+        ([normal(4, 3), normal(4, 3)], [4, 3]),
+        ([normal(4, 3), normal(3, 2)], [4, 3]),
+        ([normal(3), normal(3)], [3, 3]),
+        ([normal(0, 3), normal(0, 3)], [3, 3]),
+    ):
+        given = an_input(batches, counts)
+        assert in_groups(given, HOST) is given
 
 
 def test_layers_whose_first_axis_is_no_batch_are_solved_on_their_rows(tmp_path: Path) -> None:
@@ -414,7 +429,7 @@ def test_a_full_disk_for_what_is_kept_between_stages_says_what_to_do(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     # written, not mapped and touched: that would end the process on a full disk
-    monkeypatch.setattr(calibrate.np, "save", full)
+    monkeypatch.setattr(cut_tensors.np, "save", full)
     with pytest.raises(OptionError, match=r"No space left.*TMPDIR"):
         quantize(cnn(size=32), tmp_path / "q.onnx", memory_gb=0.0)
     assert not (tmp_path / "q.onnx").exists()
@@ -428,7 +443,7 @@ def test_an_error_in_the_walk_leaves_no_temporary_file(tmp_path: Path, monkeypat
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(calibrate, "solve_together", interrupt)
+    monkeypatch.setattr(layer_solver, "solve_together", interrupt)
     with pytest.raises(KeyboardInterrupt):
         quantize(cnn(size=32), tmp_path / "q.onnx", memory_gb=0.0)
     assert not list(work.iterdir())

@@ -23,7 +23,8 @@ from onnx import helper
 from PIL import Image
 
 import comq_onnx
-from comq_onnx import errors, pipeline
+from comq_onnx import errors, evaluate
+from comq_onnx.bits import choose
 from comq_onnx.cli import command as cli
 from comq_onnx.model import files as writing
 from models import attention, build, cnn, codes, infer, mlp, normal, samples_for, weight, worst_sqnr
@@ -134,7 +135,7 @@ def test_a_plan_lists_the_layers_and_writes_nothing(run: Callable[..., Said], fi
 
 def test_a_quiet_run_prints_nothing(run: Callable[..., Said], files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # which of two tiny models is faster is chance, and the slower one is warned about
-    monkeypatch.setattr(pipeline, "latency", lambda *_, **__: [1.0, 1.0])
+    monkeypatch.setattr(evaluate, "latency", lambda *_, **__: [1.0, 1.0])
     said = run(files / "mlp.onnx", "--calib", files / "mlp.npz", "-o", files / "q.onnx", "-q")
     assert said == Said(0, "", "")
     assert (files / "q.onnx").exists()
@@ -620,7 +621,7 @@ def test_an_interrupt_and_too_little_memory_are_one_line(
     def stop(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(pipeline, "walk", stop)
+    monkeypatch.setattr(choose, "walk", stop)
     said = run(files / "mlp.onnx", "--calib", files / "mlp.npz", "-o", files / "q.onnx")
     # click ends the line that the terminal's ^C began
     assert_one_line(Said(said.code, said.out, said.err.removeprefix("\n")), code, words, files)

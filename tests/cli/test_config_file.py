@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import inspect
 import shlex
+import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import click
 import numpy as np
 import onnx
 import pytest
 
-from comq_onnx import pipeline
+import comq_onnx
+from comq_onnx import Options, pipeline
 from comq_onnx.cli import command as cli
 from comq_onnx.cli.config_file import load_config
+from comq_onnx.cli.parameters import by_long_name, is_in_config
 from comq_onnx.errors import OptionError
-from comq_onnx.options.spelling import LONG_NAMES, chosen, command_line
+from comq_onnx.options import keywords
+from comq_onnx.options.keywords import OptionKeywords
+from comq_onnx.options.spelling import command_line, differing, long_name
 from models import mlp, samples_for
 
 EVERYTHING = [
@@ -67,8 +74,8 @@ def test_every_option_comes_back_from_a_file(
     assert parsed("m.onnx", "--config", "quant.toml") == direct
     # every option that can be in a file is in this one
     written = set(load_config(Path("quant.toml")))
-    possible = {p.name for p in cli.command.params if isinstance(p, click.Option)} - cli.NOT_IN_CONFIG
-    assert {str(cli.by_long_name(cli.command)[name].name) for name in written} == possible
+    options = [str(p.name) for p in cli.command.params if isinstance(p, click.Option)]
+    assert {str(by_long_name(cli.command)[name].name) for name in written} == set(filter(is_in_config, options))
     assert called["bits_for"] == (("fc1", 8), ("^fc=2$", 4))
 
 
@@ -88,7 +95,7 @@ def test_a_run_from_a_file_gives_the_same_bytes(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(sys, "argv", ["comq-onnx", "m.onnx", *arguments])
         cli.main()
     assert Path("a.onnx").read_bytes() == Path("b.onnx").read_bytes()
-    expected = {"output": "a.onnx", "bits": 3, "calib": "s.npz", "symmetric": False, "quiet": True}
+    expected = {"output": "a.onnx", "calib": "s.npz", "bits": 3, "symmetric": False, "quiet": True}
     assert list(load_config(Path("quant.toml")).items()) == list(expected.items())
 
 
@@ -130,10 +137,9 @@ def test_a_single_text_stands_for_a_list_of_one(parsed: Callable[..., dict[str, 
 
 
 def test_a_command_line_says_what_differs_from_the_defaults(parsed: Callable[..., dict[str, Any]]) -> None:
-    defaults = vars(pipeline.Options())
-    assert chosen(defaults, defaults) == {}
-    options = {**defaults, "bits_for": (("a b", 8),), "symmetric": False, "memory_gb": 2.0, "max_samples": 9}
-    line = command_line("m.onnx", "q.onnx", "my photos", chosen(options, defaults))
+    assert differing(Options()) == {}
+    options = Options(bits_for=(("a b", 8),), symmetric=False, memory_gb=2.0, max_samples=9)
+    line = command_line("m.onnx", "q.onnx", "my photos", differing(options))
     found = parsed(*shlex.split(line)[1:])
     assert (found["bits_for"], found["symmetric"], found["memory_gb"]) == ((("a b", 8),), False, 2.0)
     assert (found["max_samples"], str(found["calib"]), found["plan"]) == (9, "my photos", False)
@@ -141,7 +147,21 @@ def test_a_command_line_says_what_differs_from_the_defaults(parsed: Callable[...
 
 
 def test_every_field_of_the_options_is_an_option_by_its_long_name() -> None:
-    options = {name: str(option.name) for name, option in cli.by_long_name(cli.command).items()}
-    for field in vars(pipeline.Options()):
-        name = LONG_NAMES.get(field, field).replace("_", "-")
-        assert options[name] == field
+    options = {name: str(option.name) for name, option in by_long_name(cli.command).items()}
+    for field in vars(Options()):
+        assert options[long_name(field)] == field
+
+
+def test_the_typed_keywords_are_the_options() -> None:
+    made = {field.name: field.type for field in fields(Options)}
+    assert OptionKeywords.__annotations__.keys() == made.keys()
+    hints = get_type_hints(OptionKeywords)
+    assert hints == {name: hint for name, hint in get_type_hints(Options).items() if name in made}
+    for function in (comq_onnx.quantize, comq_onnx.plan, comq_onnx.inspect_samples):
+        assert inspect.signature(function).parameters["options"].annotation == "Unpack[OptionKeywords]"
+
+
+def test_the_typed_keywords_are_what_their_tool_prints() -> None:
+    tool = Path(__file__).parents[2] / "tools" / "option_keywords.py"
+    made = subprocess.run([sys.executable, str(tool)], capture_output=True, text=True, check=True).stdout
+    assert made == Path(keywords.__file__).read_text(), "python tools/option_keywords.py"

@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 
 import comq_onnx
-from comq_onnx import pipeline
+from comq_onnx.bits import choose
 from comq_onnx.cli import command as cli
 from comq_onnx.model import files
 from comq_onnx.model import prepare as prepare_module
@@ -329,7 +329,7 @@ CASES: list[tuple[Setup, Sequence[str], int, str]] = [
      "m.onnx: the samples reach no layer that can be quantized (fc: …)"),
     (several(model(endless()), lambda patch: patch.setattr(runtime, "MOST_SECONDS", 0.5)), RUN, 3,
      "m.onnx: no end after 0 s on one batch; it may loop without end; if it is only slow, give a smaller --batch-size"),
-    (before(pipeline, "walk", lambda: os.utime("m.onnx", (0, 0))), RUN, 3,
+    (before(choose, "walk", lambda: os.utime("m.onnx", (0, 0))), RUN, 3,
      "m.onnx: changed meanwhile; give a file that stays as it is"),
     # the samples
     (nothing, ["m.onnx", "--calib", "none", "-o", "q.onnx"], 4,
@@ -399,8 +399,8 @@ CASES: list[tuple[Setup, Sequence[str], int, str]] = [
      "built for: pip install 'comq-onnx[gpu]' in a new environment, or use --device cpu"),
     (both(TOKENS, ids=np.where(np.arange(60)[:, None] < 30, 3, np.full((60, 5), 1000))), RUN, 5,
      "ONNX Runtime failed running …: …"),
-    (raising(pipeline, "walk", KeyboardInterrupt()), RUN, 130, "interrupted; nothing was written"),
-    (raising(pipeline, "walk", MemoryError()), RUN, 5,
+    (raising(choose, "walk", KeyboardInterrupt()), RUN, 130, "interrupted; nothing was written"),
+    (raising(choose, "walk", MemoryError()), RUN, 5,
      "not enough memory, even for one sample at once (MemoryError): free some, or give fewer --samples or --memory 0"),
     # budgets
     (nothing, [*RUN, "--bits", "auto"], 2,

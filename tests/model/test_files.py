@@ -19,9 +19,9 @@ from onnx import external_data_helper
 from PIL import Image
 
 import comq_onnx
-from comq_onnx import pipeline
+from comq_onnx import evaluate
 from comq_onnx.errors import ModelError, OptionError, RuntimeFailure
-from comq_onnx.model import files
+from comq_onnx.model import files, float_model
 from comq_onnx.model import graph as graphs
 from comq_onnx.model import source as reading
 from comq_onnx.model.files import _hold, private_directory
@@ -420,7 +420,7 @@ def test_an_output_that_cannot_be_is_refused_before_any_work(
     if where == "hardlink":
         os.link(source, link)
     path = {"directory": tmp_path, "missing": tmp_path / "no" / "q.onnx", "same": source}.get(where, link)
-    monkeypatch.setattr(pipeline, "load_source", lambda _: pytest.fail("the model was read"))
+    monkeypatch.setattr(float_model, "load_source", lambda _: pytest.fail("the model was read"))
     before, bytes_before = _tree(tmp_path), source.read_bytes()
     with pytest.raises(OptionError):
         comq_onnx.quantize(source, path, samples_for(mlp()), **EIGHT)
@@ -514,7 +514,7 @@ def test_a_model_that_does_not_run_never_gets_the_outputs_name(
         raise RuntimeFailure("it does not run")
 
     out.write_text("an older result")
-    monkeypatch.setattr(pipeline, "compare_outputs", fail)
+    monkeypatch.setattr(evaluate, "compare_outputs", fail)
     with pytest.raises(RuntimeFailure, match="does not run"):
         comq_onnx.quantize(source, out, samples_for(mlp()), **EIGHT)
     assert seen

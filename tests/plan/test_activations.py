@@ -14,11 +14,11 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from comq_onnx.calibrate.observed_ranges import Range
 from comq_onnx.model.layers import Prepared
 from comq_onnx.model.prepare import prepare
 from comq_onnx.plan.activation_grid import ActivationGrid, fit_range
 from comq_onnx.plan.activations import ActivationPlan, clip_bounds, plan_activations, runs_in_integers
+from comq_onnx.plan.observed_range import ObservedRange
 from comq_onnx.targets.catalog import ORT_CPU
 
 QUICK = settings(max_examples=60, deadline=None, derandomize=True)
@@ -32,7 +32,7 @@ numbers = st.one_of(st.floats(-1e6, 1e6, width=32), st.floats(-8, 8, width=32), 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_a_range_does_not_forget_what_is_not_finite(bad: float, place: int) -> None:
-    seen = Range()
+    seen = ObservedRange()
     for i in range(3):
         seen.observe(np.full(4, bad if i == place else i, np.float32))
     assert not np.isfinite([seen.low, seen.high]).all()
@@ -142,7 +142,7 @@ def pair(x: np.ndarray, grid: ActivationGrid) -> np.ndarray:
 
 
 def test_a_range_grows_with_every_batch() -> None:
-    seen = Range()
+    seen = ObservedRange()
     assert seen.grid("uint8", None) == ActivationGrid(np.float32(1), 0, "uint8")
     seen.observe(np.zeros((0, 3), np.float32))
     assert seen.grid("uint8", None) == ActivationGrid(np.float32(1), 0, "uint8")

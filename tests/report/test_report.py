@@ -22,8 +22,8 @@ from rich.console import Console
 
 import comq_onnx
 from comq_onnx import errors
-from comq_onnx.calibrate.observed_ranges import Range
 from comq_onnx.metrics import OutputComparison
+from comq_onnx.plan.observed_range import ObservedRange
 from comq_onnx.report import plots
 from comq_onnx.report.advice import advise, pattern
 from comq_onnx.report.inputs import describe
@@ -301,7 +301,7 @@ def test_the_terminal_shows_the_worst_layers_or_all() -> None:
 
 
 def test_the_central_values_of_a_range_are_numpys_quantiles() -> None:
-    seen = Range()
+    seen = ObservedRange()
     values = np.concatenate([normal(200_000), [900.0, -50.0]]).astype(np.float32)
     for part in np.array_split(np.random.default_rng(1).permutation(values), 40):
         seen.observe(part)
@@ -315,7 +315,7 @@ def test_the_central_values_of_a_range_are_numpys_quantiles() -> None:
 
 @pytest.mark.parametrize("values", [[0.0], [0.0, 2.0], [-3.0, -1.0], [1e-30, 1e30]])
 def test_all_of_a_range_lies_between_its_ends(values: list[float]) -> None:
-    seen = Range()
+    seen = ObservedRange()
     seen.observe(np.asarray(values, np.float32))
     low, high = seen.between(1.0)
     assert seen.low <= low <= high <= seen.high
@@ -324,7 +324,7 @@ def test_all_of_a_range_lies_between_its_ends(values: list[float]) -> None:
 
 
 def test_a_range_that_saw_nothing_is_empty() -> None:
-    assert Range().between(0.999) == (0.0, 0.0)
+    assert ObservedRange().between(0.999) == (0.0, 0.0)
 
 
 # Samples

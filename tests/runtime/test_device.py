@@ -8,10 +8,9 @@ import sys
 import numpy as np
 import pytest
 
-from comq_onnx import pipeline
+from comq_onnx import Options, pipeline
 from comq_onnx.errors import OptionError, OutOfMemory, RuntimeFailure
 from comq_onnx.evaluate import compare
-from comq_onnx.pipeline import Options
 from comq_onnx.runtime import device
 from comq_onnx.runtime import session as runtime
 from models import mlp, samples_for
@@ -81,12 +80,12 @@ def test_a_session_that_fell_back_to_the_cpu_is_refused() -> None:
 def test_without_memory_on_a_gpu_batches_get_smaller_then_nothing_is_kept_then_one_line_says_so() -> None:
     tried = [Options(batch_size=16)]
     for _ in range(3):
-        tried.append(pipeline._less(tried[-1], MemoryError(), on_gpu=True))
+        tried.append(pipeline._with_less_memory(tried[-1], MemoryError(), on_gpu=True))
     assert [(options.batch_size, options.memory_gb) for options in tried] == [(16, None), (4, None), (1, None), (1, 0)]
     with pytest.raises(OutOfMemory, match="not enough memory, even for one sample at once"):
-        pipeline._less(tried[-1], MemoryError(), on_gpu=True)
+        pipeline._with_less_memory(tried[-1], MemoryError(), on_gpu=True)
     with pytest.raises(OutOfMemory):
-        pipeline._less(Options(batch_size=1), MemoryError(), on_gpu=False)
+        pipeline._with_less_memory(Options(batch_size=1), MemoryError(), on_gpu=False)
 
 
 def test_torch_is_not_imported_where_there_is_no_gpu_to_work_on() -> None:

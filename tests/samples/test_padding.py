@@ -15,10 +15,12 @@ from conftest import Solved
 from onnx import numpy_helper
 
 import comq_onnx
-from comq_onnx import pipeline
-from comq_onnx.calibrate import walk as calibrate
-from comq_onnx.calibrate.walk import Calibration, walk
+from comq_onnx.bits import choose
+from comq_onnx.calibrate import layer_moments as calibrate
+from comq_onnx.calibrate.walk import walk
+from comq_onnx.plan.solved import Solved as Found
 from comq_onnx.samples import padding
+from comq_onnx.samples.dataset import Dataset
 from comq_onnx.samples.padding import find_mask, has_positions, is_ignored, take_kept
 from comq_onnx.samples.samples import Samples
 from models import Arrays, build, codes, encoder, infer, normal, sentences, tokens, weight
@@ -39,10 +41,10 @@ def used(report: comq_onnx.Report, samples: Arrays) -> Arrays:
 
 
 @pytest.fixture
-def found(monkeypatch: pytest.MonkeyPatch) -> list[Calibration]:
+def found(monkeypatch: pytest.MonkeyPatch) -> list[Found]:
     """What each walk of this test found."""
-    seen: list[Calibration] = []
-    monkeypatch.setattr(pipeline, "walk", lambda *given: seen.append(walk(*given)) or seen[-1])
+    seen: list[Found] = []
+    monkeypatch.setattr(choose, "walk", lambda *given: seen.append(walk(*given)) or seen[-1])
     return seen
 
 
@@ -204,28 +206,28 @@ class Cut(Samples):
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 def test_padded_sentences_give_the_model_that_sentences_without_padding_give(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[], onnx.ModelProto], activations: str,
-    found: list[Calibration], solved: Solved,
+    found: list[Found], solved: Solved,
 ) -> None:  # fmt: skip
     samples = sentences()
     report = quantize(make(), tmp_path / "padded.onnx", samples, activations=activations, batch_size=8)
     assert any("padding" in note for note in report.notes)
     padded = dict(solved.on)
 
-    def walk_cut(prepared: Any, plan: Any, grids: Any, given: Samples, target: Any, settings: Any, *rest: Any) -> Any:
-        cut = Cut(given.arrays, given.source)
-        found.append(walk(prepared, plan, grids, cut, target, replace(settings, mask=None), *rest))
+    def walk_cut(plan: Any, data: Dataset, context: Any) -> Any:
+        cut = Cut(data.calibration.arrays, data.calibration.source)
+        found.append(walk(plan, replace(data, calibration=cut, mask=None), context))
         return found[-1]
 
-    monkeypatch.setattr(pipeline, "walk", walk_cut)
+    monkeypatch.setattr(choose, "walk", walk_cut)
     quantize(make(), tmp_path / "cut.onnx", samples, activations=activations, batch_size=8)
 
     assert list(solved.on) == list(padded)
     for name, statistics in solved.on.items():
         assert padded[name].count == statistics.count
         assert padded[name].half.count == statistics.half.count
-    for name, grid in found[1].grids.items():
+    for name, grid in found[1].activation_grids.items():
         # the runtime's products of other shapes differ in the last bits
-        assert found[0].grids[name].scale == pytest.approx(grid.scale, rel=1e-5)
+        assert found[0].activation_grids[name].scale == pytest.approx(grid.scale, rel=1e-5)
     mine, other = codes(tmp_path / "padded.onnx"), codes(tmp_path / "cut.onnx")
     assert list(mine) == list(other)
     # and may turn a code that is nearly a tie
@@ -280,14 +282,14 @@ def with_garbage(model: onnx.ModelProto) -> onnx.ModelProto:
 
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 def test_garbage_in_masked_positions_changes_nothing(
-    tmp_path: Path, make: Callable[[], onnx.ModelProto], found: list[Calibration]
+    tmp_path: Path, make: Callable[[], onnx.ModelProto], found: list[Found]
 ) -> None:
     model = with_garbage(make())
     for pad in (0, GARBAGE):
         report = quantize(model, tmp_path / f"{pad}.onnx", sentences(pad=pad))
         assert any("padding" in note for note in report.notes)
-    assert found[0].grids
-    assert found[0].grids == found[1].grids
+    assert found[0].activation_grids
+    assert found[0].activation_grids == found[1].activation_grids
     clean, garbage = codes(tmp_path / "0.onnx"), codes(tmp_path / f"{GARBAGE}.onnx")
     assert list(clean) == list(garbage)
     for name in clean:
@@ -295,12 +297,12 @@ def test_garbage_in_masked_positions_changes_nothing(
 
 
 def test_garbage_does_harm_where_no_mask_is_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: list[Calibration]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: list[Found]
 ) -> None:
     monkeypatch.setattr(padding, "find_mask", lambda _: None)
     for pad in (0, GARBAGE):
         quantize(with_garbage(tokens()), tmp_path / "q.onnx", sentences(pad=pad))
-    assert found[1].grids["e"].scale > 1000 * found[0].grids["e"].scale
+    assert found[1].activation_grids["e"].scale > 1000 * found[0].activation_grids["e"].scale
 
 
 def test_leaving_out_padding_is_better_for_what_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,13 +339,13 @@ def test_features_that_are_as_many_as_positions_are_no_positions(tmp_path: Path,
     assert solved.on["head"].count == report.samples["used"]
 
 
-def test_the_range_of_pooled_features_is_that_of_all_of_them(tmp_path: Path, found: list[Calibration]) -> None:
+def test_the_range_of_pooled_features_is_that_of_all_of_them(tmp_path: Path, found: list[Found]) -> None:
     samples = sentences(longest=32)
     report = quantize(tokens(), tmp_path / "q.onnx", samples)
     model = tokens()
     model.graph.output.append(onnx.helper.make_tensor_value_info("pooled", onnx.TensorProto.FLOAT, None))
     pooled = infer(model, used(report, samples))["pooled"]
-    grid = found[0].grids["pooled"]
+    grid = found[0].activation_grids["pooled"]
     assert grid.scale * grid.qmax == pytest.approx(np.ptp(pooled), rel=1e-3)
 
 

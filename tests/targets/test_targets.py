@@ -11,9 +11,11 @@ import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner
+from stages import planned
 
 import comq_onnx
-from comq_onnx import pipeline
+from comq_onnx import Options
+from comq_onnx.bits.choose import file_size_at
 from comq_onnx.cli import command as cli
 from comq_onnx.errors import ModelError, OptionError
 from comq_onnx.targets.catalog import ORT_CPU, TARGETS, TENSORRT
@@ -88,7 +90,7 @@ def test_the_block_that_ort_cpu_had() -> None:
 )  # fmt: skip
 def test_what_a_target_cannot_do_is_refused(options: dict, words: str) -> None:
     with pytest.raises(OptionError, match=f"^{re.escape(words)}$"):
-        pipeline.Options(**options)
+        Options(**options)
 
 
 def test_an_opset_beyond_the_target_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,12 +122,10 @@ def test_the_size_that_a_budget_reckons_with_is_that_of_the_file(tmp_path: Path,
     source, out = tmp_path / "m.onnx", tmp_path / "q.onnx"
     onnx.save(cnn(size=12), source)
     feeds = samples_for(cnn(size=12))
-    options = pipeline.Options(bits=bits, uniform=True, target=target.name)
-    run = pipeline.Run(source, out, feeds, options, lambda *_: None)
-    run.open()
-    planned = run.planned()
-    predicted = run._file_size(planned, planned.bits)
-    written = run.quantize()
+    options = {"bits": bits, "uniform": True, "target": target.name}
+    made = planned(source, feeds, **options)
+    predicted = file_size_at(made.plan, made.plan.bits, made.source, made.data, made.context)
+    written = comq_onnx.quantize(source, out, feeds, device="cpu", **options)
     assert written.size["after"] == out.stat().st_size
     # float32 numbers of 0 and of anything else take the same bytes
     assert predicted == pytest.approx(written.size["after"], abs=8)

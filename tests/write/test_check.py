@@ -11,18 +11,19 @@ import onnx_ir as ir
 import pytest
 
 import comq_onnx
-from comq_onnx import pipeline
+from comq_onnx.bits import choose
 from comq_onnx.errors import InternalError
 from comq_onnx.model import graph as graphs
 from comq_onnx.model.layers import nodes_by_name
+from comq_onnx.plan.solved import Solved
 from comq_onnx.targets.catalog import OPENVINO, ORT_CPU, ORT_CUDA, TARGETS, TENSORRT
 from comq_onnx.write import check
+from comq_onnx.write import emit as emitting
 from comq_onnx.write.check import check_emitted, lint, missing
 from comq_onnx.write.emit import emit
-from comq_onnx.write.weights import Quantization
 from models import cnn, samples_for, tokens
 
-Emitted = tuple[ir.Model, Quantization]
+Emitted = tuple[ir.Model, Solved]
 Mutate = Callable[[ir.Model], None]
 
 
@@ -30,11 +31,11 @@ def emitted(monkeypatch: pytest.MonkeyPatch, source: object, **options: object) 
     """A model as it is written, and what was to be written."""
     seen: list[Emitted] = []
 
-    def spy(model: ir.Model, quantization: Quantization) -> None:
-        seen.append((model, quantization))
-        check_emitted(model, quantization)
+    def spy(model: ir.Model, solved: Solved) -> None:
+        seen.append((model, solved))
+        check_emitted(model, solved)
 
-    monkeypatch.setattr(pipeline, "check_emitted", spy)
+    monkeypatch.setattr(choose, "check_emitted", spy)
     comq_onnx.quantize(source, None, samples_for(source), **options)
     return seen[-1]
 
@@ -125,12 +126,12 @@ def half_quantized(model: ir.Model) -> None:
     ],
 )
 def test_what_is_not_as_planned_is_an_error_of_one_line(written: Emitted, mutate: Mutate, words: str) -> None:
-    model, quantization = written
-    assert missing(model, quantization) == []
+    model, solved = written
+    assert missing(model, solved) == []
     wrong = model.clone()
     mutate(wrong)
     with pytest.raises(InternalError, match=re.escape(words)) as error:
-        check_emitted(wrong, quantization)
+        check_emitted(wrong, solved)
     assert str(error.value).startswith("a fault of comq-onnx, nothing was written: ")
     assert "\n" not in str(error.value)
     assert error.value.exit_code == 1
@@ -140,11 +141,11 @@ def test_a_faulty_model_never_gets_the_outputs_name(tmp_path: Path, monkeypatch:
     """Emission that forgets a layer in the end, though not in the walk."""
     plain = emit
 
-    def forgetful(model: ir.Model, quantization: Quantization) -> None:
-        plain(model, quantization)
+    def forgetful(model: ir.Model, solved: Solved) -> None:
+        plain(model, solved)
         lost_node(model)
 
-    monkeypatch.setattr(pipeline, "emit", forgetful)
+    monkeypatch.setattr(emitting, "emit", forgetful)
     with pytest.raises(InternalError, match="layer 'point' has no node"):
         comq_onnx.quantize(cnn(size=12), tmp_path / "q.onnx", samples_for(cnn(size=12)), bits=8)
     assert list(tmp_path.iterdir()) == []
@@ -152,12 +153,12 @@ def test_a_faulty_model_never_gets_the_outputs_name(tmp_path: Path, monkeypatch:
 
 def test_a_looked_up_table_and_products_in_blocks_are_as_planned(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in TARGETS:
-        model, quantization = emitted(monkeypatch, tokens(), bits=4, target=name, activations="none", uniform=True)
-        assert missing(model, quantization) == []
+        model, solved = emitted(monkeypatch, tokens(), bits=4, target=name, activations="none", uniform=True)
+        assert missing(model, solved) == []
         codes = numbers(model, "table.codes")
         codes[0, 0] = codes[0, 0] // 2 + 5
         constant(model, "table.codes", codes)
-        assert missing(model, quantization) == ["layer 'embed' reads other codes than were solved for"]
+        assert missing(model, solved) == ["layer 'embed' reads other codes than were solved for"]
 
 
 # A target's rules
@@ -243,9 +244,9 @@ def test_containers_blocks_and_zero_points_of_weights(monkeypatch: pytest.Monkey
 
 
 def test_what_one_line_names_is_bounded(written: Emitted) -> None:
-    model, quantization = written
+    model, solved = written
     wrong = model.clone()
-    for layer in quantization.layers:
+    for layer in solved.plan.layers:
         nodes_by_name(wrong)[layer.name].name = f"other.{layer.name}"
-    with pytest.raises(InternalError, match=rf"; {len(quantization.layers) - check.MOST_NAMED} more\)"):
-        check_emitted(wrong, quantization)
+    with pytest.raises(InternalError, match=rf"; {len(solved.plan.layers) - check.MOST_NAMED} more\)"):
+        check_emitted(wrong, solved)

@@ -14,20 +14,21 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import comq_onnx
-from comq_onnx import pipeline
+from comq_onnx import evaluate
 from comq_onnx.evaluate import Kernels, executed_kernels
 from comq_onnx.metrics import sqnr_of
 from comq_onnx.model.layers import Layer
 from comq_onnx.model.operators import Gather, Gemm
 from comq_onnx.model.source import read_model
 from comq_onnx.plan import forms as weight_forms
-from comq_onnx.plan.forms import code_bytes, form, supported_grid
+from comq_onnx.plan.forms import code_bytes, supported_grid
+from comq_onnx.plan.solved import Solved
 from comq_onnx.runtime.session import Session
 from comq_onnx.solve.grid import Grid
 from comq_onnx.targets.catalog import ORT_CPU, TARGETS
+from comq_onnx.write import emit as emitting
 from comq_onnx.write.check import lint
 from comq_onnx.write.emit import emit
-from comq_onnx.write.weights import Quantization
 
 ort.set_default_logger_severity(4)
 PACKED = {8: TensorProto.INT8, 4: TensorProto.INT4, 3: TensorProto.INT4, 2: TensorProto.INT2}
@@ -78,13 +79,13 @@ class Written:
 
     path: Path
     proto: onnx.ModelProto
-    quantization: Quantization
+    solved: Solved
     feeds: Feeds
     source: onnx.ModelProto
 
     @property
     def layers(self) -> dict[str, Layer]:
-        return {layer.name: layer for layer in self.quantization.layers}
+        return {layer.name: layer for layer in self.solved.plan.layers}
 
     @property
     def initializers(self) -> dict[str, onnx.TensorProto]:
@@ -140,12 +141,12 @@ def quantize(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Quantize:
     def run(source: onnx.ModelProto, feeds: Feeds, **options: Any) -> Written:
         emitted = []
 
-        def spy(model: Any, quantization: Quantization) -> None:
-            emitted.append(quantization)
-            emit(model, quantization)
+        def spy(model: Any, solved: Solved) -> None:
+            emitted.append(solved)
+            emit(model, solved)
 
-        monkeypatch.setattr(pipeline, "emit", spy)
-        monkeypatch.setattr(pipeline, "latency", lambda pair, _samples: [1.0] * len(pair))
+        monkeypatch.setattr(emitting, "emit", spy)
+        monkeypatch.setattr(evaluate, "latency", lambda pair, _samples: [1.0] * len(pair))
         path = tmp_path / "quantized.onnx"
         comq_onnx.quantize(source, path, feeds, device="cpu", **({"uniform": True} | options))
         proto = onnx.load(path)
@@ -214,10 +215,10 @@ def holds_the_solution(written: Written, bits: int, forms: dict[str, str], plane
 
     planes: 3 bits are bit planes of 2 and 1, but where MatMulNBits wants 4.
     """
-    quantization = written.quantization
-    assert {n: form(layer, quantization.plan) for n, layer in written.layers.items()} == forms
+    solved = written.solved
+    assert {n: written.solved.plan.form(layer).value for n, layer in written.layers.items()} == forms
     for name, layer in written.layers.items():
-        solved = quantization.solutions[name].weight
+        solved = solved.solutions[name].weight
         # embeddings keep 8 bits unless told otherwise
         width = 8 if isinstance(layer.kind, Gather) else bits
         assert solved.grid.bits == width
@@ -240,7 +241,7 @@ def holds_the_solution(written: Written, bits: int, forms: dict[str, str], plane
         assert np.array_equal(found, wanted), name
         assert layer.weight not in written.initializers
         stored = [t for tensor, t in sorted(found_in.items()) if tensor.startswith(f"{layer.weight}.codes")]
-        container = CONTAINERS[quantization.target.name][forms[name] != "integer"][width]
+        container = CONTAINERS[solved.plan.target.name][forms[name] != "integer"][width]
         widths = [2, 1] if planes and width == 3 and forms[name] != "blocked" else [WIDTHS[container]]
         assert {t.data_type for t in stored} == {container if len(widths) == 1 else TensorProto.UINT8}
         assert [len(t.raw_data) for t in stored] == [-(-np.prod(layer.weight_shape) * w // 8) for w in widths]
@@ -273,7 +274,7 @@ def test_every_target_holds_the_solutions_weights(quantize: Quantize, bits: int,
     integer = activations == "auto" and target != "ort-cuda"
     holds_the_solution(written, bits, INTEGER if integer else WEIGHT_ONLY)
     stored = {t.name: t for t in written.proto.graph.initializer}
-    plan, opset = written.quantization.plan, written.quantization.opset
+    plan, opset = written.solved.plan.activations, written.solved.plan.opset
     for layer in written.layers.values():
         width = 8 if isinstance(layer.kind, Gather) else bits
         wanted = code_bytes(layer, width, plan, TARGETS[target], opset)
@@ -355,7 +356,7 @@ def test_the_file_holds_the_solutions_weights_in_blocks(quantize: Quantize, bits
     written = quantize(zoo(), ZOO_FEEDS, bits=bits, symmetric=symmetric, granularity="16")
     # 8 and 16 inputs are no more than a block: those layers have whole channels, weight-only like the rest
     holds_the_solution(written, bits, INTEGER | dict.fromkeys(PRODUCTS, "blocked"))
-    grids = {n: s.weight.grid.block_size for n, s in written.quantization.solutions.items()}
+    grids = {n: s.weight.grid.block_size for n, s in written.solved.solutions.items()}
     assert grids == dict.fromkeys(written.layers) | {"matmul": 16}
 
 
@@ -366,7 +367,7 @@ def test_a_folded_weight_in_blocks_has_no_scale_as_large_as_itself(quantize: Qua
 def activations_have_rank_zero(written: Written) -> None:
     """A scale of shape [1] makes QLinearAdd fail to load."""
     pairs = [n for n in written.proto.graph.node if n.op_type == "QuantizeLinear"]
-    assert bool(pairs) == bool(written.quantization.plan.values)
+    assert bool(pairs) == bool(written.solved.plan.activations.values)
     for pair in pairs:
         reader = next(n for n in written.proto.graph.node if pair.output[0] in n.input)
         assert reader.op_type == "DequantizeLinear"
@@ -380,7 +381,7 @@ def biases_have_the_products_scale(written: Written) -> None:
     """With any other scale than s_x * s_w, to the last bit, ONNX Runtime keeps the layer in float."""
     checked = 0
     for name, layer in written.layers.items():
-        if name not in written.quantization.plan.integer_layers or layer.bias_node is None:
+        if name not in written.solved.plan.activations.integer_layers or layer.bias_node is None:
             continue
         bias = written.producer(next(n for n in written.node(layer.bias_node).input if n.endswith(".bias")))
         codes, scale = written.array(bias.input[0]), written.value(bias.input[1])
@@ -388,7 +389,7 @@ def biases_have_the_products_scale(written: Written) -> None:
         weights = written.array(written.producer(written.node(name).input[1]).input[1])
         assert codes.dtype == np.int32
         assert np.array_equal(scale, np.broadcast_to(step * weights, scale.shape))
-        solution, original = written.quantization.solutions[name], 0.0
+        solution, original = written.solved.solutions[name], 0.0
         if layer.bias is not None:
             source = next(t for t in written.source.graph.initializer if t.name == layer.bias)
             original = numpy_helper.to_array(source) * (2.0 if name == "gemm" else 1.0)
@@ -396,7 +397,7 @@ def biases_have_the_products_scale(written: Written) -> None:
         # half a step of rounding, and the float32 sum of bias and shift
         assert (np.abs(codes * scale.astype(np.float64) - (original + shift)) <= 0.501 * scale + 1e-6).all()
         checked += 1
-    assert checked == (5 if written.quantization.plan.values else 0)
+    assert checked == (5 if written.solved.plan.activations.values else 0)
 
 
 @pytest.mark.parametrize(
@@ -710,7 +711,7 @@ def test_a_lookup_dequantizes_only_the_rows_that_it_finds(quantize: Quantize) ->
 def test_a_lookup_may_have_fewer_bits(quantize: Quantize, bits: int) -> None:
     written = quantize(*lookup(), bits=4, bits_for=(("^e$", bits),))
     rows = np.arange(504).reshape(-1, 6) % 500
-    solved = written.quantization.solutions["e"].weight
+    solved = written.solved.solutions["e"].weight
     assert np.array_equal(written.value("e", {"ids": rows}).reshape(504, 32)[:500], solved.dequantize()[0])
 
 
@@ -732,7 +733,7 @@ def weight_only_before_integer(quantize: Quantize, bias: bool) -> Written:
 @pytest.mark.parametrize("bias", [True, False])
 def test_with_blocks_every_matmul_is_weight_only(quantize: Quantize, bias: bool) -> None:
     written = weight_only_before_integer(quantize, bias)
-    assert {n: form(layer, written.quantization.plan) for n, layer in written.layers.items()} == {
+    assert {n: written.solved.plan.form(layer).value for n, layer in written.layers.items()} == {
         "h": "blocked",
         "y": "blocked",
     }

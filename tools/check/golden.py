@@ -3,8 +3,8 @@
     python tools/check/golden.py record golden.json       before a change that is not to change any output
     python tools/check/golden.py compare golden.json      after it
 
-Bytes may differ between processors, so a record of them is compared on the machine that made it. The structure (types of
-operators, and the type and shape of every stored tensor) does not: tests/golden.json keeps it, `structure` rewrites it.
+Bytes may differ between processors, so a record of them is compared on the machine that made it. The structure (types
+of operators, and the type and shape of every stored tensor) does not: tests/golden.json keeps it, `structure` rewrites it.
 
     python tools/check/golden.py structure tests/golden.json
 """
@@ -147,7 +147,9 @@ CASES: dict[str, Case] = {
         _photos,
     ),
     "convolutions": Case(_convolutions, {"bits": 4}),
-    "convolutions, per tensor": Case(_convolutions, {"bits": 4, "granularity": "tensor", "activations": "8", "uniform": True}),
+    "convolutions, per tensor": Case(
+        _convolutions, {"bits": 4, "granularity": "tensor", "activations": "8", "uniform": True}
+    ),
     "branches": Case(_branches, {"bits": 4, "uniform": True}),
     "sentences": Case(models.encoder, {"bits": 4}, models.sentences),
     "sentences, 8 bits": Case(models.encoder, {"bits": 8}, models.sentences),

@@ -1,15 +1,15 @@
 """Check and time everything that runs on a GPU, in one command that needs no network, and print one table.
 
-    python tools/gpu_check.py                      # cuda, some minutes; exit code 1 if anything is wrong
-    python tools/gpu_check.py --device cuda:1 --json gpu.json
-    python tools/gpu_check.py --device cpu         # the same code on torch's CPU, small: that the check itself works
+    python tools/check/gpu.py                      # cuda, some minutes; exit code 1 if anything is wrong
+    python tools/check/gpu.py --device cuda:1 --json gpu.json
+    python tools/check/gpu.py --device cpu         # the same code on torch's CPU, small: that the check itself works
 
 - environment: packages, driver, GPU, what ONNX Runtime and Triton say;
 - correctness: each part against the CPU: tensors out of ONNX Runtime, Grams, the in-block kernel, the solver (codes,
   objective), whole models of models/ (codes, SQNR), `compare`, TensorRT where it is there; and the tests of these
   parts with their tensors on the device, where pytest is installed;
 - timings: float32 matrix products (the peak that the rest is measured by), Grams of rows and of patches, the solver on
-  the sizes of bench_solve.py with its share of the limit that flops set, and how many samples a second calibration
+  the sizes of bench/solve.py with its share of the limit that flops set, and how many samples a second calibration
   takes.
 
 Times are medians after a warm-up, with the device synchronized before each reading of the clock.
@@ -35,7 +35,6 @@ import click
 import numpy as np
 import onnx
 import torch
-from bench_solve import SIZES, limit, make_layer, milliseconds
 from onnx import numpy_helper
 from rich.console import Console
 from rich.table import Table
@@ -55,8 +54,18 @@ from comq_onnx.solve.moment_sums import MomentSums
 from comq_onnx.solve.moments import Moments
 from comq_onnx.solve.patches import patch_gram
 
-ROOT = Path(__file__).parents[1]
-TESTS = ("test_solve_gpu.py", "test_moments.py", "test_patches.py", "test_cuts.py")
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "tools"))
+
+from bench.solve import SIZES, limit, make_layer, milliseconds  # noqa: E402
+
+TESTS = (
+    "solve/test_gpu.py",
+    "solve/test_moments.py",
+    "solve/test_moment_sums.py",
+    "solve/test_patches.py",
+    "calibrate/test_cut_tensors.py",
+)
 GRID = Grid(4, symmetric=False)
 
 

@@ -1,9 +1,9 @@
 """Bits by layer against the same bits for all, at the same size; what the survey predicts against what comes out.
 
-    python tools/bench_frontier.py zoo squeezenet minilm
-    python tools/bench_frontier.py zoo squeezenet --drops 1 --drops 3 --drops 20dB
+    python tools/bench/frontier.py zoo squeezenet minilm
+    python tools/bench/frontier.py zoo squeezenet --drops 1 --drops 3 --drops 20dB
 
-ZOO is what tools/export_zoo.py made; calib.npz calibrates and surveys, the other samples of test.npz measure. The first
+ZOO is what tools/zoo/export.py made; calib.npz calibrates and surveys, the other samples of test.npz measure. The first
 table has, for each number of bits, the model with the same bits for all layers and the one whose bits the survey chose
 for a file no larger; the second the frontier with its predictions, and their rank correlation. With --drops: whether
 what --max-drop promises is kept on the samples that measure.

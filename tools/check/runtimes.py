@@ -1,8 +1,8 @@
 """Quantize models for each target, and see what its own runtime makes of them, without a GPU.
 
     pip install -e '.[cpu,runtimes]'
-    python tools/export_zoo.py zoo
-    python tools/check_runtimes.py zoo --only minilm --target openvino --target tensorrt --bits 8 --bits 4
+    python tools/zoo/export.py zoo
+    python tools/check/runtimes.py zoo --only minilm --target openvino --target tensorrt --bits 8 --bits 4
 
 Each model is calibrated on its calib.npz by the command line, all layers with the same bits, and compared with its
 source on its test.npz, as ONNX Runtime computes both. Then its planned layers are looked for:

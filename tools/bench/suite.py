@@ -1,7 +1,7 @@
-"""Quantize the real models that tools/export_zoo.py exported, and print what became of each.
+"""Quantize the real models that tools/zoo/export.py exported, and print what became of each.
 
-    python tools/export_zoo.py zoo
-    python tools/bench_suite.py zoo --bits 8 --bits 4
+    python tools/zoo/export.py zoo
+    python tools/bench/suite.py zoo --bits 8 --bits 4
 
 Each model is calibrated on its calib.npz by the command line in a process of its own (so that peak memory is its own)
 and measured on its test.npz. A row says: bits, size before and after, SQNR and top-1 agreement of the worst output,

@@ -1,7 +1,7 @@
 """Quantize real models with comq-onnx and with onnxruntime.quantization, and measure all against FP32 in one run.
 
-    python tools/export_zoo.py zoo
-    python tools/bench_runtime.py zoo efficientnet_lite0 minilm --bits 8 --bits 4
+    python tools/zoo/export.py zoo
+    python tools/bench/runtime.py zoo efficientnet_lite0 minilm --bits 8 --bits 4
 
 All calibrate on the same samples (all of a model's calib.npz) and are measured on its test.npz, by what ONNX Runtime
 computes in integers (on a GPU: --device cuda --target ort-cuda). Speed: one sample, one thread, all models in turn in

@@ -1,7 +1,7 @@
 """Kill comq-onnx at random moments and let everything around it fail: the source stays as it was, nothing partial is
 left.
 
-    python tools/run_kills.py [--kills 50] [--seed 0] [--faults WORDS | --no-faults]
+    python tools/check/kills.py [--kills 50] [--seed 0] [--faults WORDS | --no-faults]
 
 Kills: a run is killed (SIGKILL) at a random moment of the processor time that a whole one takes, which is the same
 however busy the machine is. It is a process forked when everything is imported: what it holds on disk begins behind
@@ -39,7 +39,7 @@ import onnx
 from _sandbox import Said, command_line, quickly, table
 from onnx import helper, numpy_helper
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MODEL, SAMPLES = ROOT / "models" / "fashion_cnn.onnx", ROOT / "models" / "fashion_calib.npz"
 # everything spills to disk, so that there is something to leave behind
 OPTIONS = ("--samples", "48", "--effort", "fast", "--memory", "0", "--device", "cpu")

@@ -1,6 +1,6 @@
 """Time the QDQ forms that comq_onnx.qdq chooses between, in ONNX Runtime on one thread: the table of docs/runtimes.md.
 
-    python tools/bench_forms.py
+    python tools/bench/forms.py
 
 Each line: the form, milliseconds (median, all forms of a group in turn), speed over the float form, and what ONNX
 Runtime made of it.

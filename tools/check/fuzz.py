@@ -1,7 +1,7 @@
 """Put thousands of broken, hostile and odd inputs through comq-onnx: each must be refused in one clear line or come out
 right.
 
-    python tools/run_fuzz.py [--inputs 5000] [--seed 0] [--json FILE]
+    python tools/check/fuzz.py [--inputs 5000] [--seed 0] [--json FILE]
 
 Inputs are small models, samples and folders with seeded mutations of four kinds:
 

@@ -1,8 +1,8 @@
 """Time the solver on layers of several sizes against a plain torch GPTQ and the paper's algorithm on X.
 
-    python tools/bench_solve.py                 # one thread, 768 x 768 to 4096 x 4096
-    python tools/bench_solve.py --sizes 768x768 --bits 2 --seeds 3
-    python tools/bench_solve.py --steps --sizes 768x768 --seeds 3    # what each step of the solver adds
+    python tools/bench/solve.py                 # one thread, 768 x 768 to 4096 x 4096
+    python tools/bench/solve.py --sizes 768x768 --bits 2 --seeds 3
+    python tools/bench/solve.py --steps --sizes 768x768 --seeds 3    # what each step of the solver adds
 
 The layers are synthetic: inputs with a power-law spectrum, mixed by a random rotation, with a mean; weights are
 Gaussian. The objective is that of the layer on other inputs of the same kind, 10 log10 (||Wq X - W X||^2 / ||W X||^2),

@@ -1,6 +1,6 @@
 """Put the `onnx` package's own backend tests through comq-onnx at 8 bits, and account for every one.
 
-    python tools/run_backend_tests.py [--only REGEX] [--json FILE]
+    python tools/check/backend_tests.py [--only REGEX] [--json FILE]
 
 Each test is a model with inputs and the outputs that the ONNX standard expects. It goes through the command line in
 three forms:

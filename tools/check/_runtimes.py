@@ -1,4 +1,4 @@
-"""What OpenVINO and TensorRT make of a model, found without a GPU: shared by check_runtimes.py and the tests.
+"""What OpenVINO and TensorRT make of a model, found without a GPU: shared by check/runtimes.py and the tests.
 
 OpenVINO tells the precision of every node of a compiled model. TensorRT for RTX builds engines ahead of time for a GPU
 that need not be there; without one its engine inspector does not open them, but a plan built at detailed verbosity

@@ -1,6 +1,6 @@
 """Quantize one model on real samples, on synthetic ones and on noise, and measure all on the same unseen real samples.
 
-    python tools/bench_synthetic.py model.onnx --calib calib.npz --test test.npz --bits 8
+    python tools/bench/synthetic.py model.onnx --calib calib.npz --test test.npz --bits 8
 
 Noise is white, mean 0 and deviation 1, for inputs of floats, and uniform over the vocabulary for token ids. With
 --tokenizer synthetic text of the bundled page is measured too. As many samples of each as --samples says.

@@ -1,8 +1,8 @@
 """Compare the weight solvers end to end, weight-only: what each makes of a model's outputs when activations stay float.
 
-    python tools/export_zoo.py zoo
-    python tools/bench_accuracy.py zoo
-    python tools/bench_accuracy.py zoo --models minilm --bits 4 --granularity channel --granularity 32 --effort max
+    python tools/zoo/export.py zoo
+    python tools/bench/accuracy.py zoo
+    python tools/bench/accuracy.py zoo --models minilm --bits 4 --granularity channel --granularity 32 --effort max
 
 All methods take the same walk over the same samples onto the same grid (asymmetric, unless --symmetric); they differ in
 nothing but the solver. Embeddings stay float. Split 0 calibrates on calib.npz and measures on test.npz, split 1 the
@@ -55,7 +55,7 @@ from comq_onnx.targets.catalog import TARGETS
 from comq_onnx.write.emit import emit
 from comq_onnx.write.weights import Quantization
 
-OWN_FOLDER = Path(__file__).parents[1] / "models"
+OWN_FOLDER = Path(__file__).parents[2] / "models"
 OWN = ("fashion_cnn", "fashion_vit")
 ZOO = ("minilm", "efficientnet_lite0", "vit_s_saliency", "squeezenet")
 TARGET = TARGETS["ort-cpu"]

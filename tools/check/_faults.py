@@ -53,7 +53,12 @@ cli.main()
 
 @dataclass(frozen=True)
 class Fault:
-    """One point of failure. run: makes it happen; the words that its line must hold (none: it comes out right)."""
+    """Describe one point of failure.
+
+    run: runs the command line and makes the fault happen
+    words: what the error line must hold; none: the result is right in spite of the fault
+    needs: the program without which the fault cannot be made
+    """
 
     name: str
     run: Callable[[Place], Said]
@@ -62,7 +67,7 @@ class Fault:
 
 
 def hooked(hook: str, *extra: object) -> Callable[[Place], Said]:
-    """A run in which Python code makes something happen first."""
+    """Make a run in which Python code makes something happen first."""
 
     def run(here: Place) -> Said:
         code = HOOK.format(folder=str(here.folder), steps=STEPS, hook=hook)
@@ -72,7 +77,7 @@ def hooked(hook: str, *extra: object) -> Callable[[Place], Said]:
 
 
 def limited(limit: str, size: int, *extra: object) -> Callable[[Place], Said]:
-    """A run under a resource limit."""
+    """Make a run under a resource limit."""
 
     def run(here: Place) -> Said:
         code = f"import resource; resource.setrlimit(resource.{limit}, ({size}, {size}))\n"
@@ -83,7 +88,7 @@ def limited(limit: str, size: int, *extra: object) -> Callable[[Place], Said]:
 
 
 def on_a_disk(which: str, options: str) -> Callable[[Place], Said]:
-    """A run with one of its directories on a small mount of its own."""
+    """Make a run with one of its directories on a small mount of its own."""
 
     def run(here: Place) -> Said:
         directory = here.folder / which
@@ -99,7 +104,7 @@ def on_a_disk(which: str, options: str) -> Callable[[Place], Said]:
 
 
 def without_permission(which: str, mode: int, **environment: str) -> Callable[[Place], Said]:
-    """A run by somebody who obeys permissions."""
+    """Make a run as a user whom permissions bind; `mode` is that of the path `which`."""
 
     def run(here: Place) -> Said:
         here.environment |= environment
@@ -114,7 +119,7 @@ def without_permission(which: str, mode: int, **environment: str) -> Callable[[P
 
 
 def uncached(here: Place) -> Said:
-    """A run from a package that cannot be written, without a home."""
+    """Run from a package that cannot be written, without a home directory."""
     package = here.folder / "package"
     shutil.copytree(ROOT / "comq_onnx", package / "comq_onnx", ignore=shutil.ignore_patterns("__pycache__"))
     here.environment |= {"PYTHONPATH": str(package), "HOME": "/proc/nowhere", "PYTHONDONTWRITEBYTECODE": "1"}
@@ -128,7 +133,7 @@ def uncached(here: Place) -> Said:
 
 
 def signalled(number: int) -> Callable[[Place], Said]:
-    """A run that is asked to end when it calibrates."""
+    """Make a run that gets a signal while it calibrates."""
 
     def run(here: Place) -> Said:
         process = here.start(here.command())
@@ -142,12 +147,12 @@ def signalled(number: int) -> Callable[[Place], Said]:
 
 
 def external(here: Place) -> None:
-    """Move the weights into a file of their own."""
+    """Move the weights of the model into a file of their own."""
     onnx.save(onnx.load(here.model), here.model, save_as_external_data=True, location="weights.bin", size_threshold=0)
 
 
 def with_external(hook: str) -> Callable[[Place], Said]:
-    """A hooked run of a model with external data."""
+    """Make a run like `hooked`, of a model with external data."""
 
     def run(here: Place) -> Said:
         external(here)
@@ -157,7 +162,7 @@ def with_external(hook: str) -> Callable[[Place], Said]:
 
 
 def large_activations(gigabytes: float) -> Callable[[Place], Said]:
-    """A model whose segments take 1 GB for each 8 samples, in a process that may have less."""
+    """Make a run of a model whose segments take 1 GB for each 8 samples, in a process that may have less."""
 
     def run(here: Place) -> Said:
         weight = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32) / 8
@@ -235,7 +240,7 @@ FAULTS = (
 
 
 def check(fault: Fault) -> str:
-    """What is wrong after a fault; `right` or the line it was told in where nothing is."""
+    """Make a fault happen and tell what is wrong afterwards; where nothing is, `right` or the error line."""
     if fault.needs and not _possible(fault.needs):
         return f"skipped: {fault.needs} cannot be had here"
     with place() as here:

@@ -27,34 +27,38 @@ SECONDS = 600
 
 @dataclass
 class Place:
-    """A folder of its own for one run: the model, samples, and a directory for temporary files."""
+    """Hold one run's own folder: the model, samples, the output and a directory for temporary files."""
 
     folder: Path
     environment: dict[str, str] = field(default_factory=dict)
 
     @property
     def model(self) -> Path:
+        """Return the path of the model."""
         return self.folder / "in" / "model.onnx"
 
     @property
     def samples(self) -> Path:
+        """Return the path of the samples."""
         return self.folder / "in" / "samples.npz"
 
     @property
     def temporary(self) -> Path:
+        """Return the directory for temporary files."""
         return self.folder / "tmp"
 
     @property
     def out(self) -> Path:
+        """Return the path of the output."""
         return self.folder / "out" / "q.onnx"
 
     def command(self, *extra: object) -> list[str]:
-        """The command line."""
+        """Return the command line of a run."""
         arguments = [self.model, "--calib", self.samples, "-o", self.out, *OPTIONS, *extra]
         return [sys.executable, "-m", "comq_onnx", *map(str, arguments)]
 
     def start(self, command: list[str]) -> subprocess.Popen[str]:
-        """Begin a run."""
+        """Begin a run in a process of its own."""
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(self.temporary), **self.environment}
         return subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT,
@@ -63,7 +67,7 @@ class Place:
         )  # fmt: skip
 
     def run(self, command: list[str]) -> Said:
-        """A whole run."""
+        """Run a command to its end."""
         process = self.start(command)
         try:
             out, err = process.communicate(timeout=SECONDS)
@@ -87,18 +91,18 @@ class Place:
 
     @property
     def said(self) -> Path:
-        """Where a forked run leaves what it printed as errors."""
+        """Return the path to which a forked run writes its error messages."""
         return self.folder / "said.txt"
 
     def left(self) -> list[str]:
-        """What lies beside the inputs and the output."""
+        """List the files beside the inputs and the output."""
         found = [*self.out.parent.iterdir(), *self.temporary.iterdir()] if self.out.parent.is_dir() else []
         return sorted(str(p.relative_to(self.folder)) for p in found if p != self.out)
 
 
 @contextmanager
 def place() -> Iterator[Place]:
-    """A fresh folder."""
+    """Make a fresh place, with a copy of the model and of the samples."""
     with tempfile.TemporaryDirectory() as work:
         made = Place(Path(work))
         for name in ("in", "tmp", "out"):
@@ -109,5 +113,5 @@ def place() -> Iterator[Place]:
 
 
 def digest(path: Path) -> str | None:
-    """The SHA-256 of a file; None where there is none."""
+    """Compute the SHA-256 of a file; None where there is no file."""
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None

@@ -32,7 +32,7 @@ from _sandbox import quickly, table
 
 
 def kill_at(moment: float, wanted: str) -> str:
-    """Kill a run after `moment` seconds of processor time; what is wrong afterwards, or how far it was."""
+    """Kill a run after `moment` seconds of processor time; tell what is wrong afterwards, or how far it was."""
     with place() as here:
         before = digest(here.model), digest(here.samples)
         process = here.fork()
@@ -60,7 +60,7 @@ def kill_at(moment: float, wanted: str) -> str:
 
 
 def _processor_seconds(process: BaseProcess) -> float:
-    """What a process has taken so far."""
+    """Return the processor time that a process has taken so far."""
     try:
         fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:  # it is over

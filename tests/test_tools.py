@@ -1,4 +1,4 @@
-"""The scripts of tools/: each says what it does, and the evaluation's figures are numpy's."""
+"""Test the scripts of tools/: each says what it does, and their figures are numpy's."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ HEAVY = {"torch", "safetensors", "tokenizers"}
 
 
 def call(*command: object) -> subprocess.CompletedProcess[str]:
-    """A tool in a process of its own."""
+    """Run a tool in a process of its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, *map(str, command)], capture_output=True, text=True, env=environment, timeout=600, cwd=ROOT
@@ -82,7 +82,7 @@ def test_the_check_of_a_gpu_says_where_there_is_none() -> None:
 
 @pytest.fixture(scope="module")
 def quantized_cnn(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """fashion_cnn at 2 bits: coarse enough that some images change sides."""
+    """Quantize fashion_cnn to 2 bits: coarse enough that some images change their class."""
     out = tmp_path_factory.mktemp("tools") / "cnn_q.onnx"
     comq_onnx.quantize(
         ROOT / "models" / "fashion_cnn.onnx", out, ROOT / "models" / "fashion_calib.npz", bits=2, max_samples=64,
@@ -93,7 +93,7 @@ def quantized_cnn(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """300 of the test images, in the form they are stored in."""
+    """Store 300 of the test images in the form of models/fashion_test.npz."""
     path = tmp_path_factory.mktemp("images") / "test.npz"
     with np.load(ROOT / "models" / "fashion_test.npz") as loaded:
         np.savez(path, **{name: loaded[name][:300] for name in loaded.files})
@@ -147,7 +147,7 @@ def test_a_model_compared_with_itself_is_perfect(tmp_path: Path, images: Path) -
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory: pytest.TempPathFactory, quantized_cnn: Path, images: Path) -> dict[str, Any]:
-    """What compare.py says of fashion_cnn and its 2-bit form."""
+    """Run compare.py on fashion_cnn and its 2-bit form; return its figures."""
     report = tmp_path_factory.mktemp("compared") / "figures.json"
     source = ROOT / "models" / "fashion_cnn.onnx"
     done = call(

@@ -59,7 +59,7 @@ TEXTS = {
 
 
 def base(name: str) -> onnx.ModelProto:
-    """One of the small models."""
+    """Build one of the small models."""
     rng = np.random.default_rng(0)
     shapes = {
         "w1": (48, 32), "b1": (48,), "w2": (48, 10), "b2": (10,), "k1": (16, 3, 3, 3), "k2": (16, 1, 3, 3),
@@ -77,7 +77,7 @@ def base(name: str) -> onnx.ModelProto:
 
 
 def samples_of(name: str, count: int = SAMPLES, seed: int = 0) -> dict[str, np.ndarray]:
-    """Samples for one of the small models."""
+    """Draw samples for one of the small models."""
     rng = np.random.default_rng(seed)
     if name == "tokens":
         return {"x": rng.integers(0, 40, (count, 6))}
@@ -86,6 +86,7 @@ def samples_of(name: str, count: int = SAMPLES, seed: int = 0) -> dict[str, np.n
 
 
 def nodes_of(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """Yield the nodes of a graph and of the graphs inside them."""
     for node in graph.node:
         yield node
         for attribute in node.attribute:
@@ -94,17 +95,20 @@ def nodes_of(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
 
 
 class Dice:
-    """Seeded choices."""
+    """Make seeded choices."""
 
     def __init__(self, *seed: int) -> None:
         self.rng = np.random.default_rng(list(seed))
 
     def pick(self, things: Any) -> Any:
+        """Choose one of the things."""
         things = list(things)
         return things[int(self.rng.integers(len(things)))]
 
     def below(self, n: int) -> int:
+        """Choose a number from 0 to n - 1."""
         return int(self.rng.integers(max(n, 1)))
 
     def times(self) -> int:
+        """Choose how many things to change: most often one."""
         return int(self.pick((1, 1, 1, 2, 4)))

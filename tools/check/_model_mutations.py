@@ -14,7 +14,7 @@ OFTEN = (b"\xff", b"\x00", b"\x80\x80\x80\x80\x10", b"\xff\xff\xff\xff\xff\xff\x
 
 
 def mutate_bytes(data: bytes, dice: Dice, other: bytes) -> bytes:
-    """A file's bytes with a few of them changed."""
+    """Change a few of a file's bytes; `other` is a file to take bytes from."""
     changed = bytearray(data)
     for _ in range(dice.times()):
         at, length = dice.below(len(changed)), 1 + dice.below(64)
@@ -40,7 +40,7 @@ def mutate_bytes(data: bytes, dice: Dice, other: bytes) -> bytes:
 
 
 def mutate_model(model: onnx.ModelProto, dice: Dice) -> None:
-    """A parsed model with a few things in it changed."""
+    """Change a few things in a parsed model."""
     for _ in range(dice.times()):
         with contextlib.suppress(ValueError, IndexError, TypeError, OverflowError):
             dice.pick(MODEL_MUTATIONS)(model, dice)
@@ -79,7 +79,7 @@ def _other_output(model: onnx.ModelProto, dice: Dice) -> None:
 
 
 def _rename(model: onnx.ModelProto, dice: Dice) -> None:
-    """A value everywhere, or a node, gets an odd name."""
+    """Give a value, wherever it stands, or a node an odd name."""
     new = dice.pick(NAMES)
     if dice.below(2):
         dice.pick(nodes_of(model.graph)).name = new
@@ -223,7 +223,7 @@ def _metadata(model: onnx.ModelProto, dice: Dice) -> None:
 
 
 def _function(model: onnx.ModelProto, dice: Dice) -> None:
-    """A model function that a node calls: itself too, at times, or one that is not there."""
+    """Add a model function that a node calls; at times it calls itself, or one that is not there."""
     callee = dice.pick(("f", "f", "g"))
     inner = helper.make_node(dice.pick(("Tanh", callee)), ["a"], ["b"], domain=dice.pick(("", "local")))
     model.functions.append(helper.make_function("local", "f", ["a"], ["b"], [inner], [helper.make_opsetid("", 17)], ()))

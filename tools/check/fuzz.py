@@ -1,5 +1,4 @@
-"""Put thousands of broken, hostile and odd inputs through comq-onnx: each must be refused in one clear line or come out
-right.
+"""Put thousands of broken, hostile and odd inputs through comq-onnx; each must be refused in one line or be right.
 
     python tools/check/fuzz.py [--inputs 5000] [--seed 0] [--json FILE]
 
@@ -51,7 +50,7 @@ ADDRESS_SPACE = 8 << 30
 
 @dataclass(frozen=True)
 class Result:
-    """What an input came to: right, refused, wrong or crash; and why."""
+    """Hold the result of an input: right, refused, wrong or crash; and why."""
 
     kind: str
     detail: str
@@ -131,7 +130,7 @@ def _unclear_end(said: Said, output_changed: bool, has_report: bool) -> str | No
 
 
 def _state(folder: Path) -> dict[str, str]:
-    """Every file by its digest; pipes and devices by their kind."""
+    """Map every file under a folder to its digest; pipes to `other`."""
     found = {
         n: hashlib.sha256(v.encode() if isinstance(v, str) else v).hexdigest() for n, v in snapshot(folder).items()
     }
@@ -139,7 +138,7 @@ def _state(folder: Path) -> dict[str, str]:
 
 
 def _compare(source: Path | None, out: Path, name: str, report: dict[str, Any]) -> Result:
-    """Whether the model at `out` does what its source does on new samples; without a source, on those held back."""
+    """Compare the model at `out` with its source on new samples; without a source, by the report on those held back."""
     if any("random" in w or "other outputs each time" in w for w in report["warnings"]):
         return Result("right", "not compared")
     feeds = samples_of(name, 6, seed=1)

@@ -1,18 +1,19 @@
-"""Kill comq-onnx at random moments and let everything around it fail: the source stays as it was, nothing partial is
-left.
+"""Kill comq-onnx at random moments, make everything around it fail, and look at what is left.
 
     python tools/check/kills.py [--kills 50] [--seed 0] [--faults WORDS | --no-faults]
 
-Kills: a run is killed (SIGKILL) at a random moment of the processor time that a whole one takes, which is the same
-however busy the machine is. It is a process forked when everything is imported: what it holds on disk begins behind
-that. Then the source has its bytes, the output is absent or
-complete (the bytes that an undisturbed run gives), what else is left are private work directories, and a new run in the
-same place removes those and gives the same bytes.
+Kills: a run is killed (SIGKILL) at a random moment of the processor time that a whole run takes; that time is the same
+however busy the machine is. The run is a forked process that has everything imported, since only after that is anything
+written to disk. Afterwards the source must have its bytes, and the output must be absent or complete (the bytes of an
+undisturbed run). Nothing else may be left but private work directories, and a new run in the same place must remove
+those and give the same bytes.
 
 Faults: full disks, directories that cannot be written, files that vanish or are damaged between two steps, too little
 memory, signals. Each must end in one clear line with nothing left, or in the right bytes. Full and read-only disks are
-small mounts, and permissions hold for root only without its capabilities: where mount or setpriv cannot be had, those
-points are said to be skipped. Exits with 1 where anything else happened.
+small mounts, and permissions bind root only without its capabilities: where mount or setpriv are missing, those faults
+are skipped, and the table says so.
+
+It prints one table of the kills and one of the faults. The exit code is 1 where anything else happened.
 """
 
 from __future__ import annotations

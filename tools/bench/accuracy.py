@@ -121,7 +121,7 @@ def open_subject(name: str, paths: tuple[Path, Path, Path], bits: Sequence[int])
     source = Session(paths[0])
     calib, test = (load_samples(path, source.inputs) for path in paths[1:])
     # blocks, and Casts of packed codes, came with opset 21
-    opset = max(21, *(TARGET.container(b)[1] for b in bits))
+    opset = max(21, *(TARGET.weight_only.container(b)[1] for b in bits))
     prepared = prepare(read_model(paths[0]), opset, TARGET.min_opset)
     found = specialize(prepared, calib, Settings(batch_size=BATCH))
     walked = replace(found.prepared, layers=list(calibrated(found.prepared.layers)))

@@ -2,7 +2,7 @@
 that of the code.
 
 A block behind `<!-- needs: NAME -->` runs only where NAME is there: a file below the repository, such as zoo/minilm
-(what tools/export_zoo.py makes; COMQ_ZOO names such a folder elsewhere), or a module.
+(what tools/zoo/export.py makes; COMQ_ZOO names such a folder elsewhere), or a module.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ NEEDS = [(page, need) for page in PAGES for need in dict.fromkeys(b.need for b i
 @pytest.mark.parametrize(("page", "need"), NEEDS, ids=[f"{page.name}-{need}" for page, need in NEEDS])
 def test_every_block_that_needs_something_runs_where_that_is(tmp_path: Path, page: Path, need: str) -> None:
     if not there(need):
-        pytest.skip(f"{need} is not here" + (": python tools/export_zoo.py zoo" if need.startswith("zoo/") else ""))
+        pytest.skip(f"{need} is not here" + (": python tools/zoo/export.py zoo" if need.startswith("zoo/") else ""))
     # a module's blocks go on from the plain ones
     run(page, tmp_path, [b for b in blocks(page) if b.need == need or (b.need is None and not need.startswith("zoo/"))])
 
@@ -189,8 +189,9 @@ def test_every_test_that_is_named_is_there(page: Path) -> None:
 
 
 def test_every_tool_and_module_is_named_where_it_should_be() -> None:
-    readme, contributing = (ROOT / "README.md").read_text(), (ROOT / "CONTRIBUTING.md").read_text()
-    assert [p.name for p in sorted((ROOT / "tools").glob("[a-z]*.py")) if f"tools/{p.name}" not in readme] == []
+    contributing = (ROOT / "CONTRIBUTING.md").read_text()
+    tools = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "tools").rglob("[a-z]*.py"))]
+    assert [tool for tool in tools if f"`{tool}`" not in contributing] == []
     modules = [p.stem for p in (ROOT / "comq_onnx").glob("*.py") if not p.stem.startswith("__")]
     packages = [p.parent.name for p in (ROOT / "comq_onnx").glob("*/__init__.py")]
     assert [name for name in modules + packages if f"`{name}`" not in contributing] == []

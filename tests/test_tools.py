@@ -1,4 +1,4 @@
-"""The scripts of tools/: each says what it does, and the evaluation's figures are numpy's."""
+"""Test the scripts of tools/: each says what it does, and their figures are numpy's."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ import comq_onnx
 from models import infer, mlp, sqnr
 
 ROOT = Path(__file__).parents[1]
-TOOLS = sorted(path for path in (ROOT / "tools").glob("*.py") if path.name[0] != "_")
+# a leading underscore: a module that tools share
+TOOLS = sorted((ROOT / "tools").rglob("[!_]*.py"))
 # what the exporters and the training script need beside the package's own requirements
 HEAVY = {"torch", "safetensors", "tokenizers"}
 
 
 def call(*command: object) -> subprocess.CompletedProcess[str]:
-    """A tool in a process of its own."""
+    """Run a tool in a process of its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, *map(str, command)], capture_output=True, text=True, env=environment, timeout=600, cwd=ROOT
@@ -36,12 +37,21 @@ def call(*command: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_there_are_tools() -> None:
-    assert {"evaluate.py", "make_models.py", "export_zoo.py"} <= {path.name for path in TOOLS}
+    assert {"evaluate.py", "zoo/make_models.py", "zoo/export.py"} <= {
+        str(path.relative_to(ROOT / "tools")) for path in TOOLS
+    }
 
 
-@pytest.mark.parametrize("path", TOOLS, ids=lambda path: path.name)
+def imported_by(path: Path) -> set[str]:
+    """Name the modules that a tool imports, and those that the modules beside it import."""
+    names = set(re.findall(r"^(?:import|from) (\w+)", path.read_text(), re.MULTILINE))
+    beside = [path.with_name(f"{name}.py") for name in names]
+    return names.union(*(imported_by(other) for other in beside if other.is_file()))
+
+
+@pytest.mark.parametrize("path", TOOLS, ids=lambda path: str(path.relative_to(ROOT / "tools")))
 def test_every_tool_says_what_it_does(path: Path) -> None:
-    imported = set(re.findall(r"^(?:import|from) (\w+)", path.read_text(), re.MULTILINE))
+    imported = imported_by(path)
     if missing := [name for name in imported & HEAVY if find_spec(name) is None]:
         pytest.skip(f"{', '.join(missing)} not installed")
     done = call(path, "--help")
@@ -53,7 +63,7 @@ def test_every_tool_says_what_it_does(path: Path) -> None:
 
 @pytest.mark.skipif(find_spec("torch") is None, reason="torch is not installed")
 def test_the_check_of_a_gpu_finds_torchs_cpu_right_in_every_part(tmp_path: Path) -> None:
-    done = call(ROOT / "tools" / "gpu_check.py", "--device", "cpu", "--json", tmp_path / "rows.json")
+    done = call(ROOT / "tools" / "check" / "gpu.py", "--device", "cpu", "--json", tmp_path / "rows.json")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.rstrip().endswith("all is right")
     rows = json.loads((tmp_path / "rows.json").read_text())
@@ -65,14 +75,14 @@ def test_the_check_of_a_gpu_finds_torchs_cpu_right_in_every_part(tmp_path: Path)
 
 @pytest.mark.skipif(find_spec("torch") is None, reason="torch is not installed")
 def test_the_check_of_a_gpu_says_where_there_is_none() -> None:
-    done = call(ROOT / "tools" / "gpu_check.py", "--device", "cuda:99")
+    done = call(ROOT / "tools" / "check" / "gpu.py", "--device", "cuda:99")
     assert done.returncode == 1
     assert "--device cuda:99:" in " ".join(done.stdout.split())
 
 
 @pytest.fixture(scope="module")
 def quantized_cnn(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """fashion_cnn at 2 bits: coarse enough that some images change sides."""
+    """Quantize fashion_cnn to 2 bits: coarse enough that some images change their class."""
     out = tmp_path_factory.mktemp("tools") / "cnn_q.onnx"
     comq_onnx.quantize(
         ROOT / "models" / "fashion_cnn.onnx", out, ROOT / "models" / "fashion_calib.npz", bits=2, max_samples=64,
@@ -83,7 +93,7 @@ def quantized_cnn(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """300 of the test images, in the form they are stored in."""
+    """Store 300 of the test images in the form of models/fashion_test.npz."""
     path = tmp_path_factory.mktemp("images") / "test.npz"
     with np.load(ROOT / "models" / "fashion_test.npz") as loaded:
         np.savez(path, **{name: loaded[name][:300] for name in loaded.files})
@@ -137,7 +147,7 @@ def test_a_model_compared_with_itself_is_perfect(tmp_path: Path, images: Path) -
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory: pytest.TempPathFactory, quantized_cnn: Path, images: Path) -> dict[str, Any]:
-    """What compare.py says of fashion_cnn and its 2-bit form."""
+    """Run compare.py on fashion_cnn and its 2-bit form; return its figures."""
     report = tmp_path_factory.mktemp("compared") / "figures.json"
     source = ROOT / "models" / "fashion_cnn.onnx"
     done = call(
@@ -220,13 +230,15 @@ def test_the_runtimes_are_asked_for_every_planned_layer(tmp_path: Path) -> None:
     targets = [name for name, found in there.items() if found]
     options = [word for name in targets for word in ("--target", name)]
     rows = tmp_path / "rows.json"
-    done = call(ROOT / "tools" / "check_runtimes.py", folder.parent, "--bits", 8, *options, "--json", rows)
+    done = call(ROOT / "tools" / "check" / "runtimes.py", folder.parent, "--bits", 8, *options, "--json", rows)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(rows.read_text())
     assert [(r["target"], r["planned"], r["missing"], r["broken"]) for r in found] == [(t, 2, [], []) for t in targets]
     assert all(f"| {t} | mlp | 8 | " in done.stdout for t in targets)
     # an option that comq-onnx refuses is the row, and the exit code
-    done = call(ROOT / "tools" / "check_runtimes.py", folder.parent, "--bits", 8, *options[:2], "--", "--exclude", "fc")
+    done = call(
+        ROOT / "tools" / "check" / "runtimes.py", folder.parent, "--bits", 8, *options[:2], "--", "--exclude", "fc"
+    )
     assert done.returncode == 1
     assert "comq-onnx: " in done.stdout
 
@@ -249,7 +261,7 @@ def test_a_sample_of_the_backend_tests_is_accounted_for(tmp_path: Path) -> None:
         "loop11|string_concat|sequence_insert_at_back|cast_FLOAT_to_FLOAT8E4M3FN|reduce_l1_empty_set|bernoulli|isnan)$|"
         "pytorch-converted/test_(Conv2d_depthwise|Linear)$|pytorch-operator/test_operator_(conv|addmm)$"
     )
-    done = call(ROOT / "tools" / "run_backend_tests.py", "--only", only, "--json", rows)
+    done = call(ROOT / "tools" / "check" / "backend_tests.py", "--only", only, "--json", rows)
     assert done.returncode == 0, done.stdout + done.stderr
     found = {(row["test"], row["form"]): row["outcome"] for row in json.loads(rows.read_text())}
     assert len({test for test, _ in found}) == 17
@@ -260,8 +272,8 @@ def test_a_sample_of_the_backend_tests_is_accounted_for(tmp_path: Path) -> None:
 
 
 def test_a_wrong_output_is_not_taken_for_a_right_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    tool = import_module("run_backend_tests")
+    monkeypatch.syspath_prepend(str(ROOT / "tools" / "check"))
+    tool = import_module("backend_tests")
     source, other = onnx.load(ROOT / "models" / "fashion_cnn.onnx"), onnx.load(ROOT / "models" / "fashion_cnn.onnx")
     weights = next(t for t in other.graph.initializer if len(t.dims) == 4)
     weights.raw_data = bytes(len(weights.raw_data))
@@ -274,14 +286,14 @@ def test_a_wrong_output_is_not_taken_for_a_right_one(tmp_path: Path, monkeypatch
 
 
 def test_a_sample_of_the_fuzzing_is_right_or_refused() -> None:
-    done = call(ROOT / "tools" / "run_fuzz.py", "--inputs", 60)
+    done = call(ROOT / "tools" / "check" / "fuzz.py", "--inputs", 60)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "60 inputs" in done.stdout
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks, and limits of Linux")
 def test_whatever_a_run_does_to_its_process_is_one_outcome(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    monkeypatch.syspath_prepend(str(ROOT / "tools" / "check"))
     sandbox = import_module("_sandbox")
 
     def run(job: str) -> str:
@@ -302,8 +314,8 @@ def test_whatever_a_run_does_to_its_process_is_one_outcome(monkeypatch: pytest.M
 
 
 def test_a_kill_leaves_the_source_and_nothing_partial() -> None:
-    done = call(ROOT / "tools" / "run_kills.py", "--kills", 2, "--no-faults")
+    done = call(ROOT / "tools" / "check" / "kills.py", "--kills", 2, "--no-faults")
     assert done.returncode == 0, done.stdout + done.stderr
-    done = call(ROOT / "tools" / "run_kills.py", "--kills", 0, "--faults", "cut off while calibrating")
+    done = call(ROOT / "tools" / "check" / "kills.py", "--kills", 0, "--faults", "cut off while calibrating")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "| external data cut off while calibrating | comq-onnx: " in done.stdout

@@ -1,10 +1,10 @@
-"""Compare two models on the same samples: how near the outputs are, size, speed, and the kernels the second one runs.
+"""Compare two models on the same samples: how near the outputs are, size, speed, and the kernels of the second one.
 
     python tools/compare.py model.onnx model_q.onnx --samples test.npz
     python tools/compare.py model.onnx model_q.onnx --samples photos/ --preprocess imagenet --json compared.json
 
 Any two models with the same inputs and outputs will do, quantized by whatever tool. Without --samples both run on
-synthetic ones: that tells their speed, and little else. tools/evaluate.py needs labels and says what they cost.
+synthetic ones: that tells their speed, and little else. tools/evaluate.py measures against labels.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import comq_onnx
 
 
 def tables(found: comq_onnx.Comparison) -> list[Table]:
-    """What was found, for a terminal."""
+    """Format a comparison as tables for a terminal."""
     outputs = Table(box=None, pad_edge=False, title=f"{found.samples} samples", title_justify="left")
     for name in ("output", "SQNR dB", "cosine", "top-1 agreement"):
         outputs.add_column(name, justify="left" if name == "output" else "right")

@@ -24,7 +24,7 @@ from comq_onnx.samples.load import load_samples
 
 
 def read(path: Path, labels: Path | None) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
-    """The sample arrays by input name, and the labels where there are any."""
+    """Read the sample arrays by input name, and the labels where there are any."""
     with np.load(path, allow_pickle=False) as loaded:
         arrays = {name: loaded[name] for name in loaded.files}
     inside = next((arrays.pop(name) for name in ("label", "labels") if name in arrays), None)
@@ -32,7 +32,7 @@ def read(path: Path, labels: Path | None) -> tuple[dict[str, np.ndarray], np.nda
 
 
 def classify(before: np.ndarray, after: np.ndarray, labels: np.ndarray | None) -> dict[str, Any]:
-    """Agreement and KL of two arrays of class scores; with labels top-1 of both and the paired flips."""
+    """Compute agreement and KL of two arrays of class scores; with labels top-1 of both and the paired flips."""
     first, second = before.argmax(-1), after.argmax(-1)
     p, q = softmax(before.astype(np.float64)), softmax(after.astype(np.float64))
     kl = (p * (np.log(p + 1e-12) - np.log(q + 1e-12))).sum(-1).mean()
@@ -49,7 +49,7 @@ def classify(before: np.ndarray, after: np.ndarray, labels: np.ndarray | None) -
 
 
 def evaluate(before: Path, after: Path, samples: Path, labels: Path | None, batch_size: int) -> dict[str, Any]:
-    """All figures by output name."""
+    """Compute all figures by output name."""
     arrays, truth = read(samples, labels)
     first, second = Session(before), Session(after)
     data = load_samples(arrays, first.inputs)

@@ -1,4 +1,4 @@
-"""Look at a model: its inputs and outputs, operators, weights, and what comq-onnx would quantize and leave.
+"""Show what a model consists of: inputs and outputs, operators, weights, and what comq-onnx would quantize and leave.
 
     python tools/inspect_model.py model.onnx
     python tools/inspect_model.py model.onnx --json model.json
@@ -31,7 +31,7 @@ from comq_onnx.write.check import lint
 
 
 def value(info: onnx.ValueInfoProto) -> dict[str, Any]:
-    """Name, type and dimensions of an input or output."""
+    """Describe an input or output: name, type and dimensions."""
     tensor = info.type.tensor_type
     dims = [d.dim_param or (d.dim_value if d.HasField("dim_value") else "?") for d in tensor.shape.dim]
     kind = onnx.TensorProto.DataType.Name(tensor.elem_type).lower() if tensor.elem_type else "not a tensor"
@@ -39,7 +39,7 @@ def value(info: onnx.ValueInfoProto) -> dict[str, Any]:
 
 
 def operators(graph: onnx.GraphProto) -> Counter[str]:
-    """Nodes by operator, subgraphs included."""
+    """Count the nodes by operator, subgraphs included."""
     counts: Counter[str] = Counter()
     for node in graph.node:
         counts[f"{node.domain}.{node.op_type}" if node.domain not in ("", "ai.onnx") else node.op_type] += 1
@@ -50,7 +50,7 @@ def operators(graph: onnx.GraphProto) -> Counter[str]:
 
 
 def weights(graph: onnx.GraphProto) -> Counter[str]:
-    """Bytes of the initializers by type."""
+    """Count the bytes of the initializers by type."""
     sizes: Counter[str] = Counter()
     bits = {"INT4": 4, "UINT4": 4, "INT2": 2, "UINT2": 2, "FLOAT4E2M1": 4}
     for tensor in graph.initializer:
@@ -63,7 +63,7 @@ def weights(graph: onnx.GraphProto) -> Counter[str]:
 
 
 def inspect(path: Path, target: str | None = None) -> dict[str, Any]:
-    """All that is known about a model without running samples through it."""
+    """Collect all that is known about a model without running samples through it."""
     path = find_model(path)
     model, source = load_source(path)
     proto = onnx.load(path, load_external_data=False)

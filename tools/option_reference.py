@@ -30,12 +30,12 @@ asymmetric = true
 
 
 def cell(text: str) -> str:
-    """Text for a cell of a Markdown table."""
+    """Escape text for a cell of a Markdown table."""
     return text.replace("|", "\\|").replace("<", "&lt;")
 
 
 def row(option: click.Option, ctx: click.Context) -> str:
-    """One option: names, meaning, name in a configuration file."""
+    """Format one option: names, meaning, name in a configuration file."""
     record = option.get_help_record(ctx)
     assert record is not None
     names, meaning = record
@@ -45,7 +45,7 @@ def row(option: click.Option, ctx: click.Context) -> str:
 
 
 def reference() -> str:
-    """The whole page."""
+    """Make the whole page."""
     ctx = click.Context(command, info_name="comq-onnx", max_content_width=1000, show_default=True)
     lines = [HEAD.rstrip()]
     for title, options in grouped(command.get_params(ctx)):

@@ -7,7 +7,7 @@ what the objective makes of it, || Q(X t) Q(W / t) - X W ||^2, since what the ac
 
 Where the values come out of a layer norm or a product with a constant, and only the layers read them, t goes into that
 constant; elsewhere one Mul stands before the QuantizeLinear, a few per cent of the product's time. A QuantizeLinear per
-channel would do without the Mul, but takes several times as long as the product (both: tools/bench_forms.py).
+channel would do without the Mul, but takes several times as long as the product (both: tools/bench/forms.py).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Made-up samples for a model without any: procedural pictures, text of a bundled page, sound-like noise.
 
-What each costs against real samples is measured by tools/bench_synthetic.py, and said in the warning.
+What each costs against real samples is measured by tools/bench/synthetic.py, and said in the warning.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from comq_onnx.samples.text import complete, role_of, texts_wanted, token_inputs
 SIDE, FREE_TOKENS, MOST_DRAWN = 224, 32, 512
 MOST_TEXTS = 72  # drawn from a model: each takes as many runs as it has tokens
 LEAST_VOCABULARY = 32
-# the figures of tools/bench_synthetic.py: EfficientNet-Lite0 and MiniLM, 128 samples of each kind, measured on real
+# the figures of tools/bench/synthetic.py: EfficientNet-Lite0 and MiniLM, 128 samples of each kind, measured on real
 # ones; of SmolLM2: effort fast, 24 samples of 32 tokens, measured on 8 texts of 64
 TELL = "the comparison is made on them too; give real samples with --calib"
 PICTURE_WARNING = (

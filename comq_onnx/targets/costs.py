@@ -1,6 +1,6 @@
 """What operators take on a runtime: straight lines through measured times, in microseconds and nanoseconds.
 
-`python tools/bench_costs.py` measures the nodes of real models and prints the lines.
+`python tools/bench/costs.py` measures the nodes of real models and prints the lines.
 """
 
 from __future__ import annotations

@@ -32,9 +32,9 @@ Feeds = dict[str, np.ndarray]
 
 @pytest.fixture(scope="module")
 def runtimes() -> Any:
-    """tools/_runtimes.py, which reads what the runtimes made."""
+    """tools/check/_runtimes.py, which reads what the runtimes made."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "tools"))
+        patch.syspath_prepend(str(ROOT / "tools" / "check"))
         return import_module("_runtimes")
 
 

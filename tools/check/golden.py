@@ -2,11 +2,13 @@
 
     python tools/check/golden.py record golden.json       before a change that is not to change any output
     python tools/check/golden.py compare golden.json      after it
-
-Bytes may differ between processors, so a record of them is compared on the machine that made it. The structure (types of
-operators, and the type and shape of every stored tensor) does not: tests/golden.json keeps it, `structure` rewrites it.
-
     python tools/check/golden.py structure tests/golden.json
+
+It prints one line for each run: its digests, or whether they are still the same (exit code 1 where one is not).
+
+Bytes may differ between processors, so a record of them is compared on the machine that made it. The structure (types
+of operators, and the type and shape of every stored tensor) is the same on all: tests/golden.json keeps it, and
+`structure` rewrites that file.
 """
 
 from __future__ import annotations
@@ -39,7 +41,12 @@ TIMED = ("seconds", "peak_rss_mb", "latency_ms", "runtime", "version", "output",
 
 @dataclass(frozen=True)
 class Case:
-    """One run: how its model is made, the options, and the samples where they are not random ones."""
+    """Describe one run.
+
+    model: builds its model
+    options: those of `quantize`
+    samples: makes its samples; None for random ones
+    """
 
     model: Callable[[], onnx.ModelProto]
     options: dict[str, Any] = field(default_factory=dict)
@@ -47,7 +54,7 @@ class Case:
 
     @property
     def is_surveyed(self) -> bool:
-        """Whether the bits of layers hang on measured noise, and so perhaps on the processor."""
+        """Tell whether the bits of layers depend on measured noise, and so perhaps on the processor."""
         return not self.options.get("uniform") and self.options.get("bits") != 8
 
 
@@ -61,7 +68,7 @@ def _photos() -> dict[str, np.ndarray]:
 
 
 def _convolutions() -> onnx.ModelProto:
-    """A grouped and a dilated convolution, a transposed one and a grouped transposed one."""
+    """Build a grouped and a dilated convolution, a transposed one and a grouped transposed one."""
     return models.build(
         """convolutions (float[batch, 8, 10, 10] x) => (float[batch, 6, 22, 22] y) {
             [grouped] a = Conv <kernel_shape = [3, 3], pads = [1, 1, 1, 1], group = 2> (x, w1, b1)
@@ -86,7 +93,7 @@ def _convolutions() -> onnx.ModelProto:
 
 
 def _branches() -> onnx.ModelProto:
-    """An If whose branches have a layer each, and a Loop with a layer in its body."""
+    """Build an If whose branches have a layer each, and a Loop with a layer in its body."""
     return models.build(
         """branches (float[batch, 32] x) => (float[batch, 10] y) <int64 three = {3}, bool yes = {1}> {
             [first] h = MatMul (x, w1)
@@ -114,7 +121,7 @@ def _branches() -> onnx.ModelProto:
 
 
 def _half() -> onnx.ModelProto:
-    """The perceptron of the tests in float16."""
+    """Build the perceptron of the tests in float16."""
     return models.build(
         """half (float16[batch, 32] x) => (float16[batch, 10] y) {
             [fc1] h = Gemm <transB = 1> (x, w1, b1)
@@ -147,7 +154,9 @@ CASES: dict[str, Case] = {
         _photos,
     ),
     "convolutions": Case(_convolutions, {"bits": 4}),
-    "convolutions, per tensor": Case(_convolutions, {"bits": 4, "granularity": "tensor", "activations": "8", "uniform": True}),
+    "convolutions, per tensor": Case(
+        _convolutions, {"bits": 4, "granularity": "tensor", "activations": "8", "uniform": True}
+    ),
     "branches": Case(_branches, {"bits": 4, "uniform": True}),
     "sentences": Case(models.encoder, {"bits": 4}, models.sentences),
     "sentences, 8 bits": Case(models.encoder, {"bits": 8}, models.sentences),
@@ -170,7 +179,7 @@ CASES: dict[str, Case] = {
 
 @dataclass(frozen=True)
 class Result:
-    """What a run gave: the digest of the file, that of the report without times, and the file's structure."""
+    """Hold what a run gave: the digest of the file, that of the report without times, and the file's structure."""
 
     sha256: str
     report: str
@@ -178,7 +187,7 @@ class Result:
 
 
 def run(case: Case) -> Result:
-    """Quantize a case's model and take down what was written."""
+    """Quantize a case's model and describe what was written."""
     model = case.model()
     samples = case.samples() if case.samples is not None else models.samples_for(model, SAMPLES)
     with tempfile.TemporaryDirectory() as folder:
@@ -188,7 +197,7 @@ def run(case: Case) -> Result:
 
 
 def structure(model: onnx.ModelProto) -> dict[str, Any]:
-    """What does not hang on the processor: opset, operators and how many of each, types and shapes of constants."""
+    """Describe what no processor changes: opset, operators and how many of each, types and shapes of constants."""
     nodes: Counter[str] = Counter()
     graphs = [model.graph]
     while graphs:

@@ -1,15 +1,15 @@
 """Check and time everything that runs on a GPU, in one command that needs no network, and print one table.
 
-    python tools/gpu_check.py                      # cuda, some minutes; exit code 1 if anything is wrong
-    python tools/gpu_check.py --device cuda:1 --json gpu.json
-    python tools/gpu_check.py --device cpu         # the same code on torch's CPU, small: that the check itself works
+    python tools/check/gpu.py                      # cuda, some minutes; exit code 1 if anything is wrong
+    python tools/check/gpu.py --device cuda:1 --json gpu.json
+    python tools/check/gpu.py --device cpu         # the same code on torch's CPU, small: that the check itself works
 
 - environment: packages, driver, GPU, what ONNX Runtime and Triton say;
 - correctness: each part against the CPU: tensors out of ONNX Runtime, Grams, the in-block kernel, the solver (codes,
   objective), whole models of models/ (codes, SQNR), `compare`, TensorRT where it is there; and the tests of these
   parts with their tensors on the device, where pytest is installed;
 - timings: float32 matrix products (the peak that the rest is measured by), Grams of rows and of patches, the solver on
-  the sizes of bench_solve.py with its share of the limit that flops set, and how many samples a second calibration
+  the sizes of bench/solve.py with its share of the limit that flops set, and how many samples a second calibration
   takes.
 
 Times are medians after a warm-up, with the device synchronized before each reading of the clock.
@@ -27,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,6 @@ import click
 import numpy as np
 import onnx
 import torch
-from bench_solve import SIZES, limit, make_layer, milliseconds
 from onnx import numpy_helper
 from rich.console import Console
 from rich.table import Table
@@ -55,14 +55,24 @@ from comq_onnx.solve.moment_sums import MomentSums
 from comq_onnx.solve.moments import Moments
 from comq_onnx.solve.patches import patch_gram
 
-ROOT = Path(__file__).parents[1]
-TESTS = ("test_solve_gpu.py", "test_moments.py", "test_patches.py", "test_cuts.py")
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "tools"))
+
+from bench.solve import SIZES, limit, make_layer, milliseconds  # noqa: E402
+
+TESTS = (
+    "solve/test_gpu.py",
+    "solve/test_moments.py",
+    "solve/test_moment_sums.py",
+    "solve/test_patches.py",
+    "calibrate/test_cut_tensors.py",
+)
 GRID = Grid(4, symmetric=False)
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table; good is None where nothing is asked for."""
+    """Hold one line of the table; good: None where nothing is wanted."""
 
     part: str
     what: str
@@ -73,7 +83,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Scale:
-    """How large everything is: of a check, and of its smoke test."""
+    """Set the sizes of a check, or of its smoke test."""
 
     sizes: tuple[str, ...]
     product: int
@@ -88,7 +98,7 @@ SMOKE = Scale(("96x64",), 256, 512, 16, 1, "fast")
 
 
 class Check:
-    """All parts, on one device."""
+    """Check every part on one device."""
 
     def __init__(self, name: str, scale: Scale) -> None:
         self.name, self.scale = name, scale
@@ -96,7 +106,7 @@ class Check:
         self.rng = np.random.default_rng(0)
 
     def environment(self) -> Iterator[Row]:
-        """What is installed and what it sees."""
+        """List what is installed and what it finds."""
         found = {
             "python": platform.python_version(), "numpy": np.__version__, "torch": torch.__version__,
             "ONNX Runtime": ", ".join(f"{k} {v}" for k, v in devices.installed().items()) or runtime.version(),
@@ -117,7 +127,7 @@ class Check:
     # correctness
 
     def tensors(self) -> Iterator[Row]:
-        """A session's inputs and outputs are torch's own memory."""
+        """Check that a session's inputs and outputs are torch's own memory."""
         text = '<ir_version: 8, opset_import: ["": 17]> g (float[n, 32] x) => (float[n, 32] y) { y = Relu (x) }'
         session = Session(onnx.parser.parse_model(text).SerializeToString(), self.name)
         x = torch.randn(64, 32, device=self.device)
@@ -126,7 +136,7 @@ class Check:
         yield self.wanted("and right", f"{float((y - x.relu()).abs().max()):.1e}", "0", torch.equal(y, x.relu()))
 
     def grams(self) -> Iterator[Row]:
-        """MomentSums of rows and patches against float64."""
+        """Check the Grams of rows and of patches against float64."""
         x = self.rng.standard_normal((1, self.scale.positions, 256)).astype(np.float32)
         sums = MomentSums()
         sums.add(torch.as_tensor(x, device=self.device), None)
@@ -139,7 +149,7 @@ class Check:
         yield self.wanted("Gram of patches, against numpy", f"{off:.1e}", "2e-6", off < 2e-6)
 
     def kernel(self) -> Iterator[Row]:
-        """The in-block step as Triton does it against torch's."""
+        """Check the in-block step of Triton against torch's."""
         if step._kernel() is None or (self.device.type != "cuda" and not step._interpreted()):
             yield Row("correct", "Triton kernel", "not run here")
             return
@@ -160,7 +170,7 @@ class Check:
         yield self.wanted("Triton kernel, codes as torch's", f"{share:.3%}", "99.9%", share >= 0.999)
 
     def solver(self) -> Iterator[Row]:
-        """Layers solved on the device and on the CPU."""
+        """Check layers solved on the device against the CPU's solutions."""
         for size in self.scale.sizes[:2]:
             n, m = map(int, size.split("x"))
             layer = make_layer(n, m, 0)
@@ -204,15 +214,11 @@ class Check:
 
     def quantize(self, model: Path, out: Path, calib: Path, options: dict[str, Any]) -> comq_onnx.Report:
         """Quantize with the walk on tensors, on the CPU too."""
-        true = pipeline.Run.settings
-        pipeline.Run.settings = lambda run: replace(true(run), tensors=True)  # type: ignore[method-assign]
-        try:
+        with walk_on_tensors():
             return comq_onnx.quantize(model, out, calib, device=self.name, **options)
-        finally:
-            pipeline.Run.settings = true  # type: ignore[method-assign]
 
     def tests(self) -> Iterator[Row]:
-        """The tests of all this, with their tensors on the device."""
+        """Run the tests of all this with their tensors on the device."""
         if importlib.util.find_spec("pytest") is None or not (ROOT / "tests").is_dir():
             yield Row("correct", "tests", "not run: no pytest, or no tests/ here")
             return
@@ -229,7 +235,7 @@ class Check:
     # timings
 
     def timings(self) -> Iterator[Row]:
-        """Rates, and what share of the measured peak they are."""
+        """Measure rates, and their share of the measured peak."""
         a = torch.randn(self.scale.product, self.scale.product, device=self.device)
         peak = 2 * self.scale.product**3 / self.median(lambda: a @ a) / 1e9
         yield Row("timing", f"float32 matrix product, {self.scale.product}", f"{peak:.2f} TFLOP/s")
@@ -253,7 +259,7 @@ class Check:
                 yield Row("timing", f"solver {size}, {effort}", f"{spent:.1f} ms, {share:.0%} of the flops' limit")
 
     def median(self, run: Callable[[], Any]) -> float:
-        """Milliseconds, after a warm-up."""
+        """Time a function after a warm-up: the median in milliseconds."""
 
         def whole() -> None:
             run()
@@ -264,7 +270,7 @@ class Check:
         return milliseconds(whole, self.scale.runs)
 
     def on_device(self, statistics: Moments) -> Moments:
-        """The moments as tensors."""
+        """Copy moments to the device as tensors."""
         half = None if statistics.half is None else self.on_device(statistics.half)
         names = ("gram", "mean", "cross", "residue", "mean_error")
         found = {name: getattr(statistics, name) for name in names}
@@ -275,12 +281,23 @@ class Check:
 
     @staticmethod
     def wanted(what: str, found: str, wanted: str, good: bool) -> Row:
-        """A row that is right or wrong."""
+        """Make a row that is right or wrong."""
         return Row("correct", what, found, wanted, bool(good))
 
 
+@contextmanager
+def walk_on_tensors() -> Iterator[None]:
+    """Let the pipeline walk on torch's tensors, whatever the device."""
+    true = pipeline.Run.settings
+    pipeline.Run.settings = lambda run: replace(true(run), tensors=True)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        pipeline.Run.settings = true  # type: ignore[method-assign]
+
+
 def rows(name: str, scale: Scale) -> Iterator[Row]:
-    """The whole table; what raises is a row that is wrong."""
+    """Yield the whole table; an error becomes a row that is wrong."""
     try:
         chosen = devices.choose(name).device
     except ComqError as error:
@@ -302,7 +319,7 @@ def _off(found: np.ndarray, true: np.ndarray) -> float:
 
 
 def _same_codes(first: onnx.ModelProto, second: onnx.ModelProto) -> float:
-    """The share of equal numbers in the integer constants of two models that are no mere handful."""
+    """Compute the share of equal numbers in the integer constants, of 64 numbers or more, of two models."""
     codes = {x.name: numpy_helper.to_array(x).astype(np.int16) for x in first.graph.initializer if "int" in _kind(x)}
     others = {x.name: numpy_helper.to_array(x).astype(np.int16) for x in second.graph.initializer if x.name in codes}
     large = [name for name, x in codes.items() if x.size >= 64 and name in others and others[name].shape == x.shape]

@@ -1,9 +1,9 @@
-"""Time the QDQ forms that comq_onnx.qdq chooses between, in ONNX Runtime on one thread: the table of docs/runtimes.md.
+"""Time the QDQ forms that comq_onnx.write chooses between, in ONNX Runtime on one thread: see docs/runtimes.md.
 
-    python tools/bench_forms.py
+    python tools/bench/forms.py
 
-Each line: the form, milliseconds (median, all forms of a group in turn), speed over the float form, and what ONNX
-Runtime made of it.
+It prints a line for each: the form, milliseconds (median, all forms of a group in turn), speed over the float form, and
+the operators that ONNX Runtime made of it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ X_SCALE, Y_SCALE, MIDDLE = np.float32(0.02), np.float32(2.0), np.uint8(128)
 
 
 def model(nodes: list[Any], constants: dict[str, Any], shape: list[Any], dtype: int = TensorProto.FLOAT) -> Model:
-    """A model from x to y."""
+    """Build a model from x to y."""
     graph = helper.make_graph(
         nodes, "form", [helper.make_tensor_value_info("x", dtype, shape)], [onnx.ValueInfoProto(name="y")],
         [numpy_helper.from_array(np.asarray(v), k) for k, v in constants.items()],
@@ -40,7 +40,7 @@ def model(nodes: list[Any], constants: dict[str, Any], shape: list[Any], dtype: 
 
 
 def node(op: str, inputs: str, output: str, **attributes: Any) -> Any:
-    """A node from names written in one string."""
+    """Build a node from names written in one string."""
     return helper.make_node(op, inputs.split(), [output], **attributes)
 
 
@@ -49,7 +49,7 @@ UNPACK = node("Cast", "w4", "w8", to=TensorProto.INT8)
 
 
 def conv_forms() -> dict[str, Model]:
-    """A 3x3 convolution, 64 to 64 channels at 56x56."""
+    """Build a 3x3 convolution, 64 to 64 channels at 56x56, in each form."""
     w = RNG.integers(-7, 8, (64, 64, 3, 3)).astype(np.int8)
     scale = (RNG.random(64) * 0.1 + 0.01).astype(np.float32)
     common = {"s": scale, "xs": X_SCALE, "xz": MIDDLE, "ys": Y_SCALE}
@@ -80,7 +80,7 @@ def conv_forms() -> dict[str, Model]:
 
 
 def planes(w: Any, common: dict[str, Any], rest: list[Any], shape: list[Any]) -> Model:
-    """Codes joined from bit planes when the model is loaded: see comq_onnx.codes."""
+    """Build a model that joins codes from bit planes when it is loaded: see comq_onnx.write.codes."""
     constants = {"shape": np.array(w.shape), "flat": np.array([-1])}
     nodes = []
     for k, (width, shift) in enumerate(((4, 2), (2, 0))):
@@ -94,7 +94,7 @@ def planes(w: Any, common: dict[str, Any], rest: list[Any], shape: list[Any]) ->
 
 
 def matmul_forms(shape: list[Any]) -> dict[str, Model]:
-    """x [.., 128, 768] times a weight [768, 3072] plus a bias, integer, with the bias written in three ways."""
+    """Build x [.., 128, 768] times a weight [768, 3072] plus a bias, in integers; the bias is written in three ways."""
     w = RNG.integers(-7, 8, (768, 3072)).astype(np.int8)
     scale = (RNG.random(3072) * 0.1 + 0.01).astype(np.float32)
     bias = RNG.standard_normal(3072).astype(np.float32)
@@ -116,7 +116,7 @@ def matmul_forms(shape: list[Any]) -> dict[str, Model]:
 
 
 def gather_forms() -> dict[str, Model]:
-    """128 rows looked up in a table of 30,522 x 384."""
+    """Build a look-up of 128 rows in a table of 30,522 x 384, in each form."""
     codes = RNG.integers(-127, 128, (30522, 384)).astype(np.int8)
     scale = (RNG.random((30522, 1)) * 0.01).astype(np.float32)
     shape = [1, 128]
@@ -135,7 +135,7 @@ def gather_forms() -> dict[str, Model]:
 
 
 def evened_forms() -> dict[str, Model]:
-    """Channels multiplied by factors before one scale serves them all: by a Mul, or by a scale for each channel."""
+    """Build a product whose input channels get factors before one scale serves all: by a Mul, or a scale for each."""
     weights = RNG.integers(-127, 128, (1536, 384)).astype(np.int8)
     scale, factors = np.full(384, 0.01, np.float32), RNG.uniform(0.5, 2, 1536).astype(np.float32)
     constants = {

@@ -1,6 +1,6 @@
 """Put the `onnx` package's own backend tests through comq-onnx at 8 bits, and account for every one.
 
-    python tools/run_backend_tests.py [--only REGEX] [--json FILE]
+    python tools/check/backend_tests.py [--only REGEX] [--json FILE]
 
 Each test is a model with inputs and the outputs that the ONNX standard expects. It goes through the command line in
 three forms:
@@ -60,7 +60,7 @@ RANDOM = frozenset(
 
 @dataclass(frozen=True)
 class Job:
-    """One test in one form: the name, the model's bytes, inputs by name, expected outputs by name."""
+    """Hold one test in one form: the name, the model's bytes, inputs by name, expected outputs by name."""
 
     name: str
     form: str
@@ -73,7 +73,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Result:
-    """What a test came to: quantized, refused, wrong or crash, and the reason or the figures."""
+    """Hold the result of a test: quantized, refused, wrong or crash, and the reason or the figures."""
 
     kind: str
     detail: str
@@ -82,7 +82,7 @@ class Result:
 
 
 def jobs(only: str | None, forms: Sequence[str]) -> Iterator[Job]:
-    """Every test in every form that it has."""
+    """Yield every test in every form that it has."""
     for kind in KINDS:
         with warnings.catch_warnings():
             # the reference outputs of some tests overflow on purpose
@@ -99,7 +99,7 @@ def jobs(only: str | None, forms: Sequence[str]) -> Iterator[Job]:
 
 
 def _read(case: Any) -> tuple[onnx.ModelProto, list[Any], list[Any]]:
-    """The model of a test, and its first set of inputs and expected outputs."""
+    """Read the model of a test, and its first set of inputs and expected outputs."""
     if case.model is not None:
         inputs, outputs = case.data_sets[0]
         return case.model, [_array(v) for v in inputs], [_array(v) for v in outputs]
@@ -131,7 +131,7 @@ def _numbered(folder: Path, kind: str) -> list[Any]:
 
 
 def _tensor(path: Path) -> Any:
-    """A tensor in a file; None where the file holds something else."""
+    """Read the tensor in a file; None where the file holds something else."""
     try:
         return numpy_helper.to_array(onnx.TensorProto.FromString(path.read_bytes()))
     except (ValueError, TypeError, onnx.onnx_cpp2py_export.checker.ValidationError):
@@ -155,8 +155,10 @@ def _forms(
 
 
 def weights_inside(model: onnx.ModelProto, feeds: dict[str, Any]) -> tuple[onnx.ModelProto, dict[str, Any]] | None:
-    """The model with the inputs that are a layer's weight or bias as constants; None where there are none, or where
-    nothing else would be left."""
+    """Turn the inputs that are a layer's weight or bias into constants.
+
+    Returns the model and the other inputs; None where there is no such input, or no other one.
+    """
     inside = {
         node.input[i]
         for node in model.graph.node
@@ -177,8 +179,10 @@ def weights_inside(model: onnx.ModelProto, feeds: dict[str, Any]) -> tuple[onnx.
 def before_a_layer(
     model: onnx.ModelProto, feeds: dict[str, Any], outputs: list[Any]
 ) -> tuple[onnx.ModelProto, dict[str, Any]]:
-    """The model with a MatMul behind each output that holds numbers; beside it with an input of its own, where none
-    does."""
+    """Add a MatMul behind each output that holds numbers; where none does, one beside them with an input of its own.
+
+    Returns the model and its inputs.
+    """
     changed = onnx.ModelProto()
     changed.CopyFrom(model)
     graph, rng = changed.graph, np.random.default_rng(0)
@@ -236,7 +240,10 @@ def check(job: Job) -> Result:
 
 
 def _save_samples(folder: Path, job: Job) -> list[object]:
-    """The inputs several times over, as complete tensors; no samples where they cannot be stored."""
+    """Store the inputs several times over, as complete tensors, and return the options that name them.
+
+    There are no options where the inputs cannot be stored as samples.
+    """
     if not job.feeds or not all(isinstance(v, np.ndarray) for v in job.feeds.values()):
         return []
     arrays = {name: np.stack([v] * COPIES) for name, v in job.feeds.items()}
@@ -249,7 +256,7 @@ def _save_samples(folder: Path, job: Job) -> list[object]:
 
 
 def compare(job: Job, source: Path, out: Path, quantized: list[str]) -> Result:
-    """Whether the model at `out`, of which the layers `quantized` are, gives what is expected, output by output."""
+    """Compare the outputs of the model at `out`, whose layers `quantized` are quantized, with the expected ones."""
     onnx.checker.check_model(str(out))
     layers = len(quantized)
     if any(node.op_type in RANDOM for node in onnx.load(source).graph.node) or "Dropout" in job.name:
@@ -272,7 +279,7 @@ def compare(job: Job, source: Path, out: Path, quantized: list[str]) -> Result:
 
 
 def _close(got: Any, wanted: Any, job: Job) -> bool:
-    """Whether an output is what a test expects, to its tolerance."""
+    """Tell whether an output is what a test expects, to its tolerance."""
     if not isinstance(wanted, np.ndarray) or not isinstance(got, np.ndarray):
         return isinstance(wanted, np.ndarray) == isinstance(got, np.ndarray) or wanted is None
     if got.shape != wanted.shape or got.dtype.kind != wanted.dtype.kind:
@@ -287,13 +294,13 @@ def _brief(value: Any) -> str:
 
 
 def reason(said: Said) -> str:
-    """The kind of a refusal: its line without names and numbers of the test."""
+    """Return the error line of a refusal without the paths of the test."""
     line = said.err.strip().removeprefix("comq-onnx: ")
     return re.sub(r"\S*/model\.onnx", "MODEL", re.sub(r"\S*/samples\.npz", "SAMPLES", line))
 
 
 def kind_of(line: str) -> str:
-    """What groups refusals in the table."""
+    """Return the group of a refusal in the table."""
     for words, what in (
         ("no layer to quantize", "no layer to quantize"),
         ("already quantized", "already quantized"),

@@ -1,8 +1,8 @@
 """Time the solver on layers of several sizes against a plain torch GPTQ and the paper's algorithm on X.
 
-    python tools/bench_solve.py                 # one thread, 768 x 768 to 4096 x 4096
-    python tools/bench_solve.py --sizes 768x768 --bits 2 --seeds 3
-    python tools/bench_solve.py --steps --sizes 768x768 --seeds 3    # what each step of the solver adds
+    python tools/bench/solve.py                 # one thread, 768 x 768 to 4096 x 4096
+    python tools/bench/solve.py --sizes 768x768 --bits 2 --seeds 3
+    python tools/bench/solve.py --steps --sizes 768x768 --seeds 3    # what each step of the solver adds
 
 The layers are synthetic: inputs with a power-law spectrum, mixed by a random rotation, with a mean; weights are
 Gaussian. The objective is that of the layer on other inputs of the same kind, 10 log10 (||Wq X - W X||^2 / ||W X||^2),
@@ -51,7 +51,12 @@ PAPER_POSITIONS = 2048
 
 @dataclass(frozen=True)
 class Layer:
-    """A synthetic layer: weight [1, m, n], moments to calibrate and to measure on, and rows of its input."""
+    """Hold a synthetic layer.
+
+    weight: [1, m, n]
+    seen, unseen: the moments to calibrate on and to measure on
+    rows: inputs [positions, n]
+    """
 
     weight: np.ndarray
     seen: Moments
@@ -60,7 +65,7 @@ class Layer:
 
 
 def make_layer(n: int, m: int, seed: int) -> Layer:
-    """A layer of n inputs and m outputs."""
+    """Make a layer of n inputs and m outputs."""
     rng = np.random.default_rng(seed)
     mixing, _ = np.linalg.qr(rng.standard_normal((n, n), dtype=np.float32))
     mixing *= (np.arange(1, n + 1, dtype=np.float32) ** -0.5)[:, None]
@@ -79,7 +84,7 @@ def make_layer(n: int, m: int, seed: int) -> Layer:
 
 
 def milliseconds(run: Callable[[], Any], runs: int) -> float:
-    """The median of several runs."""
+    """Time several runs: the median in milliseconds."""
     spent = []
     for _ in range(runs):
         start = time.perf_counter()
@@ -89,20 +94,25 @@ def milliseconds(run: Callable[[], Any], runs: int) -> float:
 
 
 def sgemm_rate(n: int = 2048) -> float:
-    """Flops per millisecond of a float32 matrix product."""
+    """Measure the flops per millisecond of a float32 matrix product."""
     a = np.random.default_rng(0).standard_normal((n, n), dtype=np.float32)
     return 2 * n**3 / milliseconds(lambda: a @ a, 5)
 
 
 def limit(n: int, m: int, grid: Grid, effort: str) -> float:
-    """Flops that cannot be avoided, and those of the rounding passes."""
+    """Count the flops that cannot be avoided, and those of the rounding passes."""
     search = EFFORTS[effort]
     passes = len(search.factors) + 2 * (search.zero_points and not grid.symmetric and grid.bits <= ZERO_POINT_BITS)
     return n**3 / 3 + (3 + passes) * n**2 * m
 
 
 def torch_gptq(weight: np.ndarray, gram: np.ndarray, grid: Grid, scale: np.ndarray, zero: np.ndarray) -> np.ndarray:
-    """GPTQ on one matrix: wq [m, n]. weight [m, n], gram [n, n], scale and zero [m]."""
+    """Run GPTQ (Frantar et al. 2023) on one matrix: wq [m, n].
+
+    weight: [m, n]
+    gram: [n, n]
+    scale, zero: [m]
+    """
     w, h = torch.from_numpy(weight.copy()), torch.from_numpy(gram.astype(np.float32))
     s, z = torch.from_numpy(scale.copy()), torch.from_numpy(zero.astype(np.float32))
     order = torch.argsort(torch.diag(h), descending=True)
@@ -125,8 +135,10 @@ def torch_gptq(weight: np.ndarray, gram: np.ndarray, grid: Grid, scale: np.ndarr
 
 
 def paper_seconds(layer: Layer, grid: Grid, sweeps: int = 3, channels: int = 64, inputs: int = 24) -> float:
-    """Seconds of the authors' algorithm on X, extrapolated from some channels and steps: each channel visits its inputs
-    in its own order, and its residual over all positions follows every code."""
+    """Time the authors' algorithm on X in seconds, extrapolated from some channels and steps.
+
+    Each channel visits its inputs in its own order, and its residual over all positions follows every code.
+    """
     x = np.ascontiguousarray(np.resize(layer.rows, (PAPER_POSITIONS, layer.rows.shape[1])).T)
     w = layer.weight[0, :channels]
     scale, zero = (a[0, :channels, 0] for a in fit_minmax(layer.weight, grid))
@@ -144,7 +156,7 @@ def paper_seconds(layer: Layer, grid: Grid, sweeps: int = 3, channels: int = 64,
 
 
 def objective(layer: Layer, quantized: QuantizedWeight, centred: bool) -> float:
-    """dB on unseen rows; where centred, after a shift of the bias by what the seen rows' mean lost."""
+    """Compute the objective in dB on unseen rows; centred: after a shift of the bias by the mean error on seen rows."""
     judge = Judge(layer.weight, layer.unseen.centred())
     variance, offset = judge(quantized)
     if centred:
@@ -155,7 +167,7 @@ def objective(layer: Layer, quantized: QuantizedWeight, centred: bool) -> float:
 
 @dataclass
 class Row:
-    """One line of the table."""
+    """Hold one line of the table."""
 
     name: str
     ms: float
@@ -165,7 +177,7 @@ class Row:
 
 
 def measure(n: int, m: int, grid: Grid, efforts: tuple[str, ...], runs: int, seeds: int) -> list[Row]:
-    """The rows of one size: times from the first seed, objectives as the mean over all."""
+    """Measure the rows of one size: times from the first seed, objectives as the mean over all."""
     rate = sgemm_rate()
     layers = [make_layer(n, m, seed) for seed in range(seeds)]
     first = layers[0]
@@ -211,7 +223,7 @@ STEPS = {
 
 
 def print_steps(sizes: tuple[str, ...], granularity: str, seeds: int) -> None:
-    """A table of what each step adds: dB on unseen inputs, and ms."""
+    """Print a table of what each step adds: dB on unseen inputs, and ms."""
     click.echo("| inputs x outputs | step | ms | 4 bits | 3 bits | 2 bits |")
     click.echo("|---|---|---|---|---|---|")
     for size in sizes:
@@ -229,7 +241,7 @@ def print_steps(sizes: tuple[str, ...], granularity: str, seeds: int) -> None:
 
 
 def make_grid(bits: int, granularity: str) -> Grid:
-    """The asymmetric grid of `bits` per channel or per block."""
+    """Return the asymmetric grid of `bits` bits per channel or per block."""
     return Grid(bits, symmetric=False, block_size=int(granularity) if granularity.isdigit() else None)
 
 

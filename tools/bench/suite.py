@@ -1,7 +1,7 @@
-"""Quantize the real models that tools/export_zoo.py exported, and print what became of each.
+"""Quantize the real models that tools/zoo/export.py exported, and print one row for each.
 
-    python tools/export_zoo.py zoo
-    python tools/bench_suite.py zoo --bits 8 --bits 4
+    python tools/zoo/export.py zoo
+    python tools/bench/suite.py zoo --bits 8 --bits 4
 
 Each model is calibrated on its calib.npz by the command line in a process of its own (so that peak memory is its own)
 and measured on its test.npz. A row says: bits, size before and after, SQNR and top-1 agreement of the worst output,
@@ -54,7 +54,7 @@ def run_one(folder: Path, bits: int, extra: tuple[str, ...], keep: Path | None) 
 
 
 def measure(folder: Path, out: Path, said: dict[str, Any]) -> dict[str, Any]:
-    """What the file at `out` does on the model's own test samples."""
+    """Measure the file at `out` on the model's own test samples."""
     before, after = Session(folder / "model.onnx"), Session(out)
     samples = load_samples(folder / "test.npz", before.inputs)
     outputs = compare_outputs(before, after, samples, 16)
@@ -86,7 +86,7 @@ def _runs(path: Path, level: int, samples: Any) -> bool:
 
 
 def row(found: dict[str, Any]) -> str:
-    """One line of a Markdown table."""
+    """Format one line of a Markdown table."""
     if "failed" in found:
         return f"| {found['model']} | {found['bits']} | {found['failed']} |" + " |" * 7
     size = found["size"]

@@ -1,8 +1,8 @@
-"""Quantize models for each target, and see what its own runtime makes of them, without a GPU.
+"""Quantize models for each target, and look for the planned layers in its own runtime, without a GPU.
 
     pip install -e '.[cpu,runtimes]'
-    python tools/export_zoo.py zoo
-    python tools/check_runtimes.py zoo --only minilm --target openvino --target tensorrt --bits 8 --bits 4
+    python tools/zoo/export.py zoo
+    python tools/check/runtimes.py zoo --only minilm --target openvino --target tensorrt --bits 8 --bits 4
 
 Each model is calibrated on its calib.npz by the command line, all layers with the same bits, and compared with its
 source on its test.npz, as ONNX Runtime computes both. Then its planned layers are looked for:
@@ -46,7 +46,7 @@ COLUMNS = ("target", "model", "bits", "MB", "SQNR dB", "top-1 agreement", "plann
 def run_one(
     folder: Path, target: str, bits: int, extra: tuple[str, ...], keep: Path | None, count: int
 ) -> dict[str, Any]:
-    """Quantize one model for one target and look at it: a row of the table."""
+    """Quantize one model for one target and measure it: a row of the table."""
     row: dict[str, Any] = {"target": target, "model": folder.name, "bits": bits}
     with tempfile.TemporaryDirectory() as work:
         out = (keep or Path(work)) / f"{folder.name}_{target}_{bits}.onnx"
@@ -63,7 +63,7 @@ def run_one(
 
 
 def measure(folder: Path, out: Path, said: dict[str, Any], target: str, count: int) -> dict[str, Any]:
-    """What the file at `out` does on the model's own test samples, and in the target's runtime."""
+    """Measure the file at `out` on the model's own test samples, and look at it in the target's runtime."""
     elsewhere = TARGETS[target].runs_outside_ort
     before, after = (
         Session(folder / "model.onnx"),
@@ -124,7 +124,7 @@ LOOK = {"ort-cpu": _onnxruntime, "ort-cuda": _onnxruntime, "tensorrt": _tensorrt
 
 
 def line(row: dict[str, Any]) -> str:
-    """One line of a Markdown table."""
+    """Format one line of a Markdown table."""
     if "failed" in row:
         return f"| {row['target']} | {row['model']} | {row['bits']} | {row['failed']} |" + " |" * (len(COLUMNS) - 4)
     agreement = "" if row["agreement"] is None else f"{row['agreement']:.1%}"
@@ -137,7 +137,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def versions() -> str:
-    """What the figures were measured with."""
+    """Name the versions that the figures were measured with."""
     names = ("onnxruntime", "openvino", "tensorrt-rtx-cu13-libs")
     known = {d.metadata["Name"].lower().replace("_", "-"): d.version for d in metadata.distributions()}
     return ", ".join([*(f"{name} {known.get(name, 'not here')}" for name in names), platform.machine()])

@@ -1,4 +1,4 @@
-"""What OpenVINO and TensorRT make of a model, found without a GPU: shared by check_runtimes.py and the tests.
+"""Read, without a GPU, how OpenVINO and TensorRT compile a model: shared by runtimes.py and the tests.
 
 OpenVINO tells the precision of every node of a compiled model. TensorRT for RTX builds engines ahead of time for a GPU
 that need not be there; without one its engine inspector does not open them, but a plan built at detailed verbosity
@@ -22,8 +22,12 @@ INTEGERS = frozenset({"u8", "i8", "u4", "i4", "int8", "int4"})
 
 @dataclass(frozen=True)
 class Product:
-    """A product of a compiled model: what the runtime calls it, the nodes of the ONNX model in it, and the types of
-    its data and weight, as far as the runtime tells them."""
+    """Describe one matrix product of a compiled model.
+
+    kind: the runtime's name for it
+    nodes: the nodes of the ONNX model that are in it
+    types: the types of its data and weight, as far as the runtime tells them
+    """
 
     kind: str
     nodes: tuple[str, ...]
@@ -31,13 +35,15 @@ class Product:
 
     @property
     def integer(self) -> bool:
-        """Whether it multiplies integers."""
+        """Tell whether it multiplies integers."""
         return all(name in INTEGERS for name in self.types)
 
 
 def in_integers(layers: Iterable[str], products: Sequence[Product], path: Path) -> dict[str, bool]:
-    """Of layers of the model at `path`, by name, whether a product computes them in integers, none in float. A product
-    may hold several layers, a layer may be in several products."""
+    """Tell for each layer of the model at `path` whether a product computes it in integers and none in float.
+
+    A product may hold several layers, a layer may be in several products.
+    """
     owners = _owners(path, layers)
     found: dict[str, list[bool]] = {name: [] for name in layers}
     for product in products:
@@ -49,8 +55,10 @@ def in_integers(layers: Iterable[str], products: Sequence[Product], path: Path) 
 
 
 def _owners(path: Path, layers: Iterable[str]) -> dict[str, str]:
-    """The layer by the names that a runtime may give it: those of its node and of the sums and activations behind, and
-    of what they write."""
+    """Map the names that a runtime may give to a layer to the layer.
+
+    They are those of its node, of the sums and activations behind it, and of their outputs.
+    """
     nodes = list(onnx.load(path, load_external_data=False).graph.node)
     readers: dict[str, list[onnx.NodeProto]] = {}
     for node in nodes:
@@ -75,7 +83,7 @@ _OPENVINO_PRODUCTS = frozenset({"Convolution", "FullyConnected", "Deconvolution"
 
 
 def openvino_compiled(path: Path, precision: str | None = None) -> Any:
-    """The model at `path` compiled for one thread; precision: of its float arithmetic, f32 or bf16."""
+    """Compile the model at `path` for one thread; precision: of its float arithmetic, f32 or bf16."""
     import openvino
 
     options: dict[str, Any] = {"INFERENCE_NUM_THREADS": 1}
@@ -86,15 +94,17 @@ def openvino_compiled(path: Path, precision: str | None = None) -> Any:
 
 @dataclass(frozen=True)
 class OpenVino:
-    """What OpenVINO made of a model. unpacking: nodes that compute on constants alone at every call, which unpacking
-    weights should not."""
+    """Describe a model that OpenVINO compiled.
+
+    unpacking: nodes that compute on constants alone at every call, as unpacking weights should not
+    """
 
     products: list[Product]
     unpacking: list[str]
 
 
 def openvino_program(path: Path) -> OpenVino:
-    """The products of the model at `path`, and what is unpacked at every call, as OpenVINO runs it on the CPU."""
+    """Compile the model at `path` for the CPU and list its products, and what is unpacked at every call."""
     products, unpacking, constant = [], [], set()
     for op in openvino_compiled(path).get_runtime_model().get_ordered_ops():
         info = op.get_rt_info()
@@ -114,7 +124,7 @@ def openvino_program(path: Path) -> OpenVino:
 
 
 def openvino_latency(models: Sequence[Any], feeds: Mapping[str, Any], seconds: float) -> list[float]:
-    """Median milliseconds of each compiled model for one feed, in turn."""
+    """Time compiled models in turn on one feed: the median milliseconds of each."""
     requests = [model.create_infer_request() for model in models]
     times: list[list[float]] = [[] for _ in requests]
     for request in requests:
@@ -138,12 +148,12 @@ _TENSORRT_PRODUCTS = frozenset({"corrltn", "fully_connected", "deconvolution", "
 
 
 class Refused(Exception):
-    """Why TensorRT does not take a model."""
+    """Tell why TensorRT does not take a model."""
 
 
 @dataclass(frozen=True)
 class TensorRt:
-    """What TensorRT made of a model: its products, how many weights stay INT4, the bytes of the engine."""
+    """Describe an engine of TensorRT: its products, how many weights stay INT4, its bytes."""
 
     products: list[Product]
     int4_weights: int

@@ -1,4 +1,4 @@
-"""Run the command line many times in worker processes that outlive no limit: what the run_*.py tools share.
+"""Run the command line many times, in worker processes with limits: shared by backend_tests.py, fuzz.py and kills.py.
 
 A worker is forked when everything is imported, so one run takes milliseconds. Whatever a run does to it (a crash of
 native code, a hang, too much memory) is one outcome, and the next run gets a new worker.
@@ -33,7 +33,11 @@ RECYCLED_AFTER = 400
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one run. kind: `done` with the run's own value, `crash` with a traceback or signal, `hang`."""
+    """Hold the outcome of one run.
+
+    kind: `done`, `crash` or `hang`
+    value: what the run returned; of a crash the traceback or the signal
+    """
 
     kind: str
     value: Any
@@ -43,7 +47,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Said:
-    """What one command line printed, and its exit code."""
+    """Hold what one command line printed, and its exit code."""
 
     code: int
     out: str
@@ -51,7 +55,7 @@ class Said:
 
     @property
     def refused(self) -> bool:
-        """Whether this is one line with an exit code of the error tree."""
+        """Tell whether this is one error line with an exit code of comq_onnx.errors."""
         lines = self.err.splitlines()
         return (
             self.code in (2, 3, 4, 5)
@@ -66,9 +70,11 @@ class Said:
 def each(
     jobs: Iterable[Job], run: Callable[[Job], Any], seconds: float, memory: int | None = None
 ) -> Iterator[tuple[Job, Outcome]]:
-    """Run every job in a worker, `seconds` and `memory` bytes of address space at the most, and give what became of it.
+    """Run every job in a worker and yield it with its outcome.
 
-    run: returns something that can be pickled.
+    run: returns something that can be pickled
+    seconds: the time a job may take
+    memory: the bytes of address space that a worker may have
     """
     worker: _Worker | None = None
     try:
@@ -88,7 +94,7 @@ def each(
 
 
 class _Worker:
-    """One forked process that runs jobs as they come."""
+    """Run jobs as they come, in one forked process."""
 
     def __init__(self, run: Callable[[Any], Any], memory: int | None) -> None:
         context = multiprocessing.get_context("fork")
@@ -100,7 +106,7 @@ class _Worker:
         self.alive = True
 
     def run(self, job: Any, seconds: float) -> Outcome:
-        """One job."""
+        """Run one job."""
         self.runs += 1
         start = time.perf_counter()
         self._ours.send(job)
@@ -142,11 +148,13 @@ def _serve(pipe: Connection, run: Callable[[Any], Any], memory: int | None) -> N
 
 def quickly() -> None:
     """Leave out the two seconds in which both models are timed."""
+    # set where the pipeline looks it up: elsewhere it would change nothing, without a word
+    assert pipeline.latency is latency  # type: ignore[attr-defined]
     pipeline.latency = functools.partial(latency, seconds=0.0)  # type: ignore[attr-defined]
 
 
 def command_line(*arguments: object) -> Said:
-    """comq-onnx with these arguments, in this process; what native code prints is caught too."""
+    """Run comq-onnx with these arguments in this process; what native code prints is caught too."""
     sys.stdout.flush()
     sys.stderr.flush()
     kept = [os.dup(1), os.dup(2)]
@@ -179,7 +187,7 @@ def _text(stream: Any) -> str:
 
 
 def snapshot(folder: Path) -> dict[str, bytes | str]:
-    """The files under a folder, their bytes or where they link to."""
+    """Read the files under a folder: their bytes, or the target of a link."""
     return {
         str(p.relative_to(folder)): str(p.readlink()) if p.is_symlink() else p.read_bytes()
         for p in sorted(folder.rglob("*"))
@@ -188,6 +196,6 @@ def snapshot(folder: Path) -> dict[str, bytes | str]:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A Markdown table."""
+    """Format a Markdown table."""
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     return "\n".join([*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows)])

@@ -1,8 +1,8 @@
-"""Measure what operators take in ONNX Runtime on one thread, and print the lines of comq_onnx/costs.py.
+"""Measure what operators take in ONNX Runtime on one thread, and print the lines of comq_onnx/targets/costs.py.
 
-    python tools/bench_costs.py zoo squeezenet minilm open_nsfw ppocr_det ppocr_cls ppocr_rec efficientnet_lite0
+    python tools/bench/costs.py zoo squeezenet minilm open_nsfw ppocr_det ppocr_cls ppocr_rec efficientnet_lite0
 
-Each model of the zoo (tools/export_zoo.py) runs as it is, in integers wherever there is a kernel, and weight-only. The
+Each model of the zoo (tools/zoo/export.py) runs as it is, in integers wherever there is a kernel, and weight-only. The
 time of a node is the median over some runs; a line is the least squares fit of relative errors with no negative part.
 The last columns say how far the line is off a node in the median, and how many nodes it is drawn through.
 """
@@ -39,8 +39,10 @@ OPERATORS = (
 
 
 def nodes(path: Path, feeds: dict[str, Any]) -> Iterator[tuple[onnx.NodeProto, dict[str, list[int]], float, list[int]]]:
-    """Every node that runs: itself, the shapes of the weights, median microseconds, the sizes of its tensors (those it
-    reads first)."""
+    """Yield every node that runs, the shapes of the weights, its median microseconds and the sizes of its tensors.
+
+    The sizes of the tensors that it reads come first.
+    """
     with tempfile.TemporaryDirectory() as work:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = 1, 4
@@ -66,7 +68,7 @@ def nodes(path: Path, feeds: dict[str, Any]) -> Iterator[tuple[onnx.NodeProto, d
 
 
 def place(node: onnx.NodeProto, weights: dict[str, list[int]], sizes: list[int]) -> tuple[str, list[float]] | None:
-    """The line that a node belongs to, and what its time depends on."""
+    """Return the line that a node belongs to, and what its time depends on: 1, products, numbers."""
     plain = node.op_type.removeprefix("QLinear").removeprefix("Nhwc")
     if plain in OPERATORS:
         return plain, [1.0, max(sizes)]
@@ -91,7 +93,7 @@ def place(node: onnx.NodeProto, weights: dict[str, list[int]], sizes: list[int])
 @click.argument("zoo", type=click.Path(exists=True, path_type=Path))
 @click.argument("models", nargs=-1, required=True)
 def main(zoo: Path, models: tuple[str, ...]) -> None:
-    """Print the lines."""
+    """Measure the models and print the lines."""
     lines: dict[tuple[str, str], list[tuple[list[float], float]]] = defaultdict(list)
     for name in models:
         source, samples = zoo / name / "model.onnx", zoo / name / "calib.npz"

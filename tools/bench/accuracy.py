@@ -1,13 +1,13 @@
-"""Compare the weight solvers end to end, weight-only: what each makes of a model's outputs when activations stay float.
+"""Compare the weight solvers on whole models, weight-only: activations stay float.
 
-    python tools/export_zoo.py zoo
-    python tools/bench_accuracy.py zoo
-    python tools/bench_accuracy.py zoo --models minilm --bits 4 --granularity channel --granularity 32 --effort max
+    python tools/zoo/export.py zoo
+    python tools/bench/accuracy.py zoo
+    python tools/bench/accuracy.py zoo --models minilm --bits 4 --granularity channel --granularity 32 --effort max
 
-All methods take the same walk over the same samples onto the same grid (asymmetric, unless --symmetric); they differ in
-nothing but the solver. Embeddings stay float. Split 0 calibrates on calib.npz and measures on test.npz, split 1 the
+All methods take the same walk over the same samples onto the same grid (asymmetric, unless --symmetric); only the
+solver differs. Embeddings stay float. Split 0 calibrates on calib.npz and measures on test.npz, split 1 the
 other way round, and each further split deals all these samples anew, by a seeded permutation, into parts of the same
-sizes. Printed is the mean over the splits, and behind it each split's value.
+sizes. It prints the mean over the splits, and behind it each split's value.
 
 The first table is about the model: SQNR of the worst output, its cosine similarity (the mean over samples), top-1
 agreement where an output holds class scores, the mean over layers of the error that the solver reports, and seconds of
@@ -55,7 +55,7 @@ from comq_onnx.targets.catalog import TARGETS
 from comq_onnx.write.emit import emit
 from comq_onnx.write.weights import Quantization
 
-OWN_FOLDER = Path(__file__).parents[1] / "models"
+OWN_FOLDER = Path(__file__).parents[2] / "models"
 OWN = ("fashion_cnn", "fashion_vit")
 ZOO = ("minilm", "efficientnet_lite0", "vit_s_saliency", "squeezenet")
 TARGET = TARGETS["ort-cpu"]
@@ -79,7 +79,12 @@ LAYERS = {
 
 @dataclass(frozen=True)
 class Subject:
-    """A model ready to be quantized: as it is written, as it is walked (without embeddings), and its samples."""
+    """Hold a model ready to be quantized.
+
+    prepared: as it is written
+    walked: as it is calibrated, without embeddings
+    mask: the input that hides padding, if there is one
+    """
 
     name: str
     source: Session
@@ -92,7 +97,7 @@ class Subject:
     mask: str | None
 
     def split(self, k: int) -> tuple[Samples, Samples]:
-        """The samples of split k, to calibrate on and to measure on."""
+        """Return the samples of split k, to calibrate on and to measure on."""
         if k < 2:
             return (self.calib, self.test) if k == 0 else (self.test, self.calib)
         parts = (self.calib.arrays, self.test.arrays)
@@ -100,12 +105,12 @@ class Subject:
         return pool.split(len(self.calib), len(self.test), seed=k)
 
     def grids(self, grid: Grid) -> dict[str, Grid]:
-        """The grid of each layer, by name."""
+        """Return the grid of each layer, by name."""
         return {layer.name: supported_grid(layer, grid, TARGET) for layer in self.walked.layers}
 
 
 def find(zoo: Path, name: str) -> tuple[Path, Path, Path]:
-    """The paths of a model, of its calibration samples and of its test samples."""
+    """Return the paths of a model, of its calibration samples and of its test samples."""
     if name in OWN:
         return OWN_FOLDER / f"{name}.onnx", OWN_FOLDER / "fashion_calib.npz", OWN_FOLDER / "fashion_test.npz"
     return zoo / name / "model.onnx", zoo / name / "calib.npz", zoo / name / "test.npz"
@@ -116,7 +121,7 @@ def open_subject(name: str, paths: tuple[Path, Path, Path], bits: Sequence[int])
     source = Session(paths[0])
     calib, test = (load_samples(path, source.inputs) for path in paths[1:])
     # blocks, and Casts of packed codes, came with opset 21
-    opset = max(21, *(TARGET.container(b)[1] for b in bits))
+    opset = max(21, *(TARGET.weight_only.container(b)[1] for b in bits))
     prepared = prepare(read_model(paths[0]), opset, TARGET.min_opset)
     found = specialize(prepared, calib, Settings(batch_size=BATCH))
     walked = replace(found.prepared, layers=list(calibrated(found.prepared.layers)))
@@ -156,7 +161,7 @@ def measure(
 
 
 def mean_cosine(before: Session, after: Session, output: str, samples: Samples) -> float:
-    """The cosine similarity of one output of two models, flattened, sample by sample: the mean."""
+    """Compute the mean over samples of the cosine similarity of one output of two models, flattened."""
     found: list[float] = []
     for count, feeds in zip(samples.batch_counts(BATCH), samples.batches(BATCH), strict=True):
         a, b = (s.run(feeds, [output])[output].astype(np.float64).reshape(count, -1) for s in (before, after))
@@ -183,7 +188,7 @@ def _quiet(_what: str, _done: int, _total: int) -> None:
 
 @dataclass(frozen=True)
 class Recorder(Method):
-    """No solver: keeps the moments that a walk hands to it, and rounds."""
+    """Keep the moments that a walk hands to a solver, and round."""
 
     seen: list[Moments] = field(default_factory=list)
 
@@ -193,12 +198,12 @@ class Recorder(Method):
 
 
 def rows_of(layer: Layer) -> tuple[object, ...]:
-    """What the rows of a layer's input depend on."""
+    """Return what the rows of a layer's input depend on."""
     return layer.input, layer.kind.rows_key()
 
 
 def moments(subject: Subject, samples: Samples) -> dict[tuple[object, ...], Moments]:
-    """The moments of the layers' inputs in the float model, by `rows_of`, as a walk gathers them."""
+    """Gather the moments of the layers' inputs in the float model, by `rows_of`, in a walk."""
     # one layer for each input: those that read the same rows, or share a weight, are not solved one by one
     weights = {layer.weight: layer for layer in reversed(subject.walked.layers)}
     readers = {rows_of(layer): layer for layer in weights.values()}
@@ -214,7 +219,7 @@ def moments(subject: Subject, samples: Samples) -> dict[tuple[object, ...], Mome
 def judge_layers(
     subject: Subject, combinations: Mapping[tuple[int, str], Grid], methods: Methods, calib: Samples, test: Samples
 ) -> dict[tuple[int, str, str], dict[str, float]]:
-    """For each grid and method the means over layers of the held-out objective and of its difference to GPTQ's."""
+    """Compute for each grid and method the held-out objective and its difference to GPTQ's, as means over layers."""
     known, unknown = moments(subject, calib), moments(subject, test)
     layers = [layer for layer in subject.walked.layers if rows_of(layer) in known]
     found = {}
@@ -238,8 +243,10 @@ def judge_layers(
 
 
 def held_out(weight: Array, known: Moments, unknown: Moments, grid: Grid, method: Method) -> tuple[float, float]:
-    """Solve on the moments `known`, judge on `unknown`: the objective in dB with the method's own shift, and with a
-    shift by the mean of the error."""
+    """Solve on the moments `known` and judge on `unknown`.
+
+    Returns the objective in dB with the method's own shift, and with a shift by the mean of the error.
+    """
     solution = solve(weight, known, grid, method, has_bias=True)
     w = weight.astype(np.float64)
     d = w - solution.weight.dequantize()
@@ -258,19 +265,19 @@ def held_out(weight: Array, known: Moments, unknown: Moments, grid: Grid, method
 
 
 def head(first: Sequence[str], columns: Mapping[str, Any]) -> str:
-    """The head of a Markdown table."""
+    """Format the head of a Markdown table."""
     names = [*first, *columns]
     return f"| {' | '.join(names)} |\n|{'---|' * len(names)}"
 
 
 def row(first: Sequence[object], values: Values, columns: Mapping[str, tuple[str, str]]) -> str:
-    """One line of a Markdown table."""
+    """Format one line of a Markdown table."""
     cells = [cell(values[key], form) for key, form in columns.values()]
     return f"| {' | '.join([*map(str, first), *cells])} |"
 
 
 def cell(values: Sequence[Any], form: str) -> str:
-    """The mean of the values, and in brackets each of them."""
+    """Format the mean of the values, and in brackets each of them."""
     if any(v is None for v in values):
         return ""
     mean = form.format(np.mean(values))
@@ -278,12 +285,12 @@ def cell(values: Sequence[Any], form: str) -> str:
 
 
 def gather(singles: Sequence[Mapping[str, Any]]) -> Values:
-    """One dictionary of lists in place of a list of dictionaries."""
+    """Turn a list of dictionaries into a dictionary of lists."""
     return {key: [one[key] for one in singles] for key in singles[0]}
 
 
 def subjects(zoo: Path, names: Sequence[str], bits: Sequence[int]) -> Iterator[Subject]:
-    """The models, one after the other; what is missing is named."""
+    """Open the models one after the other; what is missing is named."""
     for name in names:
         paths = find(zoo, name)
         missing = [path for path in paths if not path.is_file()]
@@ -294,12 +301,31 @@ def subjects(zoo: Path, names: Sequence[str], bits: Sequence[int]) -> Iterator[S
 
 
 def about(symmetric: bool, splits: int) -> str:
-    """What a table was made with."""
+    """Describe what a table was made with."""
     return (
         f"comq-onnx {version()}, onnxruntime {onnxruntime.__version__}, Python {platform.python_version()}, "
         f"{platform.machine()}, {os.cpu_count()} cores, {numba.get_num_threads()} solver thread(s); "
         f"{'symmetric' if symmetric else 'asymmetric'} weights, float activations; {splits} split(s) of the samples"
     )
+
+
+def choose_methods(names: Sequence[str], efforts: Sequence[str]) -> dict[str, Method]:
+    """Return the methods by label; comq once for each effort."""
+    chosen: dict[str, Method] = {}
+    for name in names:
+        chosen |= {f"comq {e}": Method("comq", e) for e in efforts} if name == "comq" else {name: Method(name)}
+    return chosen
+
+
+def possible(subject: Subject, asked: Mapping[tuple[int, str], Grid]) -> dict[tuple[int, str], Grid]:
+    """Select the grids that some layer of a model can have; the others are named."""
+    combinations = {}
+    for (bits, granularity), grid in asked.items():
+        if grid.block_size and not any(one.block_size for one in subject.grids(grid).values()):
+            click.echo(f"{subject.name}: no layer can have scales per block of {granularity}, skipped", err=True)
+            continue
+        combinations[bits, granularity] = grid
+    return combinations
 
 
 @click.command()
@@ -321,9 +347,7 @@ def main(
 ) -> None:  # fmt: skip
     """Compare weight solvers on models of ZOO and of the repository; embeddings and activations stay float."""
     logging.getLogger("onnxscript").setLevel(logging.ERROR)
-    chosen: dict[str, Method] = {}
-    for name in methods:
-        chosen |= {f"comq {e}": Method("comq", e) for e in effort} if name == "comq" else {name: Method(name)}
+    chosen = choose_methods(methods, effort)
     asked = {(b, g): Options(bits=b, granularity=g, symmetric=symmetric).grid(b) for b in bits for g in granularity}
     said: dict[str, Any] = {"about": about(symmetric, splits), "accuracy": [], "layers": []}
     first = ["model", "samples", "bits", "granularity", "method"]
@@ -338,13 +362,9 @@ def main(
     second = []
     for subject in subjects(zoo, models, bits):
         samples = f"{len(subject.calib)} + {len(subject.test)}"
-        combinations = {}
-        for (b, g), grid in asked.items():
+        combinations = possible(subject, asked)
+        for (b, g), grid in combinations.items():
             grids = subject.grids(grid)
-            if grid.block_size and not any(one.block_size for one in grids.values()):
-                click.echo(f"{subject.name}: no layer can have scales per block of {g}, skipped", err=True)
-                continue
-            combinations[b, g] = grid
             for label, method in chosen.items():
                 keys = (subject.name, samples, b, g, label)
                 values = gather([measure(subject, grids, method, *subject.split(k)) for k in range(splits)])

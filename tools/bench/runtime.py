@@ -1,7 +1,7 @@
 """Quantize real models with comq-onnx and with onnxruntime.quantization, and measure all against FP32 in one run.
 
-    python tools/export_zoo.py zoo
-    python tools/bench_runtime.py zoo efficientnet_lite0 minilm --bits 8 --bits 4
+    python tools/zoo/export.py zoo
+    python tools/bench/runtime.py zoo efficientnet_lite0 minilm --bits 8 --bits 4
 
 All calibrate on the same samples (all of a model's calib.npz) and are measured on its test.npz, by what ONNX Runtime
 computes in integers (on a GPU: --device cuda --target ort-cuda). Speed: one sample, one thread, all models in turn in
@@ -33,17 +33,18 @@ from comq_onnx.samples.samples import Samples
 
 
 class Reader(CalibrationDataReader):
-    """Samples one at a time, as onnxruntime.quantization asks for them."""
+    """Give samples one at a time, as onnxruntime.quantization asks for them."""
 
     def __init__(self, samples: Samples) -> None:
         self._feeds: Iterator[dict[str, Any]] = samples.batches(1)
 
     def get_next(self) -> dict[str, Any] | None:
+        """Return the next sample; None after the last."""
         return next(self._feeds, None)
 
 
 def quantize_with_onnxruntime(model: Path, out: Path, samples: Samples, work: Path) -> None:
-    """What a user of onnxruntime.quantization does by its guide."""
+    """Quantize as the guide of onnxruntime.quantization tells its users."""
     ready = work / "preprocessed.onnx"
     try:
         quant_pre_process(str(model), str(ready))
@@ -56,7 +57,7 @@ def quantize_with_onnxruntime(model: Path, out: Path, samples: Samples, work: Pa
 
 
 def rows(folder: Path, bits: tuple[int, ...], rounds: int, device: str, options: dict[str, Any]) -> Iterator[str]:
-    """The lines of one model's part of the table."""
+    """Yield the lines of one model's part of the table."""
     source = Session(folder / "model.onnx", device)
     samples, test = (load_samples(folder / name, source.inputs) for name in ("calib.npz", "test.npz"))
     with tempfile.TemporaryDirectory() as work:

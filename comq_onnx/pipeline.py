@@ -101,7 +101,7 @@ def inspect_samples(model: Model, samples: Source = None, **options: Unpack[Opti
 
 
 def _run(path: Path, out: Path, samples: Source, context: Context) -> Report:
-    """Quantize the model at `path` to `out`: one sample's way from here to its Gram is open_model, load_dataset, walk."""
+    """Quantize the model at `path` to `out`, one stage after the other."""
     context.progress("prepare", 0, 1)
     with context.journal.timed("load"):
         source = open_model(path, context)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import click
 
-from comq_onnx.cli.command import NOT_IN_CONFIG, by_long_name, command, grouped
+from comq_onnx.cli.command import command
+from comq_onnx.cli.parameters import by_long_name, grouped, is_in_config
 
 HEAD = """# Options
 
@@ -40,7 +41,7 @@ def row(option: click.Option, ctx: click.Context) -> str:
     assert record is not None
     names, meaning = record
     known = [name for name, other in by_long_name(command).items() if other is option]
-    in_config = "" if option.name in NOT_IN_CONFIG or not known else ", ".join(f"`{name}`" for name in known)
+    in_config = "" if not known or not is_in_config(str(option.name)) else ", ".join(f"`{name}`" for name in known)
     return f"| `{cell(names)}` | {cell(' '.join(meaning.replace(chr(8), '').split()))} | {in_config} |"
 
 
@@ -48,7 +49,7 @@ def reference() -> str:
     """Make the whole page."""
     ctx = click.Context(command, info_name="comq-onnx", max_content_width=1000, show_default=True)
     lines = [HEAD.rstrip()]
-    for title, options in grouped(command.get_params(ctx)):
+    for title, options in grouped(command, ctx):
         lines += ["", f"## {title}", "", "| option | what it does | in a file |", "|---|---|---|"]
         lines += [row(option, ctx) for option in options]
     lines += [

@@ -20,8 +20,8 @@ SQNR_RESERVE_DB = 0.5
 def max_noise(drop: Drop, leads: Floats | None) -> float:
     """Return the noise at which a drop is just kept, with some reserve.
 
-    It is relative for an SQNR, and the variance of the leads for points. leads: of the float model on many samples. Raises
-    OptionError where points are asked for and there are no class scores.
+    It is relative for an SQNR, and the variance of the leads for points. leads: of the float model on many samples.
+    Raises OptionError where points are asked for and there are no class scores.
     """
     if drop.sqnr_db is not None:
         return float(10 ** (-(drop.sqnr_db + SQNR_RESERVE_DB) / 10))

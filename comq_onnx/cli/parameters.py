@@ -129,9 +129,14 @@ def _click_option(field: str, option: Declared) -> click.Option:
     flags = f"--{option.name}" + (f"/--{option.off}" if option.off is not None else "")
     several = isinstance(default, tuple)
     return click.Option(
-        [flags, field], type=None if is_flag else _click_type(kind, option), is_flag=is_flag, default=default or None if several else default,
-        multiple=several, metavar=option.metavar, help=option.help,
-    )  # fmt: skip
+        [flags, field],
+        type=None if is_flag else _click_type(kind, option),
+        is_flag=is_flag,
+        default=None if default == () else default,
+        multiple=several,
+        metavar=option.metavar,
+        help=option.help,
+    )
 
 
 def _click_type(kind: Any, option: Declared) -> click.ParamType[Any] | None:
@@ -175,7 +180,10 @@ def _read_config(ctx: click.Context, _param: click.Parameter, path: Path | None)
 
 
 def _by_parameter(given: dict[str, Any], path: Path, command: click.Command) -> dict[str, Any]:
-    """Return values by parameter from those by long name. Raises OptionError for what is no option or has no such type."""
+    """Return values by parameter from those by long name.
+
+    Raises OptionError for what is no option or has no such type.
+    """
     options = {name: option for name, option in by_long_name(command).items() if is_in_config(str(option.name))}
     found = {}
     for name, value in given.items():
@@ -241,7 +249,8 @@ def parameters() -> dict[str, list[click.Option]]:
             _file("--calib", "Samples: arrays, images, text, sound; files, folders, patterns; file.py:name.", "PATH"),
             *from_library(SAMPLES),
             _flag("--inspect-samples inspect", "Show what the model would be fed; write nothing else."),
-            _file("--contact-sheet sheet", "With --inspect-samples: the pictures as the model sees them, as PNG.", "FILE"),
+            _file("--contact-sheet sheet", "With --inspect-samples: the pictures as the model sees them, as PNG.",
+            "FILE"),
         ],
         QUANTIZATION: from_library(QUANTIZATION),
         SOLVER: from_library(SOLVER),

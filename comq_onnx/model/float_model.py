@@ -44,8 +44,8 @@ def open_model(path: Path, context: Context) -> FloatModel:
     target = context.target
     if graphs.opset(model) > target.max_opset:
         raise ModelError(
-            f"{path}: has opset {graphs.opset(model)}; {target.name} reads {target.max_opset} at most: export the model "
-            "with a lower one"
+            f"{path}: has opset {graphs.opset(model)}; {target.name} reads {target.max_opset} at most: export the "
+            "model with a lower one"
         )
     opened = _load(path, model, file, context)
     if not opened.session.inputs:

@@ -63,7 +63,7 @@ def _wanted_opset(context: Context) -> int:
 
 
 def _fidelity(prepared: Prepared, source: FloatModel, data: Dataset, context: Context) -> float:
-    """Return the SQNR in dB of the prepared model's outputs on the first batch; 200 for a model that is random itself."""
+    """Return the SQNR in dB of the prepared model's outputs on the first batch; 200 for a model that is random."""
     with private_directory() as work:
         model = to_bytes_or_file(prepared.model, work, "prepared")
         outputs = Session(model, context.device, what="the prepared model").run(data.first_feeds)

@@ -21,15 +21,15 @@ PLANE_NODE_BYTES = 1500
 class WeightForm(Enum):
     """Name the ways in which a weight is written, from the fastest to the most general.
 
-    - INTEGER: codes -> (Cast to INT8) -> DequantizeLinear per channel, the layer's input quantized, an int32 bias of scale
-      s_x * s_w (float where the target wants that, or it would be dequantized at every call). ONNX Runtime folds the Cast
-      at load and runs its int8 kernels; the file holds 4 (2) bits a weight.
+    - INTEGER: codes -> (Cast to INT8) -> DequantizeLinear per channel, the layer's input quantized, an int32 bias of
+      scale s_x * s_w (float where the target wants that, or it would be dequantized at every call). ONNX Runtime folds
+      the Cast at load and runs its int8 kernels; the file holds 4 (2) bits a weight.
     - BLOCKED (weight-only MatMul): codes in blocks along the inputs -> DequantizeLinear: MatMulNBits.
-    - FOLDED (any other weight-only layer): codes -> Cast to FLOAT -> Mul by the scale. Runtimes fold both at load: the file
-      is small, the speed that of the float layer. A DequantizeLinear there would run at every call in ONNX Runtime;
-      TensorRT takes codes nowhere else, so there one of scale 1 takes the place of the Cast.
-    - LOOKED_UP (embeddings): Gather of codes -> Cast -> Mul by the Gather of scales; only rows that are looked up become
-      float.
+    - FOLDED (any other weight-only layer): codes -> Cast to FLOAT -> Mul by the scale. Runtimes fold both at load: the
+      file is small, the speed that of the float layer. A DequantizeLinear there would run at every call in ONNX
+      Runtime; TensorRT takes codes nowhere else, so there one of scale 1 takes the place of the Cast.
+    - LOOKED_UP (embeddings): Gather of codes -> Cast -> Mul by the Gather of scales; only rows that are looked up
+      become float.
     """
 
     INTEGER = "integer"
@@ -63,8 +63,8 @@ def container_of(
 ) -> tuple[str, tuple[int, ...]]:
     """Return the container of a layer's codes, and the widths of the bit planes that take its place.
 
-    There are no planes where they save less than the nodes that join them take, or in a weight-only MatMul that would lose
-    its 4-bit kernel by them.
+    There are no planes where they save less than the nodes that join them take, or in a weight-only MatMul that would
+    lose its 4-bit kernel by them.
     """
     form = form_of(layer, activations)
     storage = target.integer if form is WeightForm.INTEGER else target.weight_only
@@ -90,8 +90,8 @@ def code_bytes(layer: Layer, bits: int, activations: ActivationPlan, target: Tar
 def supported_grid(layer: Layer, grid: Grid, target: Target) -> Grid:
     """Return the grid nearest to `grid` that the form of a layer can carry on a target.
 
-    Blocks lie only along the inputs of a matrix, a grouped ConvTranspose has one scale, and where a zero point would have
-    no place the grid is symmetric.
+    Blocks lie only along the inputs of a matrix, a grouped ConvTranspose has one scale, and where a zero point would
+    have no place the grid is symmetric.
     """
     kind = layer.kind
     if isinstance(kind, Gather):

@@ -34,7 +34,8 @@ class ObservedRange:
     def between(self, share: float) -> tuple[float, float]:
         """Return bounds that leave out at most (1 - share) / 2 of the values on either side.
 
-        They are up to a quarter too wide, as the bins are, and never wider than the span; (0, 0) where nothing was seen.
+        They are up to a quarter too wide, as the bins are, and never wider than the span; (0, 0) where nothing was
+        seen.
         """
         if not np.isfinite(self.low):
             return 0.0, 0.0

@@ -61,7 +61,7 @@ class Plan:
         return layer.has_bias or may_add_bias(layer, self.activations)
 
     def container(self, layer: Layer, bits: int) -> tuple[str, tuple[int, ...]]:
-        """Return the container of a layer's codes, and the widths of the bit planes in its place: see `container_of`."""
+        """Return the container of a layer's codes, and the widths of bit planes in its place: see `container_of`."""
         return container_of(layer, bits, self.activations, self.target, self.opset)
 
     def code_bytes(self, layer: Layer, bits: int) -> int:

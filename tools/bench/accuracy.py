@@ -24,7 +24,7 @@ import logging
 import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,32 +33,36 @@ import numba
 import numpy as np
 import onnxruntime
 
-from comq_onnx.calibrate.walk import Settings, walk
+from comq_onnx import Options, version
+from comq_onnx.calibrate.walk import walk
+from comq_onnx.context import Context
 from comq_onnx.evaluate import compare_outputs
 from comq_onnx.model.files import private_directory, to_bytes_or_file
-from comq_onnx.model.layers import Layer, Prepared, calibrated
+from comq_onnx.model.layers import Layer, calibrated
 from comq_onnx.model.prepare import prepare
 from comq_onnx.model.source import read_model
-from comq_onnx.pipeline import Options, version
-from comq_onnx.plan.activations import ActivationPlan, plan_activations
+from comq_onnx.plan.activations import plan_activations
 from comq_onnx.plan.forms import supported_grid
+from comq_onnx.plan.plan import Plan
 from comq_onnx.plan.subgraphs import specialize
 from comq_onnx.runtime.session import Session
 from comq_onnx.samples import padding
+from comq_onnx.samples.dataset import Dataset
 from comq_onnx.samples.load import load_samples
 from comq_onnx.samples.samples import Samples
 from comq_onnx.solve.comq import EFFORTS
-from comq_onnx.solve.grid import Array, Grid, QuantizedWeight, rtn
+from comq_onnx.solve.grid import Array, Grid
 from comq_onnx.solve.layer import METHODS, Method, error_db, solve
 from comq_onnx.solve.moments import Moments
 from comq_onnx.targets.catalog import TARGETS
-from comq_onnx.write.emit import emit
-from comq_onnx.write.weights import Quantization
+from comq_onnx.write.emit import emit_model
 
 OWN_FOLDER = Path(__file__).parents[2] / "models"
 OWN = ("fashion_cnn", "fashion_vit")
 ZOO = ("minilm", "efficientnet_lite0", "vit_s_saliency", "squeezenet")
 TARGET = TARGETS["ort-cpu"]
+# where the solver does not matter
+METHOD = Method()
 BATCH = 16
 Methods = Mapping[str, Method]
 Values = dict[str, list[Any]]  # one entry per split
@@ -81,8 +85,7 @@ LAYERS = {
 class Subject:
     """Hold a model ready to be quantized.
 
-    prepared: as it is written
-    walked: as it is calibrated, without embeddings
+    plan: of weights alone, without embeddings
     mask: the input that hides padding, if there is one
     """
 
@@ -90,10 +93,7 @@ class Subject:
     source: Session
     calib: Samples
     test: Samples
-    prepared: Prepared
-    walked: Prepared
-    probes: dict[str, str]
-    plan: ActivationPlan
+    plan: Plan
     mask: str | None
 
     def split(self, k: int) -> tuple[Samples, Samples]:
@@ -106,7 +106,7 @@ class Subject:
 
     def grids(self, grid: Grid) -> dict[str, Grid]:
         """Return the grid of each layer, by name."""
-        return {layer.name: supported_grid(layer, grid, TARGET) for layer in self.walked.layers}
+        return {layer.name: supported_grid(layer, grid, TARGET) for layer in self.plan.layers}
 
 
 def find(zoo: Path, name: str) -> tuple[Path, Path, Path]:
@@ -123,13 +123,29 @@ def open_subject(name: str, paths: tuple[Path, Path, Path], bits: Sequence[int])
     # blocks, and Casts of packed codes, came with opset 21
     opset = max(21, *(TARGET.weight_only.container(b)[1] for b in bits))
     prepared = prepare(read_model(paths[0]), opset, TARGET.min_opset)
-    found = specialize(prepared, calib, Settings(batch_size=BATCH))
-    walked = replace(found.prepared, layers=list(calibrated(found.prepared.layers)))
+    found = specialize(prepared, calib, context_for(METHOD))
+    layers = list(calibrated(found.prepared.layers))
+    activations = plan_activations(found.prepared.model, [], TARGET, None)
+    plan = Plan(
+        replace(prepared, layers=layers), replace(found.prepared, layers=layers), found.probes, activations, TARGET
+    )
     mask = None if calib.per_item else padding.find_mask(calib.arrays)
     if mask is not None and not padding.is_ignored(source.run, next(calib.batches(BATCH)), mask):
         mask = None
-    plan = plan_activations(walked.model, [], TARGET, None)
-    return Subject(name, source, calib, test, prepared, walked, found.probes, plan, mask)
+    return Subject(name, source, calib, test, plan, mask)
+
+
+def context_for(method: Method, independent: bool = False) -> Context:
+    """Return what a walk with a solver is asked for."""
+    options = Options(
+        solver=method.solver, effort=method.effort, batch_size=BATCH, independent=independent, device="cpu"
+    )
+    return Context.of(options)
+
+
+def dataset(subject: Subject, calib: Samples, test: Samples) -> Dataset:
+    """Return the samples of a walk."""
+    return Dataset(calib, test, {}, {}, subject.mask)
 
 
 # The whole model ------------------------------------------------------------------------------------------------------
@@ -139,15 +155,11 @@ def measure(
     subject: Subject, grids: Mapping[str, Grid], method: Method, calib: Samples, test: Samples
 ) -> dict[str, Any]:
     """Quantize with `method` on `calib`, compare with the float model on `test`."""
-    settings = Settings(method, batch_size=BATCH, mask=subject.mask)
-    found = walk(subject.walked, subject.plan, grids, calib, TARGET, settings, _quiet, subject.probes)
-    model = subject.prepared.model.clone()
-    emit(
-        model,
-        Quantization(subject.walked.layers, found.solutions, subject.plan, {}, TARGET, subject.prepared.opset),
-    )
+    context = context_for(method)
+    found = walk(replace(subject.plan, grids=grids), dataset(subject, calib, test), context)
     with private_directory() as work:
-        quantized = Session(to_bytes_or_file(model, work, "quantized"), float_matmul_nbits=True)
+        model = to_bytes_or_file(emit_model(found, {}).model, work, "quantized")
+        quantized = Session(model, float_matmul_nbits=True)
         outputs = compare_outputs(subject.source, quantized, test, BATCH)
         worst = min(outputs, key=lambda o: o.sqnr_db)
         cosine = mean_cosine(subject.source, quantized, worst.name, test)
@@ -156,7 +168,7 @@ def measure(
         "cosine": cosine,
         "agreement": min((o.top1_agreement for o in outputs if o.top1_agreement is not None), default=None),
         "layer_db": float(np.mean([error_db(s.error) for s in found.solutions.values()])),
-        "seconds": found.seconds["solve"],
+        "seconds": context.journal.seconds["solve"],
     }
 
 
@@ -179,22 +191,7 @@ def warm_up(methods: Methods) -> None:
             measure(subject, grids, method, few, few)
 
 
-def _quiet(_what: str, _done: int, _total: int) -> None:
-    pass
-
-
 # Layers alone, held out -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Recorder(Method):
-    """Keep the moments that a walk hands to a solver, and round."""
-
-    seen: list[Moments] = field(default_factory=list)
-
-    def __call__(self, weight: Array, statistics: Moments, grid: Grid) -> QuantizedWeight:
-        self.seen.append(statistics)
-        return rtn(weight, grid)
 
 
 def rows_of(layer: Layer) -> tuple[object, ...]:
@@ -205,15 +202,22 @@ def rows_of(layer: Layer) -> tuple[object, ...]:
 def moments(subject: Subject, samples: Samples) -> dict[tuple[object, ...], Moments]:
     """Gather the moments of the layers' inputs in the float model, by `rows_of`, in a walk."""
     # one layer for each input: those that read the same rows, or share a weight, are not solved one by one
-    weights = {layer.weight: layer for layer in reversed(subject.walked.layers)}
+    weights = {layer.weight: layer for layer in reversed(subject.plan.layers)}
     readers = {rows_of(layer): layer for layer in weights.values()}
-    recorder = Recorder("gptq")
-    settings = Settings(recorder, independent=True, batch_size=BATCH, mask=subject.mask)
-    walked = replace(subject.walked, layers=[x for x in subject.walked.layers if x in readers.values()])
-    grids = {layer.name: Grid(8) for layer in walked.layers}
-    found = walk(walked, subject.plan, grids, samples, TARGET, settings, _quiet, subject.probes)
-    by_name = {layer.name: rows_of(layer) for layer in walked.layers}
-    return {by_name[name]: seen for name, seen in zip(found.solutions, recorder.seen, strict=True)}
+    layers = [x for x in subject.plan.layers if x in readers.values()]
+    plan = replace(
+        subject.plan,
+        written=replace(subject.plan.written, layers=layers),
+        walked=replace(subject.plan.walked, layers=layers),
+        grids={layer.name: Grid(8) for layer in layers},
+    )
+    found: dict[tuple[object, ...], Moments] = {}
+
+    def keep(together: Sequence[Layer], _weights: Sequence[Array], seen: Moments, _has_bias: bool) -> None:
+        found.update((rows_of(layer), seen) for layer in together)
+
+    walk(plan, dataset(subject, samples, samples), context_for(Method("rtn"), independent=True), keep)
+    return found
 
 
 def judge_layers(
@@ -221,13 +225,13 @@ def judge_layers(
 ) -> dict[tuple[int, str, str], dict[str, float]]:
     """Compute for each grid and method the held-out objective and its difference to GPTQ's, as means over layers."""
     known, unknown = moments(subject, calib), moments(subject, test)
-    layers = [layer for layer in subject.walked.layers if rows_of(layer) in known]
+    layers = [layer for layer in subject.plan.layers if rows_of(layer) in known]
     found = {}
     for (bits, granularity), grid in combinations.items():
         grids = subject.grids(grid)
 
         def judged(method: Method, grids: Mapping[str, Grid] = grids) -> np.ndarray[Any, Any]:
-            pairs = [(layer, subject.walked.weight(layer), rows_of(layer)) for layer in layers]
+            pairs = [(layer, subject.plan.written.weight(layer), rows_of(layer)) for layer in layers]
             return np.array([held_out(w, known[r], unknown[r], grids[x.name], method) for x, w, r in pairs])
 
         gptq = judged(Method("gptq"))

@@ -22,17 +22,26 @@ import click
 import numpy as np
 from scipy.stats import spearmanr
 
+from comq_onnx import Options, quantize
+from comq_onnx.bits.choose import make_tradeoff
 from comq_onnx.bits.tradeoff import Tradeoff
+from comq_onnx.calibrate.walk import walk
+from comq_onnx.context import Context
 from comq_onnx.errors import ComqError
 from comq_onnx.evaluate import compare_outputs
 from comq_onnx.metrics import OutputComparison
 from comq_onnx.model.files import written
+from comq_onnx.model.float_model import FloatModel, open_model
 from comq_onnx.options.budgets import parse_drop
-from comq_onnx.pipeline import Options, Planned, Run, quantize
+from comq_onnx.plan.faithful import prepare_faithfully
+from comq_onnx.plan.make import make_plan
+from comq_onnx.plan.plan import Plan
 from comq_onnx.report.report import Report
 from comq_onnx.runtime.session import Session
+from comq_onnx.samples.dataset import Dataset, load_dataset
 from comq_onnx.samples.load import load_samples
 from comq_onnx.samples.samples import Samples
+from comq_onnx.write.emit import emit_model
 
 
 @dataclass
@@ -43,8 +52,11 @@ class Subject:
     """
 
     name: str
-    run: Run
-    planned: Planned
+    source: FloatModel
+    data: Dataset
+    plan: Plan
+    context: Context
+    calibration: Path
     test: Samples
 
     @classmethod
@@ -52,37 +64,39 @@ class Subject:
         """Open a folder of the zoo; the samples that calibrate do not measure."""
         folder = zoo / name
         calibration = folder / "calib.npz"
-        run = Run(folder / "model.onnx", None, str(calibration), Options(**options), lambda _what, _done, _total: None)
-        run.open()
-        everything = load_samples(folder / "test.npz", Session(folder / "model.onnx").inputs)
-        return cls(name, run, run.planned(), unseen(everything, calibration))
+        context = Context.of(Options(**options))
+        source = open_model(folder / "model.onnx", context)
+        data = load_dataset(source, calibration, context)
+        plan = make_plan(source, prepare_faithfully(source, data, context), data, context)
+        test = unseen(load_samples(folder / "test.npz", source.session.inputs), calibration)
+        return cls(name, source, data, plan, context, calibration, test)
 
     def survey(self) -> Tradeoff:
         """Measure what each layer's bits do to the outputs."""
-        return self.run.space(self.planned)
+        tradeoff = make_tradeoff(self.plan, self.source, self.data, self.context)
+        assert tradeoff is not None
+        return tradeoff
 
     def uniform_bits(self, count: int) -> dict[str, int]:
         """Return the same bits for all layers but embeddings, which have 8."""
-        embeddings = {layer.name for layer in self.planned.prepared.layers if layer.op == "Gather"}
-        return {name: 8 if name in embeddings else count for name in self.planned.bits}
+        embeddings = {layer.name for layer in self.plan.layers if layer.op == "Gather"}
+        return {name: 8 if name in embeddings else count for name in self.plan.bits}
 
     def measure(self, bits: Mapping[str, int]) -> tuple[int, OutputComparison]:
         """Quantize with the bits of each layer; return the bytes of the file, and its worst output."""
-        solved = self.run.solve(self.run.with_bits(self.planned, dict(bits)))
-        with (
-            tempfile.TemporaryDirectory() as work,
-            written(solved.model, Path(work) / "model.onnx") as (path, size),
-        ):
+        solved = walk(self.plan.with_bits(dict(bits), self.context.options), self.data, self.context)
+        model = emit_model(solved, {}).model
+        with tempfile.TemporaryDirectory() as work, written(model, Path(work) / "model.onnx") as (path, size):
             return size, self.worst(path)
 
     def worst(self, path: Path) -> OutputComparison:
         """Compare a model with its source on the samples that measure; return the worst output."""
-        before, after = Session(self.run.path), Session(path)
+        before, after = Session(self.source.path), Session(path)
         return min(compare_outputs(before, after, self.test, 16), key=lambda output: output.sqnr_db)
 
     def quantize(self, out: Path, **options: Any) -> Report:
         """Quantize the model with its calibration samples and write it to `out`."""
-        return quantize(self.run.path, out, self.run.source_samples, **options)
+        return quantize(self.source.path, out, self.calibration, **options)
 
 
 def unseen(samples: Samples, calibration: Path) -> Samples:

@@ -20,10 +20,10 @@ from onnx import helper, numpy_helper
 UNPRIVILEGED = ("setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all", "--")
 # the functions that a fault can come before: where each is called from, and its name there
 STEPS = {
-    "check the source": "comq_onnx.pipeline:check_source",
-    "load the samples": "comq_onnx.pipeline:load_samples",
-    "specialize": "comq_onnx.pipeline:specialize",
-    "calibrate": "comq_onnx.pipeline:walk",
+    "check the source": "comq_onnx.model.float_model:check_source",
+    "load the samples": "comq_onnx.samples.dataset:load_samples",
+    "specialize": "comq_onnx.plan.make:specialize",
+    "calibrate": "comq_onnx.bits.choose:walk",
 }
 # runs before the command line, to make a fault happen between two steps
 HOOK = """

@@ -38,8 +38,8 @@ from _sample_mutations import mutate_samples, save
 from _sandbox import Outcome, Said, command_line, each, quickly, snapshot, table
 
 from comq_onnx.errors import ComqError, SamplesError
+from comq_onnx.evaluate import LEAST_DB
 from comq_onnx.metrics import sqnr_of
-from comq_onnx.pipeline import LEAST_DB
 from comq_onnx.runtime.session import Session
 
 KINDS = ("bytes", "model", "samples", "folder")

@@ -41,7 +41,7 @@ from rich.console import Console
 from rich.table import Table
 
 import comq_onnx
-from comq_onnx import pipeline
+from comq_onnx.calibrate import cut_tensors
 from comq_onnx.errors import ComqError
 from comq_onnx.runtime import device as devices
 from comq_onnx.runtime import session as runtime
@@ -288,12 +288,12 @@ class Check:
 @contextmanager
 def walk_on_tensors() -> Iterator[None]:
     """Let the pipeline walk on torch's tensors, whatever the device."""
-    true = pipeline.Run.settings
-    pipeline.Run.settings = lambda run: replace(true(run), tensors=True)  # type: ignore[method-assign]
+    true = cut_tensors.uses_tensors
+    cut_tensors.uses_tensors = lambda _device: True
     try:
         yield
     finally:
-        pipeline.Run.settings = true  # type: ignore[method-assign]
+        cut_tensors.uses_tensors = true
 
 
 def rows(name: str, scale: Scale) -> Iterator[Row]:

@@ -31,7 +31,7 @@ from comq_onnx.model import graph as graphs
 from comq_onnx.model.files import check_output, private_directory, subdirectory, to_bytes_or_file, written
 from comq_onnx.model.layers import Layer, Prepared, calibrated, compile_pattern, no_match, select
 from comq_onnx.model.operators import Gather
-from comq_onnx.model.prepare import HARDSWISH_OPSET, Unprepared, check_source, prepare
+from comq_onnx.model.prepare import HARDSWISH_OPSET, Unprepared, check_source, prepare_model
 from comq_onnx.model.source import as_path, load_source, read_model
 from comq_onnx.options import spelling
 from comq_onnx.options.budgets import Drop, parse_drop, parse_size
@@ -433,7 +433,7 @@ class Run:
                 "ONNX Runtime cannot run this bfloat16 model here: compared with its float32 form instead"
             )
             try:
-                prepared = prepare(model, graphs.opset(model), graphs.opset(model), fold=False)
+                prepared = prepare_model(model, graphs.opset(model), graphs.opset(model), fold=False)
             except Exception:  # of a graph that is broken anyway
                 raise refused from None
             self.reference = ir.to_proto(prepared.model).SerializeToString()
@@ -625,7 +625,7 @@ class Run:
         failed = []
         for fold, opset in ((True, wanted), (False, wanted), (False, least)):
             try:
-                prepared = prepare(read_model(self.path), opset, least, fold)
+                prepared = prepare_model(read_model(self.path), opset, least, fold)
                 found = self._fidelity(prepared)
             except OutOfMemory:
                 raise

@@ -37,7 +37,7 @@ from comq_onnx.calibrate.walk import Settings, walk
 from comq_onnx.evaluate import compare_outputs
 from comq_onnx.model.files import private_directory, to_bytes_or_file
 from comq_onnx.model.layers import Layer, Prepared, calibrated
-from comq_onnx.model.prepare import prepare
+from comq_onnx.model.prepare import prepare_model
 from comq_onnx.model.source import read_model
 from comq_onnx.pipeline import Options, version
 from comq_onnx.plan.activations import ActivationPlan, plan_activations
@@ -117,7 +117,7 @@ def open_subject(name: str, paths: tuple[Path, Path, Path], bits: Sequence[int])
     calib, test = (load_samples(path, source.inputs) for path in paths[1:])
     # blocks, and Casts of packed codes, came with opset 21
     opset = max(21, *(TARGET.container(b)[1] for b in bits))
-    prepared = prepare(read_model(paths[0]), opset, TARGET.min_opset)
+    prepared = prepare_model(read_model(paths[0]), opset, TARGET.min_opset)
     found = specialize(prepared, calib, Settings(batch_size=BATCH))
     walked = replace(found.prepared, layers=list(calibrated(found.prepared.layers)))
     mask = None if calib.per_item else padding.find_mask(calib.arrays)

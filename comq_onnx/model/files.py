@@ -108,7 +108,7 @@ def subdirectory(parent: Path, name: str) -> Path:
 
 
 def to_bytes_or_file(model: ir.Model, directory: Path, name: str) -> bytes | str:
-    """Return the model as a runtime takes it: serialized, or the path of a file in `directory` where it is too large."""
+    """Return the model as a runtime takes it: serialized, or where it is too large, a path in `directory`."""
     if weight_bytes(model) <= INLINE_LIMIT:
         ir.external_data.load_to_model(model)
         return bytes(ir.to_proto(model).SerializeToString())

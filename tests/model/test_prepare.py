@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import comq_onnx
 from comq_onnx.errors import ModelError, OptionError
-from comq_onnx.model.prepare import prepare
+from comq_onnx.model.prepare import prepare_model
 from models import (
     batchnorm_cnn,
     build,
@@ -242,7 +242,7 @@ def test_an_intermediate_that_is_an_output_too_keeps_its_name(quantized: Run) ->
 
 def test_folding_a_batchnorm_changes_no_output() -> None:
     model = ir.from_proto(batchnorm_cnn())
-    prepared = prepare(model, 17, 13)
+    prepared = prepare_model(model, 17, 13)
     assert "BatchNormalization" not in {node.op_type for node in prepared.model.graph}
     assert len(prepared.layers) == 2
     # a float32 sum in another order: 24 bits less the logarithm of some hundred terms is well above 90 dB
@@ -282,7 +282,7 @@ def test_a_constant_added_behind_a_convolution_stays_what_it_was(shape: tuple[in
         }""",
         {"w1": weight(8, 3, 3, 3, fan=27), "constant": normal(*shape)},
     )
-    prepared = prepare(ir.from_proto(model), 17, 13)
+    prepared = prepare_model(ir.from_proto(model), 17, 13)
     # as with the BatchNorm: a float32 sum in another order
     assert worst_sqnr(model, ir.to_proto(prepared.model), {"x": normal(2, 3, 8, 8)}) > 90
 

@@ -125,9 +125,8 @@ def quantized(tmp_path: Path) -> Callable[..., Done]:
     The source's bytes, the inputs' and outputs' names, types and dimensions and the metadata stay as they were, and the
     file passes ONNX's checker and runs.
 
-    floor: the least SQNR to the float model in dB. 8 bits of a channel's range give some 40 dB for one layer of normal
-    weights, 8 bits of an activation's range the same; a few in a row lose up to 10 dB, so 25 is the least that a small
-    random net may have.
+    floor: the least SQNR to the float model, in dB. 8 bits of a channel's or an activation's range give some 40 dB for
+    a layer of normal weights; a few in a row lose up to 10 dB, so a small random net must have 25.
     per_item: the samples are complete tensors.
     """
 

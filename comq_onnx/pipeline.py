@@ -37,13 +37,13 @@ logger = logging.getLogger(__name__)
 SMALLER = 4
 
 Model = str | os.PathLike[str] | onnx.ModelProto | Any
-Source = str | os.PathLike[str] | Mapping[str, Any] | Samples | Any
+SampleSource = str | os.PathLike[str] | Mapping[str, Any] | Samples | Any
 
 
 def quantize(
     model: Model,
     out: str | os.PathLike[str] | None = None,
-    samples: Source = None,
+    samples: SampleSource = None,
     *,
     progress: Progress | None = None,
     **options: Unpack[OptionKeywords],
@@ -76,7 +76,7 @@ def quantize(
         return replace(report, output=None, in_memory=target.read_bytes())
 
 
-def plan(model: Model, samples: Source = None, **options: Unpack[OptionKeywords]) -> Report:
+def plan(model: Model, samples: SampleSource = None, **options: Unpack[OptionKeywords]) -> Report:
     """Return the layers, grids and stages that `quantize` would use, without calibrating.
 
     model, samples, options: as `quantize` takes them. The report has no errors and no outputs. Raises ComqError.
@@ -87,7 +87,7 @@ def plan(model: Model, samples: Source = None, **options: Unpack[OptionKeywords]
     return _named(replace(report, command=_command(model, None, samples, chosen)), model)
 
 
-def inspect_samples(model: Model, samples: Source = None, **options: Unpack[OptionKeywords]) -> Inspection:
+def inspect_samples(model: Model, samples: SampleSource = None, **options: Unpack[OptionKeywords]) -> Inspection:
     """Return what `quantize` would feed to the model and what the float model answers, without calibrating.
 
     model, samples, options: as `quantize` takes them. Raises ComqError.
@@ -100,7 +100,7 @@ def inspect_samples(model: Model, samples: Source = None, **options: Unpack[Opti
     return describe(data.calibration, len(data.held_back), data.first_outputs, notes, warnings)
 
 
-def _run(path: Path, out: Path, samples: Source, context: Context) -> Report:
+def _run(path: Path, out: Path, samples: SampleSource, context: Context) -> Report:
     """Quantize the model at `path` to `out`, one stage after the other."""
     context.progress("prepare", 0, 1)
     with context.journal.timed("load"):
@@ -115,7 +115,7 @@ def _run(path: Path, out: Path, samples: Source, context: Context) -> Report:
     return build_report(quantized, evaluation, source, data, context, out, size)
 
 
-def _plan(path: Path, samples: Source, context: Context) -> Report:
+def _plan(path: Path, samples: SampleSource, context: Context) -> Report:
     """Plan the quantization of the model at `path`."""
     with context.journal.timed("load"):
         source = open_model(path, context)
@@ -136,7 +136,7 @@ def _plan(path: Path, samples: Source, context: Context) -> Report:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def _quantize(path: Path, out: Path, samples: Source, asked: Options, progress: Progress) -> Report:
+def _quantize(path: Path, out: Path, samples: SampleSource, asked: Options, progress: Progress) -> Report:
     """Quantize with what memory there is: where it does not suffice, begin anew with less."""
     options = asked
     while True:
@@ -178,7 +178,7 @@ def _named(report: Report, model: Model) -> Report:
     return report if isinstance(model, (str, os.PathLike)) else replace(report, model="a model in memory")
 
 
-def _command(model: Model, out: Any, samples: Source, options: Options) -> str:
+def _command(model: Model, out: Any, samples: SampleSource, options: Options) -> str:
     """Return the command line that does the same; MODEL, SAMPLES for what was handed over in memory."""
     paths = (str, os.PathLike)
     calib = None if samples is None else str(samples) if isinstance(samples, paths) else "SAMPLES"

@@ -1,5 +1,5 @@
-"""Fixtures: a quick comparison step, what the walk solves, and one call that quantizes a model and checks what must
-always hold."""
+"""Define fixtures: a quick comparison step, what the walk solves, and one call that quantizes a model and checks what
+must always hold."""
 
 from __future__ import annotations
 
@@ -32,31 +32,31 @@ HAS_TORCH = importlib.util.find_spec("torch") is not None
 
 @pytest.fixture(autouse=True)
 def _no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command line limits its process; that of the tests, and what it starts, stay free."""
+    """Keep the memory of the tests' process without the limit that the command line sets for its own."""
     monkeypatch.setattr(memory, "limit", lambda: None)
 
 
 @pytest.fixture(autouse=True)
 def _quick_latency(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two timed runs in place of two seconds of them: no test here is about time."""
+    """Time two runs in place of two seconds of them: no test here is about time."""
     monkeypatch.setattr(evaluate, "TIMED_SECONDS", 0.0)
 
 
 @pytest.fixture(autouse=True)
 def _integers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Layers run in integers where there is a kernel: those of tests are too small to gain by it."""
+    """Run layers in integers wherever there is a kernel: those of tests are too small to gain by it."""
     if request.path.stem not in ("test_integer_gain", "test_golden"):
         monkeypatch.setattr(gains, "choose", lambda _prepared, layers, plan, _shapes, _costs: plan(layers))
 
 
 def torch_device() -> Any:
-    """The device of the tensors in tests, COMQ_TEST_DEVICE: on a CPU they run the code that runs on a GPU."""
+    """Return the device of the tensors in tests, COMQ_TEST_DEVICE: on a CPU they run the code that runs on a GPU."""
     torch = pytest.importorskip("torch", reason="pip install torch (a CPU build will do) for the code of the GPU")
     return torch.device(os.environ.get("COMQ_TEST_DEVICE", "cpu"))
 
 
 def as_tensor(array: Any) -> Any:
-    """A numpy array as a tensor on the device of the tests."""
+    """Copy a numpy array to a tensor on the device of the tests."""
     device = torch_device()
     import torch
 
@@ -65,7 +65,7 @@ def as_tensor(array: Any) -> Any:
 
 @pytest.fixture(params=["numpy", "torch"])
 def kind(request: pytest.FixtureRequest) -> Kind:
-    """Makes arrays of either kind from numpy's."""
+    """Return a function that makes arrays of either kind of numpy's."""
     if request.param == "numpy":
         return lambda array: array
     torch_device()
@@ -74,7 +74,12 @@ def kind(request: pytest.FixtureRequest) -> Kind:
 
 @dataclass(frozen=True)
 class Done:
-    """A finished quantization: the report, both files, the model written and the samples."""
+    """Hold a finished quantization.
+
+    source, out: the files of the float model and of the quantized one.
+    model: what `out` holds.
+    sqnr: the least SQNR of the outputs in dB, as a mean over the feeds.
+    """
 
     report: comq_onnx.Report
     source: Path
@@ -86,7 +91,11 @@ class Done:
 
 @dataclass
 class Solved:
-    """What the walk solved: the statistics of each layer by its name, and the names of those solved as one."""
+    """Hold what the walk solved.
+
+    on: the moments of each layer by its name.
+    together: the names of layers that were solved as one.
+    """
 
     on: dict[str, Moments] = field(default_factory=dict)
     together: list[list[str]] = field(default_factory=list)
@@ -94,7 +103,7 @@ class Solved:
 
 @pytest.fixture
 def solved(monkeypatch: pytest.MonkeyPatch) -> Solved:
-    """What the walks of this test solve; a later walk overwrites layers of the same name."""
+    """Record what the walks of this test solve; a later walk overwrites layers of the same name."""
     seen, solve = Solved(), LayerSolver._solve_together
 
     def spy(solver: Any, together: Any, statistics: Moments) -> None:
@@ -110,10 +119,12 @@ def solved(monkeypatch: pytest.MonkeyPatch) -> Solved:
 def quantized(tmp_path: Path) -> Callable[..., Done]:
     """Quantize a model (8 bits unless told) and check what must hold for every model.
 
-    The source's bytes, the inputs' and outputs' names, types and dimensions and the metadata stay as they were; the
-    file passes ONNX's checker and runs; SQNR to the float model is at least `floor` dB. 8 bits of a channel's range
-    give some 40 dB for one layer of normal weights, 8 bits of an activation's range the same; a few in a row lose up to
-    10 dB, so 25 is the least that a small random net may have. per_item: the samples are complete tensors.
+    The source's bytes, the inputs' and outputs' names, types and dimensions and the metadata stay as they were, and the
+    file passes ONNX's checker and runs.
+
+    floor: the least SQNR to the float model, in dB. 8 bits of a channel's or an activation's range give some 40 dB for
+    a layer of normal weights; a few in a row lose up to 10 dB, so a small random net must have 25.
+    per_item: the samples are complete tensors.
     """
 
     def run(

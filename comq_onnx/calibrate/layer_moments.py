@@ -40,7 +40,7 @@ Indices = npt.NDArray[np.intp]
 class LayerInput:
     """Hold the input of a layer, batch by batch, in the float model and in the one quantized so far.
 
-    x, x_hat: one array per batch; an array is the same object in both where quantization does not reach it
+    x, x_hat: one array per batch; the same sequence where quantization does not reach the input
     grid: what the input is quantized with before the layer reads it; None where it is not
     counts: how many samples each array holds; empty where an array is an iteration of a loop
     masks: the positions of each array that are no padding, None where all count; empty likewise
@@ -68,7 +68,7 @@ def input_moments(
     layer = given.layer
     drawn = _draw(given, store, fewer)
     rng = np.random.default_rng(seed)
-    shared = all(a is b for a, b in zip(given.x, given.x_hat, strict=True))
+    shared = given.x is given.x_hat
     sums, seen = MomentSums(), 0
 
     def fetched(i: int) -> tuple[Any, Any]:
@@ -179,10 +179,9 @@ def in_groups(given: LayerInput, store: Host) -> LayerInput:
     x, counts = given.x, given.counts
     size = max(1, min(GROUP, moment_sums.CHUNK_BYTES * counts[0] // max(x[0].nbytes, 1)))
     grouped = _Groups(x, counts, size, store.fetch)
+    grouped_hat = grouped if given.x_hat is x else _Groups(given.x_hat, counts, size, store.fetch)
     masks = _Groups(given.masks, counts, size) if given.masks[0] is not None else ()
-    return replace(
-        given, x=grouped, x_hat=_Groups(given.x_hat, counts, size, store.fetch), counts=grouped.counts, masks=masks
-    )
+    return replace(given, x=grouped, x_hat=grouped_hat, counts=grouped.counts, masks=masks)
 
 
 class _Groups(Sequence[Any]):

@@ -123,9 +123,10 @@ class _Walk:
         options = self._context.options
         quantized = self._plan.is_integer(layer) and not options.independent
         in_loop = layer.name in self._plan.probes
+        shared = all(a is b for a, b in zip(x, x_hat, strict=True))
         given = in_groups(
             LayerInput(
-                layer, x, x_hat,
+                layer, x, x if shared else x_hat,
                 self._ranges.grids[layer.input] if quantized else None,
                 () if in_loop else self._counts,
                 () if in_loop else self._masks,

@@ -1,4 +1,4 @@
-"""Convolutions of any rank and their transposes as kinds of layers (op_kind.py)."""
+"""Define convolutions of any rank and their transposes as kinds of layers (op_kind.py)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from comq_onnx.solve.grid import Array
 
 @dataclass(frozen=True)
 class _Spatial(OpKind):
-    """What Conv and ConvTranspose share: a window sliding over the spatial axes of x [n, channels, *spatial]."""
+    """Share what Conv and ConvTranspose have in common: a window over the spatial axes of x [n, channels, *spatial].
+
+    group, strides, dilations, pads, auto_pad: the attributes of the operator, with its defaults filled in; pads hold
+    the begin of each spatial axis, then the end of each."""
 
     weight_shape: tuple[int, ...]
     group: int
@@ -43,15 +46,15 @@ class _Spatial(OpKind):
 
     @property
     def _spans(self) -> list[int]:
-        """The extent of a dilated kernel on each spatial axis."""
+        """Return the extent of the dilated kernel on each spatial axis."""
         return [(k - 1) * d + 1 for k, d in zip(self.kernel, self.dilations, strict=True)]
 
     @abstractmethod
     def _prepared(self, x: Array) -> tuple[Array, tuple[int, ...]]:
-        """The padded input, and the stride of the window over it."""
+        """Return the padded input, and the stride of the window over it on each spatial axis."""
 
     def _windows(self, x: Array) -> Array:
-        """A view [n, channels, *out, *kernel]."""
+        """Return the windows as a view [n, channels, *out, *kernel]."""
         padded, strides = self._prepared(x)
         dims = tuple(range(2, x.ndim))
         view = arrays.windows(padded, self._spans, dims)
@@ -81,12 +84,21 @@ class _Spatial(OpKind):
         windows = self._windows(x)
         return int(windows.shape[0]) * int(np.prod(windows.shape[2 : x.ndim]))
 
+    @property
+    def is_depthwise(self) -> bool:
+        return self.group > 1 and self.inputs == int(np.prod(self.kernel))
+
+    @property
+    def has_integer_form(self) -> bool:
+        return self.axis is not None
+
 
 @dataclass(frozen=True)
 class Conv(_Spatial):
-    """A convolution of any rank, weight [out, in / group, *kernel]."""
+    """Describe a convolution of any rank, weight [out, in / group, *kernel]."""
 
     op_type: ClassVar[str] = "Conv"
+    is_convolution: ClassVar[bool] = True
 
     @classmethod
     def of(cls, node: ir.Node, weight_shape: tuple[int, ...]) -> Conv:
@@ -128,9 +140,12 @@ class Conv(_Spatial):
 
 @dataclass(frozen=True)
 class ConvTranspose(_Spatial):
-    """A transposed convolution, weight [in, out / group, *kernel].
+    """Describe a transposed convolution, weight [in, out / group, *kernel].
 
     It is a convolution of stride 1 with the flipped kernel over the input with stride - 1 zeros between its elements.
+
+    output_padding: numbers added at the end of each spatial axis of the output.
+    output_shape: the spatial axes of the output; () where the attribute is not given.
     """
 
     output_padding: tuple[int, ...] = ()
@@ -167,7 +182,9 @@ class ConvTranspose(_Spatial):
         return self.weight_shape[0] // self.group * int(np.prod(self.kernel))
 
     def _cropped(self, size: tuple[int, ...]) -> tuple[list[int], list[int]]:
-        """What the operator's pads cut off at the beginning and the end of each axis of the full output."""
+        """Return what the operator's pads cut off at the begin and at the end of each axis of the full output.
+
+        size: the spatial axes of the input."""
         rank = len(size)
         full = [
             (n - 1) * s + span + extra
@@ -212,9 +229,13 @@ class ConvTranspose(_Spatial):
             self.weight_shape[0], self.weight_shape[1], *ones
         )
 
+    @property
+    def needs_one_scale(self) -> bool:
+        return self.group > 1
+
 
 def _window_attributes(node: ir.Node, rank: int) -> tuple[int, tuple[int, ...], tuple[int, ...], tuple[int, ...], str]:
-    """group, strides, dilations, pads and auto_pad with their defaults."""
+    """Read group, strides, dilations, pads and auto_pad, with their defaults where they are not given."""
     auto_pad = attribute(node, "auto_pad", "NOTSET")
     return (
         int(attribute(node, "group", 1)),

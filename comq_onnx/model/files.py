@@ -1,4 +1,4 @@
-"""ONNX files written: whole or not at all, and directories that vanish with the process."""
+"""Write files whole or not at all, and make directories that vanish with the process."""
 
 from __future__ import annotations
 
@@ -18,17 +18,8 @@ from comq_onnx.errors import OptionError
 INLINE_LIMIT = 1_800_000_000
 # a work directory that nobody holds is one of a process that was killed; younger ones may be about to be held
 STALE_SECONDS = 60.0
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file that appears under its name only when it is complete. Raises OptionError."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise OptionError(f"{path}: cannot be written ({error.strerror or error}); nothing was left behind") from error
+# of directories that are locked while in use: those of earlier versions, which were not locked, have another prefix
+_PREFIX = ".comq-held-"
 
 
 def check_output(out: Path, source: Path) -> None:
@@ -54,15 +45,15 @@ def check_output(out: Path, source: Path) -> None:
 
 @contextlib.contextmanager
 def written(model: ir.Model, out: Path) -> Iterator[tuple[Path, int]]:
-    """Write `model` beside `out` and give its path there and its bytes; it gets its name when the block ends well, and
-    vanishes when not: no partial file is ever seen there.
+    """Write `model` into a directory beside `out`, and yield its path there and its size in bytes.
 
-    Tensors go to `<out>.data` where the model would not fit into one protobuf message. Raises OptionError when the
-    disk refuses.
+    It moves to `out` when the block ends well and vanishes when it raises: nobody ever sees a partial file at `out`.
+    Tensors go to `<out>.data` where the model would not fit into one protobuf message. Raises OptionError where a file
+    cannot be written.
     """
     external = f"{out.name}.data" if weight_bytes(model) > INLINE_LIMIT else None
     if external is None:
-        # or what stays float would go on pointing at the source's data file
+        # tensors that stay float would go on pointing at the source's data file otherwise
         ir.external_data.load_to_model(model)
     with contextlib.ExitStack() as stack:
         with _writing(out):
@@ -80,24 +71,23 @@ def written(model: ir.Model, out: Path) -> Iterator[tuple[Path, int]]:
                 os.replace(file, out.parent / file.name)
 
 
-def file_size(model: ir.Model) -> int:
-    """The bytes that `written` would write; where tensors go to a file of their own, but for some names."""
-    if weight_bytes(model) > INLINE_LIMIT:
-        return weight_bytes(model)
-    return int(ir.to_proto(model).ByteSize())
-
-
-@contextlib.contextmanager
-def _writing(out: Path) -> Iterator[None]:
+def write_text(path: Path, text: str) -> None:
+    """Write a text file that gets its name only when it is complete. Raises OptionError."""
+    part = path.with_name(f".{path.name}.part")
     try:
-        yield
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
     except OSError as error:
-        raise OptionError(f"{out}: cannot be written ({error.strerror or error}); nothing was left behind") from error
+        part.unlink(missing_ok=True)
+        raise OptionError(f"{path}: cannot be written ({error.strerror or error}); nothing was left behind") from error
 
 
 @contextlib.contextmanager
 def private_directory(parent: Path | None = None) -> Iterator[Path]:
-    """A directory only we can read_model, removed at the end; and those removed that killed processes left in `parent`."""
+    """Make a directory in `parent` that only this user can read, and remove it at the end.
+
+    Directories that killed processes left in `parent` are removed too. parent: the system's temporary directory where
+    None."""
     parent = Path(tempfile.gettempdir()) if parent is None else parent
     _remove_stale(parent)
     work = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
@@ -110,12 +100,49 @@ def private_directory(parent: Path | None = None) -> Iterator[Path]:
             os.close(held)
 
 
-# of directories that are locked while in use: earlier versions locked none of theirs
-_PREFIX = ".comq-held-"
+def subdirectory(parent: Path, name: str) -> Path:
+    """Make a new directory in another one."""
+    made = parent / name
+    made.mkdir()
+    return made
+
+
+def to_bytes_or_file(model: ir.Model, directory: Path, name: str) -> bytes | str:
+    """Return the model as a runtime takes it: serialized, or where it is too large, a path in `directory`."""
+    if weight_bytes(model) <= INLINE_LIMIT:
+        ir.external_data.load_to_model(model)
+        return bytes(ir.to_proto(model).SerializeToString())
+    ir.save(model, directory / f"{name}.onnx", external_data=f"{name}.data")
+    return str(directory / f"{name}.onnx")
+
+
+def file_size(model: ir.Model) -> int:
+    """Return the bytes that `written` would write.
+
+    Where tensors go to a file of their own, only those count, not the few bytes of names and nodes beside them."""
+    if weight_bytes(model) > INLINE_LIMIT:
+        return weight_bytes(model)
+    return int(ir.to_proto(model).ByteSize())
+
+
+def weight_bytes(model: ir.Model) -> int:
+    """Count the bytes of all initializers."""
+    return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+
+
+@contextlib.contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """Turn an OSError of the block into an OptionError that names `out`."""
+    try:
+        yield
+    except OSError as error:
+        raise OptionError(f"{out}: cannot be written ({error.strerror or error}); nothing was left behind") from error
 
 
 def _hold(work: Path) -> int | None:
-    """Lock a directory for as long as this process lives; None where it is locked, or cannot be."""
+    """Lock a directory for as long as this process lives, and return the descriptor that holds the lock.
+
+    None where it is locked already, or cannot be locked."""
     try:
         import fcntl
 
@@ -131,6 +158,7 @@ def _hold(work: Path) -> int | None:
 
 
 def _remove_stale(parent: Path) -> None:
+    """Remove directories in `parent` that processes of this user left when they were killed."""
     with contextlib.suppress(OSError):
         for entry in os.scandir(parent):
             if not entry.name.startswith(_PREFIX) or not entry.is_dir(follow_symlinks=False):
@@ -140,24 +168,3 @@ def _remove_stale(parent: Path) -> None:
             if mine and time.time() - state.st_mtime > STALE_SECONDS and (held := _hold(Path(entry.path))) is not None:
                 shutil.rmtree(entry.path, ignore_errors=True)
                 os.close(held)
-
-
-def subdirectory(parent: Path, name: str) -> Path:
-    """A new directory in another one."""
-    made = parent / name
-    made.mkdir()
-    return made
-
-
-def weight_bytes(model: ir.Model) -> int:
-    """Bytes of all initializers."""
-    return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
-
-
-def to_bytes_or_file(model: ir.Model, directory: Path, name: str) -> bytes | str:
-    """The model as a runtime takes it: serialized, or a path to it where it is too large for that."""
-    if weight_bytes(model) <= INLINE_LIMIT:
-        ir.external_data.load_to_model(model)
-        return bytes(ir.to_proto(model).SerializeToString())
-    ir.save(model, directory / f"{name}.onnx", external_data=f"{name}.data")
-    return str(directory / f"{name}.onnx")

@@ -10,8 +10,8 @@ import onnx_ir as ir
 from comq_onnx.context import Context
 from comq_onnx.errors import ModelError
 from comq_onnx.model import graph as graphs
-from comq_onnx.model.prepare import check_source, prepare
-from comq_onnx.model.source import Source, load_source
+from comq_onnx.model.prepare import check_source, prepare_model
+from comq_onnx.model.source import SourceFile, load_source
 from comq_onnx.runtime.session import Session
 
 
@@ -27,7 +27,7 @@ class FloatModel:
 
     path: Path
     model: ir.Model
-    file: Source
+    file: SourceFile
     session: Session
     reference: Path | bytes
     is_half: bool
@@ -53,7 +53,7 @@ def open_model(path: Path, context: Context) -> FloatModel:
     return opened
 
 
-def _load(path: Path, model: ir.Model, file: Source, context: Context) -> FloatModel:
+def _load(path: Path, model: ir.Model, file: SourceFile, context: Context) -> FloatModel:
     """Load the file; where ONNX Runtime has no bfloat16 arithmetic, the float32 form stands in for it."""
     types = {v.dtype for v in graphs.walk_values(model)}
     try:
@@ -73,7 +73,7 @@ def _load(path: Path, model: ir.Model, file: Source, context: Context) -> FloatM
 def _in_float32(model: ir.Model, refused: ModelError) -> bytes:
     """Return the float32 form of a model that was refused. Raises `refused` where there is none."""
     try:
-        prepared = prepare(model, graphs.opset(model), graphs.opset(model), fold=False)
+        prepared = prepare_model(model, graphs.opset(model), graphs.opset(model), fold=False)
     except Exception:  # of a graph that is broken anyway
         raise refused from None
     return bytes(ir.to_proto(prepared.model).SerializeToString())

@@ -1,4 +1,4 @@
-"""Graph surgery: the few operations on onnx-ir graphs that everything else is made of."""
+"""Change onnx-ir graphs: the few operations that all other changes are made of."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ MAX_IR_VERSION = 13
 
 
 def constant(value: ir.Value | None) -> np.ndarray[Any, Any] | None:
-    """The numbers of an initializer; None for anything else."""
+    """Return the numbers of an initializer; None for anything else."""
     if value is None or value.const_value is None or value.is_graph_input() or value.producer() is not None:
         return None
     return value.const_value.numpy()
 
 
 def is_constant(value: ir.Value | None) -> bool:
-    """Whether `constant` would return numbers, without reading them."""
+    """Tell whether `constant` would return numbers, without reading them."""
     return (
         value is not None and value.const_value is not None and not value.is_graph_input() and value.producer() is None
     )
@@ -32,7 +32,7 @@ def add_initializer(graph: ir.Graph, name: str, array: np.ndarray[Any, Any]) -> 
     unique, count = name, 1
     while unique in graph.initializers:
         unique, count = f"{name}_{count}", count + 1
-    # ascontiguousarray would make a scalar rank 1, and a rank-1 scale fails to load_source or runs in float
+    # ascontiguousarray would make a scalar rank 1, and a rank-1 scale fails to load or runs in float
     tensor = ir.tensor(array if array.ndim == 0 else np.ascontiguousarray(array), name=unique)
     value = ir.Value(name=unique, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
     graph.register_initializer(value)
@@ -42,7 +42,7 @@ def add_initializer(graph: ir.Graph, name: str, array: np.ndarray[Any, Any]) -> 
 def insert(
     before: ir.Node, op: str, inputs: Sequence[ir.Value | None], attributes: Mapping[str, Any], name: str
 ) -> ir.Value:
-    """A new node right before another; its output, named like the node."""
+    """Insert a new node right before another, and return its output, which is named like the node."""
     made = ir.node(op, inputs, attributes, name=name)
     made.outputs[0].name = name
     assert before.graph is not None
@@ -51,7 +51,7 @@ def insert(
 
 
 def walk_values(model: ir.Model) -> Iterator[ir.Value]:
-    """Every value of the model, subgraphs included."""
+    """Return every value of the model, subgraphs included."""
     for graph in (model.graph, *model.graph.subgraphs()):
         yield from graph.inputs
         yield from graph.initializers.values()
@@ -60,7 +60,7 @@ def walk_values(model: ir.Model) -> Iterator[ir.Value]:
 
 
 def with_outputs(model: ir.Model, names: Iterable[str]) -> ir.Model:
-    """The part of a model that makes these values, as a model of its own with them as outputs."""
+    """Copy the part of a model that makes these values, as a model with them as outputs."""
     part = model.clone()
     values = {str(v.name): v for v in walk_values(part)}
     part.graph.outputs[:] = [values[name] for name in names]
@@ -69,5 +69,5 @@ def with_outputs(model: ir.Model, names: Iterable[str]) -> ir.Model:
 
 
 def opset(model: ir.Model) -> int:
-    """The version of the standard operators the model imports."""
+    """Return the version of the standard operators that the model imports."""
     return model.graph.opset_imports.get("", model.graph.opset_imports.get("ai.onnx", 1))

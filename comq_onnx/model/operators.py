@@ -1,7 +1,7 @@
-"""The kinds of layers by operator; here matrix products and embeddings, convolutions in convolutions.py.
+"""List the kinds of layers by operator, and define matrix products and embeddings; convolutions are in convolutions.py.
 
-Operators: https://onnx.ai/onnx/operators/. The contract that each keeps, tested against ONNX Runtime over random attributes, is
-in op_kind.py."""
+Operators: https://onnx.ai/onnx/operators/. Each keeps the contract of op_kind.py, which is tested against ONNX Runtime
+over random attributes."""
 
 from __future__ import annotations
 
@@ -20,11 +20,15 @@ from comq_onnx.solve.grid import Array
 
 @dataclass(frozen=True)
 class MatMul(OpKind):
-    """x [..., in] @ weight [in, out]; a weight [b, in, out] is b groups, broadcast against x [..., b, m, in]."""
+    """Describe x [..., in] @ weight [in, out].
+
+    A weight [b, in, out] is b groups, broadcast against x [..., b, m, in]."""
 
     weight_shape: tuple[int, ...]
 
     op_type: ClassVar[str] = "MatMul"
+    has_leading_axes: ClassVar[bool] = True
+    takes_scalar_scale: ClassVar[bool] = False
 
     @classmethod
     def of(cls, _node: ir.Node, weight_shape: tuple[int, ...]) -> MatMul:
@@ -54,7 +58,7 @@ class MatMul(OpKind):
         return at_positions(arrays.permute(x, order).reshape(self.groups, -1, inputs), pick)
 
     def _broadcast(self, x: Array) -> Array:
-        """x with the leading axes that the product has."""
+        """Broadcast x to the leading axes that the product has."""
         x = x[None] if x.ndim == 1 else x
         full = np.broadcast_shapes(x.shape[:-2], self._lead)
         return cast(Array, arrays.broadcast_to(x, (*full, *x.shape[-2:])))
@@ -82,10 +86,18 @@ class MatMul(OpKind):
     def spread_scale(self, scale: AnyArray) -> AnyArray:
         return scale.reshape(*self._lead, 1, self.weight_shape[-1])
 
+    @property
+    def is_matrix(self) -> bool:
+        return len(self.weight_shape) == 2
+
+    @property
+    def rows_follow_samples(self) -> bool:
+        return self.groups == 1
+
 
 @dataclass(frozen=True)
 class _OutputsFirst(OpKind):
-    """What MatMulLeft and Gather share: a weight [out, in] that is its own matrix."""
+    """Share what MatMulLeft and Gather have in common: a weight [out, in] that is its own matrix."""
 
     weight_shape: tuple[int, ...]
 
@@ -113,7 +125,7 @@ class _OutputsFirst(OpKind):
 
 @dataclass(frozen=True)
 class MatMulLeft(_OutputsFirst):
-    """weight [out, in] @ x [..., in, columns]: the columns of x are the rows."""
+    """Describe weight [out, in] @ x [..., in, columns]: the columns of x are the rows."""
 
     op_type: ClassVar[str] = "MatMul"
     input_index: ClassVar[int] = 1
@@ -135,10 +147,16 @@ class MatMulLeft(_OutputsFirst):
     def rows_key(self) -> tuple[object, ...]:
         return "MatMulLeft", self.inputs
 
+    @property
+    def rows_follow_samples(self) -> bool:
+        return False
+
 
 @dataclass(frozen=True)
 class Gemm(OpKind):
-    """alpha A' B' + beta C with the weight in B; alpha goes into the rows."""
+    """Describe alpha A' B' + beta C with the weight in B; alpha goes into the rows.
+
+    trans_a, trans_b: whether A or B is transposed before the product (transA, transB)."""
 
     weight_shape: tuple[int, ...]
     trans_a: bool
@@ -148,6 +166,7 @@ class Gemm(OpKind):
 
     op_type: ClassVar[str] = "Gemm"
     bias_index: ClassVar[int | None] = 2
+    has_flat_rows: ClassVar[bool] = True
 
     @classmethod
     def of(cls, node: ir.Node, weight_shape: tuple[int, ...]) -> Gemm:
@@ -190,12 +209,23 @@ class Gemm(OpKind):
     def spread_scale(self, scale: AnyArray) -> AnyArray:
         return scale.reshape(-1, 1) if self.trans_b else scale.reshape(1, -1)
 
+    @property
+    def is_matrix(self) -> bool:
+        return not self.trans_a
+
+    @property
+    def rows_follow_samples(self) -> bool:
+        return not self.trans_a
+
 
 @dataclass(frozen=True)
 class Gather(_OutputsFirst):
-    """Rows of an embedding table [rows, columns] looked up along axis 0: no arithmetic, so no rows to calibrate."""
+    """Describe rows of an embedding table [rows, columns] looked up along axis 0: no arithmetic to calibrate.
+
+    The rows of the table are its output channels: each has a scale."""
 
     op_type: ClassVar[str] = "Gather"
+    is_lookup: ClassVar[bool] = True
     input_index: ClassVar[int] = 1
     weight_index: ClassVar[int] = 0
 
@@ -206,7 +236,7 @@ class Gather(_OutputsFirst):
         return cls(weight_shape)
 
     def rows(self, x: Array, pick: npt.NDArray[np.intp] | None = None) -> Array:
-        """Indices as one-hot rows."""
+        """Return indices as one-hot rows."""
         return at_positions(
             np.eye(self.weight_shape[0], dtype=np.float32)[np.asarray(x, np.int64).reshape(-1)][None], pick
         )
@@ -218,7 +248,7 @@ class Gather(_OutputsFirst):
         return self.op_type, self.weight_shape[0]
 
 
-OP_KINDS: dict[str, type[MatMul] | type[Gemm] | type[Conv] | type[ConvTranspose] | type[Gather]] = {
+OP_KINDS: dict[str, type[OpKind]] = {
     "MatMul": MatMul,
     "Gemm": Gemm,
     "Conv": Conv,

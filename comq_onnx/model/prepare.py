@@ -1,7 +1,8 @@
-"""A loaded model made ready: cleaned, folded, at the opset the target needs, its layers listed.
+"""Prepare a loaded model: clean and fold it, raise it to the opset that the target needs, and list its layers.
 
-Folding constants and BatchNorms, inlining functions and raising the opset are onnxscript's and onnx-ir's passes; whether
-outputs changed is checked afterwards (plan/faithful.py). What is not a layer, and why, stands in `skipped`."""
+onnxscript and onnx-ir have the passes that fold constants and BatchNorms, inline functions and raise the opset.
+Whether they changed the outputs is checked afterwards, by running the prepared model. What is no layer, and why, is in
+`skipped`."""
 
 from __future__ import annotations
 
@@ -22,6 +23,8 @@ from comq_onnx.model.layers import WEIGHT_CHAIN, Prepared, list_layers, reaches_
 from comq_onnx.model.operators import OP_KINDS
 
 logger = logging.getLogger(__name__)
+
+# operators of models that are quantized already
 QUANTIZED_OPS = frozenset(
     {
         "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger",
@@ -29,7 +32,12 @@ QUANTIZED_OPS = frozenset(
         "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "GatherBlockQuantized", "DynamicQuantizeLSTM",
     }
 )  # fmt: skip
+# the opset that HardSwish came with
 HARDSWISH_OPSET = 14
+
+
+class Unprepared(Exception):
+    """Say that this way of preparing does not work for this model; a plainer one may."""
 
 
 def check_source(model: ir.Model, path: str) -> None:
@@ -43,11 +51,13 @@ def check_source(model: ir.Model, path: str) -> None:
         raise ModelError(f"{path}: already quantized ({found}); give the float model it was made from")
 
 
-def prepare(model: ir.Model, wanted_opset: int, min_opset: int, fold: bool = True) -> Prepared:
+def prepare_model(model: ir.Model, wanted_opset: int, min_opset: int, fold: bool = True) -> Prepared:
     """Clean `model` in place, raise it to `wanted_opset` where it is lower, and list its layers.
 
-    fold: also fold constants and BatchNorms. Where no converter reaches wanted_opset, min_opset is tried, and the
-    remark says so. Raises ModelError where not even that can be had.
+    wanted_opset: where no converter reaches it, min_opset is tried, and a note says so.
+    fold: also fold constants and BatchNorms.
+
+    Raises ModelError where no converter reaches min_opset either, Unprepared where folding fails.
     """
     notes: list[str] = []
     _clean(model)
@@ -56,7 +66,7 @@ def prepare(model: ir.Model, wanted_opset: int, min_opset: int, fold: bool = Tru
         try:
             optimizer.optimize_ir(model, should_fold=_should_fold, onnx_shape_inference=True)
             RewritePass([_AddIntoConv.rule()])(model)
-        except Exception as error:  # a library's bug on one graph must not stop the way: the graph works unfolded
+        except Exception as error:  # a library's bug on one graph must not end the run: the graph works unfolded
             raise Unprepared(f"constant folding failed: {error}") from error
     model = _raise_opset(model, wanted_opset, min_opset, notes)
     if fold and graphs.opset(model) >= HARDSWISH_OPSET:
@@ -70,31 +80,6 @@ def prepare(model: ir.Model, wanted_opset: int, min_opset: int, fold: bool = Tru
     model.ir_version = min(max(model.ir_version, 8), graphs.MAX_IR_VERSION)
     layers, skipped = list_layers(model)
     return Prepared(model, layers, skipped, notes)
-
-
-def _layer_names(model: ir.Model) -> dict[tuple[str, str], str]:
-    """The name of each node with a constant weight, by its op type and the weight's name."""
-    return {
-        (node.op_type, str(value.name)): str(node.name)
-        for node in model.graph.all_nodes()
-        for value in node.inputs[:2]
-        if node.op_type in OP_KINDS and value is not None and graphs.is_constant(value)
-    }
-
-
-def _restore_names(model: ir.Model, names: dict[tuple[str, str], str]) -> None:
-    """Give layers that a rewrite made anew (a Conv with its BatchNorm folded) the names the source has for them."""
-    kept = {str(node.name) for node in model.graph.all_nodes()}
-    for node in model.graph.all_nodes():
-        for value in node.inputs[:2]:
-            name = names.get((node.op_type, str(value.name))) if value is not None else None
-            if name is not None and name not in kept:
-                node.name = name
-                kept.add(name)
-
-
-class Unprepared(Exception):
-    """This way of preparing does not work for this model; a plainer one may."""
 
 
 def _clean(model: ir.Model) -> None:
@@ -112,7 +97,7 @@ def _clean(model: ir.Model) -> None:
 
 
 def _name_once(model: ir.Model) -> None:
-    """Make names of nodes and values unique over all subgraphs: the library's pass lets branches share theirs."""
+    """Make names of nodes and values unique over all subgraphs: NameFixPass lets branches share theirs."""
     nodes: set[str] = set()
     values = {str(v.name) for v in (*model.graph.inputs, *model.graph.initializers.values())}
     for graph in (model.graph, *model.graph.subgraphs()):
@@ -126,6 +111,7 @@ def _name_once(model: ir.Model) -> None:
 
 
 def _unused(name: str, taken: set[str]) -> str:
+    """Return `name`, with a number where it is taken, and add it to `taken`."""
     unique, count = name, 1
     while unique in taken:
         unique, count = f"{name}_{count}", count + 1
@@ -133,14 +119,36 @@ def _unused(name: str, taken: set[str]) -> str:
     return unique
 
 
+def _layer_names(model: ir.Model) -> dict[tuple[str, str], str]:
+    """Return the name of each node with a constant weight, by its op type and the weight's name."""
+    return {
+        (node.op_type, str(value.name)): str(node.name)
+        for node in model.graph.all_nodes()
+        for value in node.inputs[:2]
+        if node.op_type in OP_KINDS and value is not None and graphs.is_constant(value)
+    }
+
+
+def _restore_names(model: ir.Model, names: dict[tuple[str, str], str]) -> None:
+    """Give layers that a rewrite replaced (a Conv with its BatchNorm folded) the names that the source has for them."""
+    kept = {str(node.name) for node in model.graph.all_nodes()}
+    for node in model.graph.all_nodes():
+        for value in node.inputs[:2]:
+            name = names.get((node.op_type, str(value.name))) if value is not None else None
+            if name is not None and name not in kept:
+                node.name = name
+                kept.add(name)
+
+
 class _AddIntoConv(pattern.RewriteRuleClassBase):  # type: ignore[misc]
-    """Conv without a bias, then Add of a constant per channel: the constant becomes the bias."""
+    """Turn a Conv without a bias and an Add of a constant per channel into a Conv with that bias."""
 
     def pattern(self, op: Any, x: Any, w: Any, addend: Any) -> Any:
+        """Match the Conv and the Add behind it."""
         return op.Conv(x, w, _allow_other_attributes=True, _outputs=["conv"]) + addend
 
     def check(self, _context: Any, conv: ir.Value, w: ir.Value, addend: ir.Value, **_: Any) -> bool:
-        """The addend has one number a channel, or one for all."""
+        """Tell whether the addend has one number per channel, and nothing else reads the Conv."""
         if not graphs.is_constant(addend) or not graphs.is_constant(w) or len(conv.uses()) != 1:
             return False
         assert addend.const_value is not None
@@ -150,7 +158,7 @@ class _AddIntoConv(pattern.RewriteRuleClassBase):  # type: ignore[misc]
         return shape in ([1, out, *[1] * (rank - 2)], [out, *[1] * (rank - 2)])
 
     def rewrite(self, op: Any, x: ir.Value, w: ir.Value, conv: ir.Value, addend: ir.Value) -> Any:
-        """The Conv with its bias."""
+        """Make the Conv with its bias."""
         assert addend.const_value is not None
         node = conv.producer()
         assert node is not None
@@ -159,18 +167,20 @@ class _AddIntoConv(pattern.RewriteRuleClassBase):  # type: ignore[misc]
 
 
 def _should_fold(node: ir.Node) -> bool | None:
-    """Fold a weight's way to its layer whatever its size; leave everything else to the library's limits."""
+    """Fold operators between a weight and its layer whatever its size; None leaves a node to the library's limits."""
     if node.domain != "":
         return None
     if node.op_type in WEIGHT_CHAIN and reaches_layer(node.outputs[0]):
         return True
-    # the library leaves these be, and with them every Pad whose amounts an exporter computed from shapes
+    # the library does not fold these, nor then any Pad whose amounts an exporter computed from shapes
     shape = graphs.constant(node.inputs[0]) if node.op_type == "ConstantOfShape" else None
     return True if shape is not None and int(np.prod(shape)) <= 1024 else None
 
 
 def _raise_opset(model: ir.Model, wanted: int, least: int, notes: list[str]) -> ir.Model:
-    """The model at opset `wanted`, else at the lowest one from `least` on that a converter reaches."""
+    """Return the model at opset `wanted`, or where no converter reaches that, at `least` or its own, with a note.
+
+    Raises ModelError where no converter reaches `least`."""
     own = graphs.opset(model)
     if own >= wanted:
         return model

@@ -1,7 +1,7 @@
-"""ONNX files read: what a model's files are, and that they hold what they say.
+"""Read ONNX files: find them, check that they hold what they say, and identify them.
 
-The working form is onnx-ir's `Model`: it keeps metadata and 4-bit types, and leaves external data on disk until it is
-read. https://onnx.ai/ir-py/"""
+The working form is onnx-ir's `Model`: it keeps metadata and 4-bit types, and leaves external data on disk until they
+are read. https://onnx.ai/ir-py/"""
 
 from __future__ import annotations
 
@@ -21,16 +21,21 @@ from comq_onnx.errors import ModelError, OptionError
 # nodes after all functions are inlined: a small file can ask for more than any memory holds
 MOST_NODES = 1_000_000
 MOST_PARTS = 3 * MOST_NODES
-# the fields of the format that refer to nothing
-_PROSE = frozenset(
+# the fields of the format that no other field refers to
+_FREE_TEXT = frozenset(
     {"doc_string", "producer_name", "producer_version", "key", "value", "onnx.NodeProto.name", "onnx.GraphProto.name"}
 )
 
 
 @dataclass(frozen=True)
-class Source:
-    """The file a model came from: its path, its bytes with external data, the SHA-256 over all of them, and size and
-    time of each file."""
+class SourceFile:
+    """Identify the file that a model came from, with the files of its external data.
+
+    path: the model file.
+    size: bytes of all files.
+    sha256: the SHA-256 over all of them.
+    stamps: size and time of change (nanoseconds) of each file.
+    """
 
     path: Path
     size: int
@@ -38,7 +43,7 @@ class Source:
     stamps: Mapping[Path, tuple[int, int]]
 
     def check(self) -> None:
-        """Raise ModelError where a file is not what it was: a runtime that has it mapped dies of one cut short."""
+        """Raise ModelError where a file has changed: a runtime that has mapped a file dies when that is cut short."""
         try:
             changed = [str(file) for file, stamp in self.stamps.items() if _stamp(file) != stamp]
         except OSError as error:
@@ -47,22 +52,11 @@ class Source:
             raise ModelError(f"{', '.join(changed)}: changed meanwhile; give a file that stays as it is")
 
 
-def find_model(path: Path) -> Path:
-    """The model file that `path` means: itself, or the one .onnx file of a directory. Raises ModelError."""
-    if not path.exists():
-        raise ModelError(f"{path}: no such file; give the path of an ONNX model")
-    if path.is_file():
-        return path
-    found = sorted(path.glob("*.onnx"))
-    chosen = [p for p in found if p.name == "model.onnx"] or found
-    if len(chosen) != 1:
-        names = ", ".join(p.name for p in found[:5]) or "none"
-        raise ModelError(f"{path}: a directory with {len(found)} .onnx files ({names}); name one of them")
-    return chosen[0]
+def load_source(path: Path) -> tuple[ir.Model, SourceFile]:
+    """Read a model, and what identifies its files.
 
-
-def load_source(path: Path) -> tuple[ir.Model, Source]:
-    """Read a model and what identifies its files. Raises ModelError, also for external data that must not be read_model."""
+    Raises ModelError for what is no readable ONNX model, for external data outside its folder or not whole, and for
+    functions that cannot be inlined."""
     path = find_model(path)
     model = read_model(path)
     files = {path, *_external_files(model, path)}
@@ -77,12 +71,7 @@ def load_source(path: Path) -> tuple[ir.Model, Source]:
                     digest.update(chunk)
     except OSError as error:
         raise _unreadable(path, error) from error
-    return model, Source(path, size, digest.hexdigest(), stamps)
-
-
-def _stamp(file: Path) -> tuple[int, int]:
-    found = file.stat()
-    return found.st_size, found.st_mtime_ns
+    return model, SourceFile(path, size, digest.hexdigest(), stamps)
 
 
 def read_model(path: Path) -> ir.Model:
@@ -108,8 +97,71 @@ def read_model(path: Path) -> ir.Model:
     return model
 
 
+def find_model(path: Path) -> Path:
+    """Return the model file that `path` means: itself, or the one .onnx file of a directory. Raises ModelError."""
+    if not path.exists():
+        raise ModelError(f"{path}: no such file; give the path of an ONNX model")
+    if path.is_file():
+        return path
+    found = sorted(path.glob("*.onnx"))
+    chosen = [p for p in found if p.name == "model.onnx"] or found
+    if len(chosen) != 1:
+        names = ", ".join(p.name for p in found[:5]) or "none"
+        raise ModelError(f"{path}: a directory with {len(found)} .onnx files ({names}); name one of them")
+    return chosen[0]
+
+
+def as_path(model: Any, work: Path) -> Path:
+    """Return the file of a model.
+
+    model: a path, as `find_model` takes it; or what `from_object` takes, which is written to a file in `work`.
+
+    Raises ModelError or OptionError."""
+    if isinstance(model, (str, os.PathLike)):
+        return find_model(Path(model))
+    path = Path(tempfile.mkdtemp(dir=work)) / "model.onnx"
+    onnx.save(from_object(model), path, save_as_external_data=False)
+    return path
+
+
+def from_object(model: Any) -> onnx.ModelProto:
+    """Make a ModelProto of a ModelProto or an onnx-graphsurgeon Graph. Raises OptionError for anything else."""
+    if isinstance(model, onnx.ModelProto):
+        return model
+    if type(model).__module__.startswith("onnx_graphsurgeon"):
+        import onnx_graphsurgeon as gs
+
+        return gs.export_onnx(model)  # type: ignore[no-any-return]
+    raise OptionError(
+        f"a model is a path, an onnx.ModelProto or an onnx_graphsurgeon.Graph, not {type(model).__name__}"
+    )
+
+
+def to_graphsurgeon(model: onnx.ModelProto) -> Any:
+    """Make an onnx-graphsurgeon Graph of a ModelProto."""
+    import onnx_graphsurgeon as gs
+
+    return gs.import_onnx(model)
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    """Return a file's size and time of change (nanoseconds)."""
+    found = file.stat()
+    return found.st_size, found.st_mtime_ns
+
+
+def _unreadable(path: Path, error: OSError) -> ModelError:
+    return ModelError(f"{path}: cannot be read ({error.strerror or error}); give a file that stays where it is")
+
+
+def _first_line(error: BaseException) -> str:
+    """Join the first line of each error of a chain: a library wraps the cause in an error about what it was doing."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+    return line if error.__cause__ is None else f"{line}: {_first_line(error.__cause__)}"[:400]
+
+
 def _check_counts(proto: onnx.ModelProto, path: Path) -> None:
-    """Refuse a model of more parts than can be handled: two bytes of a file can be a node of some hundred in memory."""
+    """Refuse a model of more than MOST_PARTS parts: two bytes of a file can become a node of some hundred in memory."""
     left = MOST_PARTS
     pending: list[Any] = [proto.graph, *proto.functions]
     while pending and left >= 0:
@@ -129,8 +181,9 @@ def _check_counts(proto: onnx.ModelProto, path: Path) -> None:
 
 
 def _check_texts(message: Any, path: Path) -> None:
-    """Refuse names that are not UTF-8, which protobuf lets through and no library takes; in what refers to
-    nothing, replace what is not."""
+    """Refuse names that are not UTF-8, which protobuf lets through and no library takes.
+
+    In texts that nothing refers to, replace the bytes that are not UTF-8."""
     for field, value in message.ListFields():
         if field.type == field.TYPE_MESSAGE:
             for inner in value if isinstance(value, Sequence) else (value,):
@@ -139,63 +192,13 @@ def _check_texts(message: Any, path: Path) -> None:
             for text in (value,) if isinstance(value, (str, bytes)) else value:
                 if isinstance(text, str):
                     continue
-                if field.name not in _PROSE and field.full_name not in _PROSE:
+                if field.name not in _FREE_TEXT and field.full_name not in _FREE_TEXT:
                     raise ModelError(f"{path}: the {field.name} {text[:40]!r} is not UTF-8, as ONNX wants it; rename")
                 setattr(message, field.name, text.decode(errors="replace"))
 
 
-def _unreadable(path: Path, error: OSError) -> ModelError:
-    return ModelError(f"{path}: cannot be read_model ({error.strerror or error}); give a file that stays where it is")
-
-
-def _external_files(model: ir.Model, path: Path) -> Iterator[Path]:
-    """The external data files of a model, after checking that each lies beside it and holds what it should."""
-    root = path.parent.resolve()
-    for name, tensor in _tensors(model):
-        if not isinstance(tensor, ir.ExternalTensor):
-            continue
-        location, offset = os.fspath(tensor.location), tensor.offset or 0
-        try:
-            file = (root / location).resolve()
-            if os.path.isabs(location) or not file.is_relative_to(root):
-                raise ModelError(
-                    f"{path}: external data of {name!r} lies at {location!r}, outside the model's folder: refused"
-                )
-            if not file.is_file():
-                raise ModelError(f"{path}: external data file {location!r} of {name!r} is missing; put it beside")
-            size = file.stat().st_size
-        except (OSError, ValueError, RuntimeError) as error:
-            raise ModelError(
-                f"{path}: external data of {name!r} at {location!r} cannot be read_model ({error})"
-            ) from error
-        end = offset + tensor.nbytes
-        if end > size or (tensor.length is not None and tensor.length < tensor.nbytes):
-            raise ModelError(
-                f"{path}: external data of {name!r} should end at byte {end} of {location!r}, "
-                f"which has {size}; the file is truncated or not this model's"
-            )
-        if offset < 0 or tensor.nbytes < 0:
-            raise ModelError(f"{path}: external data of {name!r} begins at byte {offset} of {location!r}: refused")
-        yield root / location
-
-
-def _tensors(model: ir.Model) -> Iterator[tuple[str, Any]]:
-    """Every tensor of the model with a name for it: initializers and attributes, in subgraphs and functions too."""
-    graphs: list[Any] = [model.graph, *model.graph.subgraphs(), *model.functions.values()]
-    graphs += [inner for function in model.functions.values() for inner in function.subgraphs()]
-    for graph in graphs:
-        for value in () if isinstance(graph, ir.Function) else graph.initializers.values():
-            yield str(value.name), value.const_value
-        for node in graph:
-            for attribute in node.attributes.values():
-                if attribute.type == ir.AttributeType.TENSOR and not attribute.is_ref():
-                    yield f"{node.name or node.op_type}.{attribute.name}", attribute.value
-                elif attribute.type == ir.AttributeType.TENSORS and not attribute.is_ref():
-                    yield from ((f"{node.name or node.op_type}.{attribute.name}", t) for t in attribute.value)
-
-
 def _check_functions(model: ir.Model, path: Path) -> None:
-    """Refuse functions that call themselves, and calls that multiply beyond what can be inlined."""
+    """Refuse functions that call themselves, and a model of more than MOST_NODES nodes once they are inlined."""
     sizes: dict[Any, int | None] = {}
 
     def nodes(calls: Iterable[ir.Node]) -> int:
@@ -220,37 +223,49 @@ def _check_functions(model: ir.Model, path: Path) -> None:
         raise ModelError(f"{path}: {count:,} nodes when its functions are inlined; at most {MOST_NODES:,} are handled")
 
 
-def as_path(model: Any, work: Path) -> Path:
-    """The file of a model: a path as `find_model` takes it; anything else that `from_object` takes is written to
-    `work`. Raises ModelError or OptionError."""
-    if isinstance(model, (str, os.PathLike)):
-        return find_model(Path(model))
-    path = Path(tempfile.mkdtemp(dir=work)) / "model.onnx"
-    onnx.save(from_object(model), path, save_as_external_data=False)
-    return path
+def _external_files(model: ir.Model, path: Path) -> Iterator[Path]:
+    """Return the external data files of a model, after checking that each lies beside it and holds what it should."""
+    root = path.parent.resolve()
+    for name, tensor in _tensors(model):
+        if isinstance(tensor, ir.ExternalTensor):
+            _check_external(name, tensor, path, root)
+            yield root / os.fspath(tensor.location)
 
 
-def from_object(model: Any) -> onnx.ModelProto:
-    """A ModelProto from a ModelProto or an onnx-graphsurgeon Graph. Raises OptionError for anything else."""
-    if isinstance(model, onnx.ModelProto):
-        return model
-    if type(model).__module__.startswith("onnx_graphsurgeon"):
-        import onnx_graphsurgeon as gs
+def _check_external(name: str, tensor: ir.ExternalTensor, path: Path, root: Path) -> None:
+    """Raise ModelError where a tensor's data lie outside the folder `root` of the model, or not within their file."""
+    location, offset = os.fspath(tensor.location), tensor.offset or 0
+    try:
+        file = (root / location).resolve()
+        if os.path.isabs(location) or not file.is_relative_to(root):
+            raise ModelError(
+                f"{path}: external data of {name!r} lies at {location!r}, outside the model's folder: refused"
+            )
+        if not file.is_file():
+            raise ModelError(f"{path}: external data file {location!r} of {name!r} is missing; put it beside")
+        size = file.stat().st_size
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"{path}: external data of {name!r} at {location!r} cannot be read ({error})") from error
+    end = offset + tensor.nbytes
+    if end > size or (tensor.length is not None and tensor.length < tensor.nbytes):
+        raise ModelError(
+            f"{path}: external data of {name!r} should end at byte {end} of {location!r}, "
+            f"which has {size}; the file is truncated or not this model's"
+        )
+    if offset < 0 or tensor.nbytes < 0:
+        raise ModelError(f"{path}: external data of {name!r} begins at byte {offset} of {location!r}: refused")
 
-        return gs.export_onnx(model)  # type: ignore[no-any-return]
-    raise OptionError(
-        f"a model is a path, an onnx.ModelProto or an onnx_graphsurgeon.Graph, not {type(model).__name__}"
-    )
 
-
-def to_graphsurgeon(model: onnx.ModelProto) -> Any:
-    """An onnx-graphsurgeon Graph from a ModelProto."""
-    import onnx_graphsurgeon as gs
-
-    return gs.import_onnx(model)
-
-
-def _first_line(error: BaseException) -> str:
-    """The first line of each error of a chain: libraries wrap what went wrong in what they were doing."""
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
-    return line if error.__cause__ is None else f"{line}: {_first_line(error.__cause__)}"[:400]
+def _tensors(model: ir.Model) -> Iterator[tuple[str, Any]]:
+    """Return all tensors with names: initializers and attributes of the model, in subgraphs and functions too."""
+    graphs: list[Any] = [model.graph, *model.graph.subgraphs(), *model.functions.values()]
+    graphs += [inner for function in model.functions.values() for inner in function.subgraphs()]
+    for graph in graphs:
+        for value in () if isinstance(graph, ir.Function) else graph.initializers.values():
+            yield str(value.name), value.const_value
+        for node in graph:
+            for attribute in node.attributes.values():
+                if attribute.type == ir.AttributeType.TENSOR and not attribute.is_ref():
+                    yield f"{node.name or node.op_type}.{attribute.name}", attribute.value
+                elif attribute.type == ir.AttributeType.TENSORS and not attribute.is_ref():
+                    yield from ((f"{node.name or node.op_type}.{attribute.name}", t) for t in attribute.value)

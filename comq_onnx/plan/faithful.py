@@ -8,7 +8,7 @@ from comq_onnx.metrics import sqnr_of
 from comq_onnx.model.files import private_directory, to_bytes_or_file
 from comq_onnx.model.float_model import FloatModel
 from comq_onnx.model.layers import Prepared, select
-from comq_onnx.model.prepare import HARDSWISH_OPSET, Unprepared, prepare
+from comq_onnx.model.prepare import HARDSWISH_OPSET, Unprepared, prepare_model
 from comq_onnx.model.source import read_model
 from comq_onnx.plan.initial_bits import REFERENCE_BITS
 from comq_onnx.runtime.session import Session
@@ -30,7 +30,7 @@ def prepare_faithfully(source: FloatModel, data: Dataset, context: Context) -> P
     failed = []
     for fold, opset in ((True, wanted), (False, wanted), (False, least)):
         try:
-            prepared = prepare(read_model(source.path), opset, least, fold)
+            prepared = prepare_model(read_model(source.path), opset, least, fold)
             found = _fidelity(prepared, source, data, context)
         except OutOfMemory:
             raise

@@ -1,4 +1,4 @@
-"""How much memory there is, and a limit that turns too little of it into an error that can be told."""
+"""Measure the memory, and limit this process to it, so that too little of it becomes an error with a message."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ import contextlib
 import os
 from pathlib import Path
 
-# of containers: version 2 of Linux's control groups, and version 1
+# files with the limit of a container: version 2 of Linux's control groups, and version 1
 _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 def free() -> int:
-    """Bytes of memory that can be had without swapping; 8 GiB where the system does not tell."""
+    """Return the bytes of memory that can be had without swapping; 8 GiB where the system does not tell."""
     free_now = _meminfo("MemAvailable") or _pages("SC_AVPHYS_PAGES") or 8 << 30
     return min(free_now, total() or free_now)
 
 
 def total() -> int | None:
-    """Bytes of memory that a process may come to hold, swap and a container's limit included; None where the system
-    does not tell."""
+    """Return the bytes of memory that a process can have: with swap, and within a container's limit.
+
+    None where the system does not tell."""
     physical = _pages("SC_PHYS_PAGES")
     if physical is None:
         return None
@@ -30,8 +31,10 @@ def total() -> int | None:
 
 
 def limit() -> None:
-    """Let allocations beyond `total` fail in this process. Without a limit the system grants them and, when they are
-    used, kills whoever holds most memory: no message, and what lies on disk stays there."""
+    """Let allocations beyond `total` fail in this process.
+
+    Without a limit the system grants them, and when they are used it kills the process that holds most memory. Then
+    there is no message, and temporary files stay on the disk."""
     most = total()
     try:
         import resource
@@ -45,6 +48,7 @@ def limit() -> None:
 
 
 def _pages(name: str) -> int | None:
+    """Return the bytes of the pages that os.sysconf counts under a name; None where it does not."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf(name)
     except (ValueError, OSError, AttributeError):
@@ -52,6 +56,7 @@ def _pages(name: str) -> int | None:
 
 
 def _meminfo(name: str) -> int | None:
+    """Return the bytes that Linux's /proc/meminfo gives under a name; None where it gives none."""
     with contextlib.suppress(OSError, IndexError, ValueError):
         return int(Path("/proc/meminfo").read_text().split(f"{name}:")[1].split()[0]) * 1024
     return None

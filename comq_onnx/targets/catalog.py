@@ -1,6 +1,6 @@
-"""What each runtime runs in integers, as data: adding a target is adding one constant here.
+"""List the targets: what each runtime runs in integers, as data. Adding a target is adding one constant here.
 
-What is measured stands in docs/runtimes.md; where else a rule comes from, in a target's `sources`.
+Measurements are in docs/runtimes.md; each target's `sources` names the other places that a rule comes from.
 """
 
 from __future__ import annotations
@@ -8,16 +8,18 @@ from __future__ import annotations
 from comq_onnx.targets.costs import ORT_CPU_COSTS
 from comq_onnx.targets.target import Storage, Target
 
+# (bits, dtype, opset) as in Storage
 _INT8 = (8, "INT8", 13)
 _INT4_INT8 = ((4, "INT4", 21), _INT8)
-# what ONNX Runtime joins with BitwiseOr
+# the opset of BitwiseOr, with which ONNX Runtime joins bit planes
 _PLANES = 18
+
 ORT_CPU = Target(
     name="ort-cpu",
     about="ONNX Runtime, CPU; uint8 activations, packed weights",
     why=(
-        "ONNX Runtime on the CPU fuses uint8 activations with int8 weights; packed INT4 and INT2 weights behind a Cast "
-        "to INT8, and bit planes put together by constant operators, are unpacked once at load and run the same kernels"
+        "ONNX Runtime on the CPU fuses uint8 activations with int8 weights. Packed INT4 and INT2 weights behind a Cast "
+        "to INT8, and bit planes joined by constant operators, are unpacked once at load and run in the same kernels"
     ),
     sources=(
         "https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html",
@@ -44,6 +46,7 @@ ORT_CPU = Target(
     int2_columns=4,
     costs=ORT_CPU_COSTS,
 )
+
 ORT_CUDA = Target(
     name="ort-cuda",
     about="ONNX Runtime, NVIDIA; weight-only, float arithmetic",
@@ -73,15 +76,17 @@ ORT_CUDA = Target(
     integer_bias=False,
     unpack="Cast",
 )
+
 TENSORRT = Target(
     name="tensorrt",
     about="int8 activations, INT8 weights; INT4 if weight-only",
     why=(
-        "TensorRT runs int8 times int8 with zero points of 0 alone and a float bias; it wants every input of a "
-        "weighted layer quantized, what an Add adds to a convolution too, and outputs left alone but those that it "
-        "takes apart (queries, keys and values of one product), which it else computes in float. Codes must go into a "
-        "DequantizeLinear, and INT4 ones stay packed only in two blocks or more that fill the inputs, in weight-only "
-        "products; with int8 activations they would be cast at run time or refused, so those are INT8"
+        "TensorRT runs int8 times int8, only with zero points of 0, and with a float bias. Every input of a weighted "
+        "layer must be quantized, and also what an Add adds to a convolution. Outputs stay as they are, except one "
+        "that is taken apart (queries, keys and values of one product): TensorRT computes such a product in float "
+        "unless its output is quantized. Codes must go into a DequantizeLinear. INT4 codes stay packed only in "
+        "weight-only products, in two or more blocks that fill the inputs; with int8 activations they would be cast "
+        "at run time or refused, so those are INT8"
     ),
     sources=(
         "https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/work-quantized-types.html",
@@ -107,12 +112,13 @@ TENSORRT = Target(
     whole_blocks=True,
     block_bits=4,
 )
+
 OPENVINO = Target(
     name="openvino",
     about="OpenVINO, CPU; uint8 activations, INT4 or INT8 weights",
     why=(
-        "OpenVINO on the CPU runs the forms of ort-cpu in integers, INT4 codes behind a Cast among them; it reads no "
-        "INT2 and no blocks that do not fill the inputs, and joins bit planes at every call, in float"
+        "OpenVINO on the CPU runs the forms of ort-cpu in integers, also INT4 codes behind a Cast. It reads no INT2 "
+        "and no blocks that do not fill the inputs, and it joins bit planes at every call, in float"
     ),
     sources=("compiled with OpenVINO 2026.4.1: docs/runtimes.md",),
     device=None,
@@ -132,4 +138,6 @@ OPENVINO = Target(
     unpack="Cast",
     whole_blocks=True,
 )
+
+# by name
 TARGETS: dict[str, Target] = {target.name: target for target in (ORT_CPU, ORT_CUDA, TENSORRT, OPENVINO)}

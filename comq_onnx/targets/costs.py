@@ -1,4 +1,4 @@
-"""What operators take on a runtime: straight lines through measured times, in microseconds and nanoseconds.
+"""Estimate the time of operators on a runtime by straight lines through measured times.
 
 `python tools/bench/costs.py` measures the nodes of real models and prints the lines.
 """
@@ -11,25 +11,34 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Line:
-    """fixed microseconds, and nanoseconds for each number of the largest tensor."""
+    """Describe the time of an operator, which grows with its largest tensor.
+
+    fixed: microseconds.
+    number: nanoseconds for each number of the tensor.
+    """
 
     fixed: float
     number: float
 
     def of(self, numbers: int) -> float:
-        """Microseconds."""
+        """Return microseconds for a tensor of so many numbers."""
         return self.fixed + self.number * numbers * 1e-3
 
 
-# fixed microseconds, nanoseconds for each product, and for each number read or written
+# fixed microseconds; nanoseconds for each multiplication; nanoseconds for each number read or written
 LayerLine = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
 class Costs:
-    """layers: by kind (pointwise, window and depthwise convolutions, matrix products), weight-only (of convolutions:
-    float) and integer; operators with an integer kernel, float and integer; quantize, dequantize, and a change of
-    layout before or behind a convolution."""
+    """Hold the times of operators on a runtime.
+
+    layers: by kind (pointwise, window and depthwise convolutions, matrix products), weight-only (of convolutions: in
+    float) and in integers.
+    operators: those with an integer kernel, in float and in integers.
+    quantize, dequantize: of a tensor.
+    layout: of a change of layout before or behind a convolution.
+    """
 
     layers: Mapping[str, tuple[LayerLine, LayerLine]]
     operators: Mapping[str, tuple[Line, Line]]

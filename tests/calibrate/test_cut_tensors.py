@@ -40,7 +40,7 @@ def session(text: str) -> Session:
 def test_tensors_go_in_and_out_without_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     runner = session("g (float[n, 8] x) => (float[n, 8] y) { y = Relu (x) }")
     seen: dict[str, int] = {}
-    out, into = torch.from_dlpack, comq_onnx.runtime.ort.OrtValue.from_dlpack
+    out, into = torch.from_dlpack, comq_onnx.runtime.session.ort.OrtValue.from_dlpack
     monkeypatch.setattr(torch, "from_dlpack", lambda v: seen.setdefault("out", v.data_ptr()) and out(v))
 
     class Spy:
@@ -50,7 +50,7 @@ def test_tensors_go_in_and_out_without_a_copy(monkeypatch: pytest.MonkeyPatch) -
             seen["in"] = value.data_ptr()
             return value
 
-    monkeypatch.setattr(comq_onnx.runtime.ort, "OrtValue", Spy)
+    monkeypatch.setattr(comq_onnx.runtime.session.ort, "OrtValue", Spy)
     x = as_tensor(normal(5, 8))
     y = runner.run_tensors({"x": x})["y"]
     assert seen == {"in": x.data_ptr(), "out": y.data_ptr()}

@@ -1,4 +1,4 @@
-"""Models in and out of files: what is read, what is refused and why, and that writing is all or nothing."""
+"""Test models in and out of files: what is read, what is refused and why, and that writing is all or nothing."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ EIGHT = {"bits": 8, "device": "cpu"}
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """An MLP in a directory of its own."""
+    """Save an MLP in a directory of its own."""
     folder = tmp_path / "source"
     folder.mkdir()
     onnx.save(mlp(), folder / "mlp.onnx")
@@ -42,7 +42,7 @@ def source(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
-    """Where the output goes: a directory that holds nothing else."""
+    """Make a directory that holds nothing but the output, and return the output's path."""
     (tmp_path / "out").mkdir()
     return tmp_path / "out" / "q.onnx"
 
@@ -205,7 +205,7 @@ def test_hostile_external_data_is_refused(
 
 
 def _with_a_tensor(where: str, entry: dict[str, str], shape: tuple[int, ...]) -> onnx.ModelProto:
-    """A layer, and beside it a constant in external data: in the graph, a subgraph, an attribute or a function."""
+    """Build a layer, and a constant in external data: in the graph, a subgraph, an attribute or a function."""
     tensor = onnx.TensorProto(name="t", data_type=1, dims=shape, data_location=onnx.TensorProto.EXTERNAL)
     for key, value in entry.items():
         tensor.external_data.add(key=key, value=value)
@@ -251,7 +251,7 @@ def test_a_constant_that_says_to_be_larger_than_its_bytes_is_refused(tmp_path: P
 
 
 def _calling(depth: int, width: int, itself: bool = False) -> onnx.ModelProto:
-    """A layer behind a function that calls another `width` times, which calls a third, `depth` deep."""
+    """Build a layer behind a function that calls another `width` times, which calls a third, `depth` deep."""
     model = build(
         """g (float[batch, 32] x) => (float[batch, 10] y) {
             h = local.f0 (x)
@@ -325,7 +325,7 @@ def test_nesting_beyond_protobufs_limit_is_refused(tmp_path: Path) -> None:
 
 
 def _with_bytes(model: onnx.ModelProto, text: bytes, other: bytes) -> bytes:
-    """The model with other bytes, as many, for a text."""
+    """Return the serialized model with other bytes, as many, in place of a text."""
     whole = model.SerializeToString()
     assert len(text) == len(other)
     # a byte of its length stands before each text
@@ -628,7 +628,7 @@ def test_a_scalar_stays_a_scalar() -> None:
 
 
 def clash(first: str, second: str) -> onnx.ModelProto:
-    """Two layers, and between them two values of these names."""
+    """Build two layers, and between them two values of these names."""
     model = build(
         """clash (float[batch, 32] x) => (float[batch, 10] y) {
             [fc1] h = MatMul (x, w1)

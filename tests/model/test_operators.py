@@ -1,4 +1,4 @@
-"""The contract of every kind of layer: its rows times its matrix are what ONNX Runtime computes, to the last bit.
+"""Test the contract of every kind of layer: its rows times its matrix are what ONNX Runtime computes, to the last bit.
 
 Inputs and weights are small whole numbers, so every sum is exact in float32 in whatever order it is added up.
 """
@@ -27,7 +27,7 @@ ort.set_default_logger_severity(4)
 
 
 class Refused(Exception):
-    """ONNX Runtime does not run this combination of attributes."""
+    """Say that ONNX Runtime does not run this combination of attributes."""
 
 
 def whole(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
@@ -35,7 +35,7 @@ def whole(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def computed(op: str, arrays: list[np.ndarray], attributes: dict[str, Any]) -> np.ndarray:
-    """What ONNX Runtime makes of one operator. Raises Refused."""
+    """Run one operator in ONNX Runtime. Raises Refused."""
     inputs = [f"in{i}" for i in range(len(arrays))]
     node = onnx.helper.make_node(op, inputs, ["y"], **attributes)
     values = [
@@ -59,10 +59,10 @@ def kind_of(factory: Any, op: str, weight: np.ndarray, attributes: dict[str, Any
 
 
 def product(kind: OpKind, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """rows(x) @ to_matrix(weight)^T, after checking all that else a kind promises about them."""
+    """Return rows(x) @ to_matrix(weight)^T, after checking everything else that a kind promises about them."""
     matrix, rows = kind.to_matrix(weight), kind.rows(x)
     groups, out, inputs = matrix.shape
-    assert (groups, inputs) == (kind.groups, kind.inputs)
+    assert (groups, groups * out, inputs) == (kind.groups, kind.outputs, kind.inputs)
     assert rows.dtype == np.float32
     assert rows.shape == (groups, kind.positions(x), inputs)
 
@@ -93,7 +93,7 @@ def product(kind: OpKind, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
 
 
 def mostly(check: Callable[[Any], None], cases: st.SearchStrategy[Any], examples: int) -> None:
-    """Check all of `cases`; what ONNX Runtime refuses is no example, and must be the exception."""
+    """Check all of `cases`; those that ONNX Runtime refuses do not count, and must be few."""
     ran, refused = [0], [0]
 
     @settings(max_examples=examples, deadline=None, derandomize=True)
@@ -135,7 +135,7 @@ def check_matmul(x: np.ndarray, weight: np.ndarray) -> None:
 
 
 def by_row(rows: np.ndarray) -> np.ndarray:
-    """Rows [groups, positions, out], each group's in lexical order."""
+    """Sort the rows [groups, positions, out] of each group in lexical order."""
     return np.stack([group[np.lexsort(group.T[::-1])] for group in rows])
 
 
@@ -178,7 +178,7 @@ def test_matmul_with_a_stack_of_matrices(x_lead: tuple[int, ...], lead: tuple[in
     ],
 )
 def test_a_stack_whose_axes_of_one_are_broadcast(x_lead: tuple[int, ...], lead: tuple[int, ...]) -> None:
-    """Heads [1, heads, in, out] for a batch [batch, heads, m, in]."""
+    """Multiply heads [1, heads, in, out] with a batch [batch, heads, m, in]."""
     rng = np.random.default_rng(0)
     check_matmul(whole(rng, (*x_lead, 3, 5)), whole(rng, (*lead, 5, 4)))
 
@@ -224,7 +224,6 @@ def test_gemm(trans_a: int, trans_b: int, alpha: float, beta: float) -> None:
     attributes = {"transA": trans_a, "transB": trans_b, "alpha": alpha, "beta": beta}
     kind = kind_of(Gemm, "Gemm", weight, attributes)
     assert np.array_equal(product(kind, x, weight)[0], computed("Gemm", [x, weight], attributes))
-    assert isinstance(kind, Gemm)
     with_bias = computed("Gemm", [x, weight, bias], attributes)
     assert np.array_equal(product(kind, x, weight)[0] + np.float32(kind.beta) * bias, with_bias)
 
@@ -249,7 +248,7 @@ def test_an_embeddings_rows_are_one_hot() -> None:
     assert np.array_equal(
         kind.from_matrix(kind.to_matrix(table) * scale[:, None]), table * kind.spread_scale(scale[None])
     )
-    assert kind.to_matrix(table).shape == (kind.groups, 7, kind.inputs)
+    assert kind.to_matrix(table).shape == (kind.groups, kind.outputs, kind.inputs) == (1, 7, 3)
 
 
 @pytest.mark.parametrize(("shape", "axis"), [((7,), 0), ((7, 3, 2), 0), ((7, 3), 1)])
@@ -263,7 +262,7 @@ def test_a_lookup_that_is_not_of_rows_is_no_embedding(shape: tuple[int, ...], ax
 
 @st.composite
 def windows(draw: st.DrawFn, rank: int, transposed: bool) -> tuple[tuple[int, ...], tuple[int, ...], int, dict, int]:
-    """Shapes of input and weight, group, attributes, seed; attributes that are defaults are often left out."""
+    """Draw shapes of input and weight, group, attributes and seed; attributes that are defaults are often left out."""
     group = draw(st.sampled_from([1, 1, 2, 3]))
     channels, out = group * draw(st.integers(1, 3)), group * draw(st.integers(1, 3))
     if draw(st.sampled_from([False, False, True])):
@@ -324,7 +323,7 @@ def test_conv_transpose(rank: int) -> None:
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_where_rows_are_patches_their_gram_is_that_of_the_padded_input(op: str, factory: Any, data: Any) -> None:
-    """Whatever pads, automatic pads or zeros between the elements the input got, and in the order of the rows."""
+    """Compare them for all pads, automatic pads and zeros between the elements, and in the order of the rows."""
     x_shape, weight_shape, _, attributes, seed = data.draw(windows(2, op == "ConvTranspose"))
     kind = kind_of(factory, op, np.zeros(weight_shape), attributes)
     x = whole(np.random.default_rng(seed), x_shape)
@@ -388,13 +387,86 @@ def test_only_a_grouped_transposed_convolution_and_a_stack_have_no_axis_of_chann
     assert kind_of(MatMul, "MatMul", np.zeros((1, 5, 4)), {}).axis == 2
 
 
+# Questions that others ask about a kind ------------------------------------------------------------------------------
+
+KINDS: dict[str, OpKind] = {
+    "MatMul": MatMul((5, 4)),
+    "MatMul of one matrix in a stack": MatMul((1, 5, 4)),
+    "MatMul of a stack": MatMul((3, 5, 4)),
+    "MatMulLeft": MatMulLeft((4, 5)),
+    "Gemm": Gemm((5, 4), False, False, 0.5, 2.0),
+    "Gemm, transB": Gemm((4, 5), False, True, 1.0, 1.0),
+    "Gemm, transA": Gemm((5, 4), True, False, 1.0, 1.0),
+    "Gather": Gather((7, 5)),
+    "Conv": kind_of(Conv, "Conv", np.zeros((4, 3, 3, 3)), {}),
+    "Conv in groups": kind_of(Conv, "Conv", np.zeros((4, 2, 3)), {"group": 2}),
+    "Conv, depthwise": kind_of(Conv, "Conv", np.zeros((4, 1, 3)), {"group": 2}),
+    "ConvTranspose": kind_of(ConvTranspose, "ConvTranspose", np.zeros((4, 2, 3)), {}),
+    "ConvTranspose in groups": kind_of(ConvTranspose, "ConvTranspose", np.zeros((4, 2, 3)), {"group": 2}),
+    "ConvTranspose, depthwise": kind_of(ConvTranspose, "ConvTranspose", np.zeros((2, 3, 3)), {"group": 2}),
+}
+MATRICES = {"MatMul", "Gemm", "Gemm, transB"}
+CONVOLUTIONS = {"Conv", "Conv in groups", "Conv, depthwise"}
+STACKS = {"MatMul of one matrix in a stack", "MatMul of a stack"}
+
+
+@pytest.mark.parametrize(
+    ("question", "those"),
+    [
+        ("is_lookup", {"Gather"}),
+        ("is_matrix", MATRICES),
+        ("is_convolution", CONVOLUTIONS),
+        ("is_depthwise", {"Conv, depthwise", "ConvTranspose, depthwise"}),
+        ("has_integer_form", MATRICES | CONVOLUTIONS | {"ConvTranspose"}),
+        ("has_leading_axes", STACKS | {"MatMul"}),
+        ("has_flat_rows", {"Gemm", "Gemm, transB", "Gemm, transA"}),
+        ("needs_one_scale", {"ConvTranspose in groups", "ConvTranspose, depthwise"}),
+        ("takes_scalar_scale", set(KINDS) - STACKS - {"MatMul"}),
+        ("rows_follow_samples", set(KINDS) - {"MatMul of a stack", "MatMulLeft", "Gemm, transA"}),
+    ],
+)
+def test_a_kind_answers_for_its_operator(question: str, those: set[str]) -> None:
+    assert {name for name, kind in KINDS.items() if getattr(kind, question)} == those
+
+
+def test_a_kind_knows_its_weight_and_its_numbers() -> None:
+    assert {kind.outputs for name, kind in KINDS.items() if kind.is_matrix} == {4}
+    assert KINDS["MatMul of a stack"].outputs == 12
+    assert KINDS["Conv in groups"].outputs == KINDS["ConvTranspose in groups"].outputs == 4
+    assert all(np.prod(kind.weight_shape) == kind.outputs * kind.inputs for kind in KINDS.values())
+
+
+def test_only_a_gemm_multiplies_its_product_and_its_bias() -> None:
+    factors = {name: (kind.alpha, kind.beta) for name, kind in KINDS.items()}
+    assert factors.pop("Gemm") == (0.5, 2.0)
+    assert set(factors.values()) == {(1.0, 1.0)}
+
+
+def random_input(kind: OpKind) -> np.ndarray:
+    """Draw an input [4, ...] of a kind whose first axis holds samples."""
+    shape = {"MatMul": (4, 6, 5), "Gemm": (4, 5), "Gather": (4, 3)}.get(kind.op_type)
+    if shape is None:
+        channels = kind.weight_shape[0] if kind.op_type == "ConvTranspose" else kind.weight_shape[1] * kind.groups
+        shape = (4, channels, *(5 for _ in kind.kernel))
+    rng = np.random.default_rng(0)
+    return rng.integers(0, 7, shape) if kind.is_lookup else whole(rng, shape)
+
+
+@pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if kind.rows_follow_samples])
+def test_where_rows_follow_samples_batches_may_be_cut_and_joined(name: str) -> None:
+    kind = KINDS[name]
+    x = random_input(kind)
+    parts = [kind.rows(x[:1]), kind.rows(x[1:])]
+    assert np.array_equal(np.concatenate(parts, axis=1), kind.rows(x))
+
+
 # Sharing rows ---------------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.data())
 def test_kinds_with_equal_keys_have_equal_rows(data: st.DataObject) -> None:
-    """The calibration gathers the moments of such layers once; keys differ where rows do."""
+    """Compare keys and rows: the calibration gathers the moments of layers with equal keys once."""
     rank = data.draw(st.integers(1, 2))
     transposed = data.draw(st.booleans())
     op, factory = ("ConvTranspose", ConvTranspose) if transposed else ("Conv", Conv)

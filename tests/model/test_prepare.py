@@ -1,4 +1,4 @@
-"""What becomes of a model before it is quantized: every way a weight can hide, every model that cannot be."""
+"""Test how models are prepared: every place where a weight can be, and every model that cannot be quantized."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import comq_onnx
 from comq_onnx.errors import ModelError, OptionError
-from comq_onnx.model.prepare import prepare
+from comq_onnx.model.prepare import prepare_model
 from models import (
     batchnorm_cnn,
     build,
@@ -37,12 +37,12 @@ DRAWN = {"w1": weight(32, 16), "w2": weight(16, 10)}
 
 
 def names(report: comq_onnx.Report) -> list[str]:
-    """The layers of a report."""
+    """List the layers of a report."""
     return [layer.name for layer in report.layers]
 
 
 def two_layers(way: str, weights: dict[str, np.ndarray], **options: Any) -> onnx.ModelProto:
-    """x [batch, 32] -> MatMul by `w`, which `way` makes -> Relu -> MatMul -> y [batch, 10]."""
+    """Build x [batch, 32] -> MatMul by `w`, which `way` makes -> Relu -> MatMul -> y [batch, 10]."""
     return build(
         f"""g (float[batch, 32] x) => (float[batch, 10] y) {{
             {way}
@@ -242,7 +242,7 @@ def test_an_intermediate_that_is_an_output_too_keeps_its_name(quantized: Run) ->
 
 def test_folding_a_batchnorm_changes_no_output() -> None:
     model = ir.from_proto(batchnorm_cnn())
-    prepared = prepare(model, 17, 13)
+    prepared = prepare_model(model, 17, 13)
     assert "BatchNormalization" not in {node.op_type for node in prepared.model.graph}
     assert len(prepared.layers) == 2
     # a float32 sum in another order: 24 bits less the logarithm of some hundred terms is well above 90 dB
@@ -282,7 +282,7 @@ def test_a_constant_added_behind_a_convolution_stays_what_it_was(shape: tuple[in
         }""",
         {"w1": weight(8, 3, 3, 3, fan=27), "constant": normal(*shape)},
     )
-    prepared = prepare(ir.from_proto(model), 17, 13)
+    prepared = prepare_model(ir.from_proto(model), 17, 13)
     # as with the BatchNorm: a float32 sum in another order
     assert worst_sqnr(model, ir.to_proto(prepared.model), {"x": normal(2, 3, 8, 8)}) > 90
 
@@ -325,7 +325,7 @@ def test_an_opset_above_the_needed_one_is_kept(quantized: Run) -> None:
 
 
 def half(dtype: int) -> onnx.ModelProto:
-    """A Conv, a Gemm and a scaling, everything in float16 or bfloat16."""
+    """Build a Conv, a Gemm and a scaling, everything in float16 or bfloat16."""
     name = {TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"}[dtype]
     model = build(
         f"""g ({name}[batch, 3, 8, 8] x) => ({name}[batch, 10] y) {{
@@ -378,7 +378,7 @@ def test_bfloat16_layers_that_the_cpu_cannot_run_are_quantized(tmp_path: Path) -
 
 
 def _between_casts(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The same model with a float32 input and output."""
+    """Give the model a float32 input and output, with Casts."""
     model.graph.node[0].input[0] = "x16"
     model.graph.node[-1].output[0] = "y16"
     model.graph.node.insert(0, helper.make_node("Cast", ["x"], ["x16"], to=TensorProto.BFLOAT16))
@@ -413,7 +413,7 @@ def test_float64_weights_are_skipped_with_the_reason(quantized: Run) -> None:
 
 
 def recurrent(op: str) -> onnx.ModelProto:
-    """A MatMul, then an LSTM or a GRU over 5 steps."""
+    """Build a MatMul, then an LSTM or a GRU over 5 steps."""
     gates = {"LSTM": 4, "GRU": 3}[op]
     return build(
         f"""g (float[5, batch, 32] x) => (float[5, 1, batch, 8] y) {{
@@ -610,7 +610,7 @@ def test_excluding_everything_leaves_no_layer(tmp_path: Path) -> None:
 
 
 def branches(condition: str) -> onnx.ModelProto:
-    """A layer in each branch of an If, whose condition `flag` is made by `condition`."""
+    """Build a layer in each branch of an If, whose condition `flag` is made by `condition`."""
     return build(
         f"""g (float[batch, 32] x) => (float[batch, 10] y) {{
             [fc1] h = MatMul (x, w1)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from comq_onnx.model.layers import Prepared
-from comq_onnx.model.prepare import prepare
+from comq_onnx.model.prepare import prepare_model
 from comq_onnx.plan.activation_grid import ActivationGrid, fit_range
 from comq_onnx.plan.activations import ActivationPlan, clip_bounds, plan_activations, runs_in_integers
 from comq_onnx.plan.observed_range import ObservedRange
@@ -209,7 +209,7 @@ def made(
         [onnx.numpy_helper.from_array(a.astype(np.float32), n) for n, a in arrays.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
-    return prepare(ir.from_proto(model), 21, 13)
+    return prepare_model(ir.from_proto(model), 21, 13)
 
 
 def planned(prepared: Prepared, dtype: str | None = "uint8") -> ActivationPlan:

@@ -15,7 +15,7 @@ import comq_onnx
 from comq_onnx.model import graph as graphs
 from comq_onnx.model.convolutions import Conv
 from comq_onnx.model.layers import Layer, Prepared
-from comq_onnx.model.prepare import prepare
+from comq_onnx.model.prepare import prepare_model
 from comq_onnx.plan import integer_gain as gains
 from comq_onnx.plan.activations import ActivationPlan, plan_activations
 from comq_onnx.plan.integer_gain import CostModel
@@ -25,7 +25,7 @@ from models import build, cnn, infer, normal, op_types, samples_for, weight
 
 
 def opened(model: onnx.ModelProto, samples: dict[str, np.ndarray]) -> tuple[Prepared, gains.Shapes]:
-    prepared = prepare(ir.from_proto(model), 17, 13)
+    prepared = prepare_model(ir.from_proto(model), 17, 13)
     names = [str(v.name) for node in prepared.model.graph for v in node.outputs]
     one = {name: array[:1] for name, array in samples.items()}
     part = ir.to_proto(graphs.with_outputs(prepared.model, names))
@@ -174,4 +174,4 @@ def test_layers_are_named() -> None:
 
 def _layers() -> list[Layer]:
     model = cnn()
-    return prepare(ir.from_proto(model), 17, 13).layers + prepare(ir.from_proto(net(4, 8)), 17, 13).layers
+    return prepare_model(ir.from_proto(model), 17, 13).layers + prepare_model(ir.from_proto(net(4, 8)), 17, 13).layers

@@ -11,7 +11,7 @@ from conftest import Done
 
 from comq_onnx.model.convolutions import Conv
 from comq_onnx.model.operators import MatMul
-from comq_onnx.model.prepare import prepare
+from comq_onnx.model.prepare import prepare_model
 from comq_onnx.plan import ranges
 from comq_onnx.plan.activation_grid import fit_range
 from comq_onnx.plan.activations import plan_activations
@@ -92,7 +92,7 @@ RESIDUAL = build(
 
 
 def test_readers_are_found_through_a_pool_and_beside_a_sum() -> None:
-    prepared = prepare(ir.from_proto(RESIDUAL), 17, 13)
+    prepared = prepare_model(ir.from_proto(RESIDUAL), 17, 13)
     plan = plan_activations(prepared.model, prepared.layers, ORT_CPU, "uint8")
     found = readers(prepared, plan)
     assert {name: {x.name for x in who.layers} for name, who in found.items()} == {

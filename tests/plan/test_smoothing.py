@@ -11,7 +11,7 @@ import pytest
 from conftest import Done
 
 from comq_onnx.model.layers import Prepared
-from comq_onnx.model.prepare import prepare
+from comq_onnx.model.prepare import prepare_model
 from comq_onnx.plan import smoothing as smooth
 from comq_onnx.plan.activations import ActivationPlan, plan_activations
 from comq_onnx.solve.grid import Grid
@@ -65,7 +65,7 @@ FED = between("v = Mul (x, sizes)", sizes=SIZES[None, None])
 
 
 def opened(model: onnx.ModelProto) -> tuple[Prepared, ActivationPlan, dict[str, Grid]]:
-    prepared = prepare(ir.from_proto(model), 17, 13)
+    prepared = prepare_model(ir.from_proto(model), 17, 13)
     plan = plan_activations(prepared.model, prepared.layers, ORT_CPU, "uint8")
     return prepared, plan, {layer.name: Grid(8) for layer in prepared.layers}
 

@@ -1,4 +1,4 @@
-"""Which device is chosen, and that one is only chosen after it was seen to work; every message is in test_messages."""
+"""Test which device is chosen, and that it is seen to work before; all messages are in test_messages."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_auto_is_the_cpu_where_there_is_no_cuda_and_says_why_where_it_does_not_w
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(runtime, "providers", lambda: ["CPUExecutionProvider"])
-    assert device.choose("auto") == device.Choice("cpu")
+    assert device.choose("auto") == device.ChosenDevice("cpu")
     monkeypatch.setattr(runtime, "providers", lambda: WITH_CUDA)
     monkeypatch.setattr(device, "_gpus", lambda _: 1)
     # ONNX Runtime's own word: this build has no CUDA
@@ -89,7 +89,10 @@ def test_without_memory_on_a_gpu_batches_get_smaller_then_nothing_is_kept_then_o
 
 
 def test_torch_is_not_imported_where_there_is_no_gpu_to_work_on() -> None:
-    code = "import sys, comq_onnx, comq_onnx.cli, comq_onnx.device as d; d.choose('cpu'); print('torch' in sys.modules)"
+    code = (
+        "import sys, comq_onnx, comq_onnx.cli.command, comq_onnx.runtime.device as device\n"
+        "device.choose('cpu')\nprint('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "False\n", done.stderr
 

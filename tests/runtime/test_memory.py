@@ -1,4 +1,4 @@
-"""How much memory there is, and that too little of it is an error."""
+"""Test how much memory is found, and that too little of it is an error."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_a_containers_limit_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems count other things")
 def test_allocations_beyond_the_limit_fail() -> None:
     code = (
-        "import numpy as np\nfrom comq_onnx import memory\nmemory.total = lambda: 1 << 30\nmemory.limit()\n"
+        "import numpy as np\nfrom comq_onnx.runtime import memory\nmemory.total = lambda: 1 << 30\nmemory.limit()\n"
         "np.ones(1 << 20)\ntry:\n    np.ones(1 << 28)\nexcept MemoryError:\n    print('refused')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -40,7 +40,7 @@ def test_allocations_beyond_the_limit_fail() -> None:
 def test_a_limit_that_is_there_stays() -> None:
     code = (
         "import resource\nresource.setrlimit(resource.RLIMIT_DATA, (1 << 32, 1 << 33))\n"
-        "from comq_onnx import memory\nmemory.limit()\nprint(resource.getrlimit(resource.RLIMIT_DATA))"
+        "from comq_onnx.runtime import memory\nmemory.limit()\nprint(resource.getrlimit(resource.RLIMIT_DATA))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == f"({1 << 32}, {1 << 33})\n", done.stderr

@@ -1,4 +1,4 @@
-"""What ONNX Runtime's errors become, and that it reports to nobody."""
+"""Test what ONNX Runtime's errors become, that a session can be closed, and that ONNX Runtime reports to nobody."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -69,8 +70,29 @@ def test_a_failed_allocation_is_out_of_memory() -> None:
         )
 
 
+def test_a_closed_session_has_released_its_model_and_runs_no_more() -> None:
+    session, feeds = Session(mlp().SerializeToString(), what="the thing"), {"x": normal(4, 32)}
+    session.run(feeds)
+    loaded = weakref.ref(session._session)
+    session.close()
+    session.close()
+    assert loaded() is None
+    assert session.output_names == ["y"]
+    for run in (session.run, session.milliseconds):
+        with pytest.raises(RuntimeError, match="the session of the thing is closed"):
+            run(feeds)
+
+
+def test_a_closed_session_runs_no_tensors_either() -> None:
+    pytest.importorskip("torch", reason="pip install torch (a CPU build will do)")
+    session = Session(mlp().SerializeToString())
+    session.close()
+    with pytest.raises(RuntimeError, match="the session of the model is closed"):
+        session.run_tensors({"x": normal(4, 32)})
+
+
 def _back_to(threads: int) -> bool:
-    """Whether no more than so many threads are left, after a moment in which one may take its leave."""
+    """Tell whether no more than so many threads are left, after a moment in which one may end."""
     for _ in range(1000):
         if threading.active_count() <= threads:
             return True
@@ -87,7 +109,7 @@ def test_a_run_without_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class _Asked(BaseException):
-    """What the handler of a signal raises."""
+    """Stand for what the handler of a signal raises."""
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="other signals here")
@@ -131,7 +153,10 @@ def test_a_model_that_cannot_be_loaded_prints_nothing(capfd: pytest.CaptureFixtu
 
 def test_onnx_runtime_is_asked_to_report_nothing(tmp_path: Path) -> None:
     code = "import os, comq_onnx\nprint(os.environ['ORT_DISABLE_TELEMETRY'])"
-    environment = {"TMPDIR": str(tmp_path), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path / "home")}
+    package = str(Path(comq_onnx.__file__).parents[1])
+    environment = {
+        "TMPDIR": str(tmp_path), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path / "home"), "PYTHONPATH": package,
+    }  # fmt: skip
     for given, wanted in ((None, "1"), ("0", "0")):
         extra = {} if given is None else {"ORT_DISABLE_TELEMETRY": given}
         done = subprocess.run(
@@ -142,14 +167,14 @@ def test_onnx_runtime_is_asked_to_report_nothing(tmp_path: Path) -> None:
             assert not list(tmp_path.glob("*"))
 
 
-def test_a_literal_session_has_no_integer_kernels(tmp_path: Path) -> None:
+def test_without_qdq_fusion_a_session_has_no_integer_kernels(tmp_path: Path) -> None:
     source = mlp()
     comq_onnx.quantize(source, tmp_path / "q.onnx", samples_for(source), bits=8)
     ops = {}
-    for literal in (False, True):
-        seen = tmp_path / f"{literal}.onnx"
-        Session(tmp_path / "q.onnx", optimized=seen, disable_qdq_fusion=literal)
-        ops[literal] = {node.op_type for node in onnx.load(seen).graph.node}
+    for disabled in (False, True):
+        seen = tmp_path / f"{disabled}.onnx"
+        Session(tmp_path / "q.onnx", optimized=seen, disable_qdq_fusion=disabled)
+        ops[disabled] = {node.op_type for node in onnx.load(seen).graph.node}
     assert ops[False] & INTEGER_PRODUCTS
     assert not ops[True] & INTEGER_PRODUCTS
     assert "QuantizeLinear" in ops[True]

@@ -1,7 +1,7 @@
-"""Small ONNX models to test with, and the arithmetic to compare two of them.
+"""Build small ONNX models to test with, and compare the outputs of two.
 
-Graphs are written in ONNX's own text form (onnx.parser); weights are drawn with a fixed seed. A layer wants 128 weights
-or more, so nothing here is smaller than that unless a test is about it.
+Graphs are written in ONNX's own text form (onnx.parser); weights are drawn with a fixed seed. A layer needs 128 weights
+or more to be quantized, so no weight here is smaller than that unless a test is about it.
 """
 
 from __future__ import annotations
@@ -19,12 +19,15 @@ Arrays = dict[str, np.ndarray]
 
 
 def normal(*shape: int, seed: int = 0, scale: float = 1.0, dtype: type = np.float32) -> np.ndarray:
-    """Normal noise of a shape."""
+    """Draw normal noise of a shape."""
     return (np.random.default_rng([seed, *shape]).standard_normal(shape) * scale).astype(dtype)
 
 
 def weight(*shape: int, seed: int = 1, fan: int | None = None, dtype: type = np.float32) -> np.ndarray:
-    """A weight of a size that keeps activations near 1: fan inputs each (the first axis where none is given)."""
+    """Draw a weight that keeps activations near 1.
+
+    fan: the inputs of an output; the first axis where None.
+    """
     return normal(*shape, seed=seed, scale=(fan or shape[0]) ** -0.5, dtype=dtype)
 
 
@@ -37,7 +40,7 @@ def build(
     domains: Sequence[str] = (),
     metadata: Mapping[str, str] | None = None,
 ) -> onnx.ModelProto:
-    """A model from a graph (and functions after it) in ONNX's text form, with initializers by name."""
+    """Build a model of a graph (and functions after it) in ONNX's text form, with initializers by name."""
     imports = ", ".join([f'"" : {opset}', *(f'"{d}" : 1' for d in domains)])
     model = onnx.parser.parse_model(f"<ir_version: {ir_version}, opset_import: [{imports}]>\n{text}")
     for name, array in (weights or {}).items():
@@ -48,7 +51,7 @@ def build(
 
 
 def mlp(width: int = 32, opset: int = 17, ir_version: int = 8, seed: int = 1) -> onnx.ModelProto:
-    """x [batch, width] -> Gemm, Relu, MatMul, Add -> y [batch, 10]."""
+    """Build x [batch, width] -> Gemm, Relu, MatMul, Add -> y [batch, 10]."""
     return build(
         f"""mlp (float[batch, {width}] x) => (float[batch, 10] y) {{
             [fc1] h = Gemm <transB = 1> (x, w1, b1)
@@ -71,7 +74,7 @@ def mlp(width: int = 32, opset: int = 17, ir_version: int = 8, seed: int = 1) ->
 def cnn(
     opset: int = 17, size: int = 16, batch: str = "batch", channels: int = 3, nhwc: bool = False
 ) -> onnx.ModelProto:
-    """image [batch, 3, 16, 16] -> Conv, depthwise Conv, Conv, mean, Gemm -> logits [batch, 10]."""
+    """Build image [batch, 3, 16, 16] -> Conv, depthwise Conv, Conv, mean, Gemm -> logits [batch, 10]."""
     dims, name = (f"{size}, {size}, {channels}", "nchw") if nhwc else (f"{channels}, {size}, {size}", "image")
     first = "nchw = Transpose <perm = [0, 3, 1, 2]> (image)" if nhwc else ""
     return build(
@@ -102,7 +105,7 @@ def cnn(
 
 
 def batchnorm_cnn(opset: int = 17) -> onnx.ModelProto:
-    """image -> Conv without a bias, BatchNormalization, Relu, Conv, BatchNormalization -> y [batch, 8, 8, 8]."""
+    """Build image -> Conv without a bias, BatchNormalization, Relu, Conv, BatchNormalization -> y [batch, 8, 8, 8]."""
     weights: Arrays = {"w1": weight(12, 3, 3, 3, fan=27), "w2": weight(8, 12, 3, 3, fan=108)}
     for i, n in ((1, 12), (2, 8)):
         weights |= {
@@ -125,9 +128,9 @@ def batchnorm_cnn(opset: int = 17) -> onnx.ModelProto:
 
 
 def tokens(int_type: str = "int64", masked: bool = True, width: int = 24) -> onnx.ModelProto:
-    """input_ids and attention_mask [batch, seq] -> embedding, masked mean, MatMul -> y [batch, 6].
+    """Build input_ids and attention_mask [batch, seq] -> embedding, masked mean, MatMul -> y [batch, 6].
 
-    masked False: the mask is read and makes no difference.
+    masked: where False, the mask is read and makes no difference.
     """
     used = "mu = Identity (mf)" if masked else "mu = Max (mf, unit)"
     return build(
@@ -149,40 +152,46 @@ def tokens(int_type: str = "int64", masked: bool = True, width: int = 24) -> onn
     )
 
 
+_ENCODER = """encoder (int64[batch, seq] input_ids, int64[batch, seq] attention_mask) => (float[batch, seq, 8] y)
+<int64[1] one = {1}, int64[2] flat = {-1, 32}, int64[1] wide = {24}> {
+    [embed] e = Gather (table, input_ids)
+    n = LayerNormalization (e, gamma, beta)
+    [q] q0 = MatMul (n, wq)
+    [k] k0 = MatMul (n, wk)
+    [v] v0 = MatMul (n, wv)
+    qb = Add (q0, bq)
+    kb = Add (k0, bk)
+    vb = Add (v0, bv)
+    kt = Transpose <perm = [0, 2, 1]> (kb)
+    scores = MatMul (qb, kt)
+    scaled = Mul (scores, root)
+    mf = Cast <to = 1> (attention_mask)
+    unseen = Sub (unit, mf)
+    far = Mul (unseen, minus)
+    am = Unsqueeze (far, one)
+    masked = Add (scaled, am)
+    a = Softmax <axis = -1> (masked)
+    c = MatMul (a, vb)
+    [out] o = MatMul (c, wo)
+    s = Add (e, o)
+    rows = Reshape (s, flat)
+    [up] g = Gemm (rows, wu, bu)
+    r = Relu (g)
+    size = Shape (input_ids)
+    whole = Concat <axis = 0> (size, wide)
+    back = Reshape (r, whole)
+    [head] y = MatMul (back, wh)
+}"""
+
+
 def encoder() -> onnx.ModelProto:
-    """input_ids and attention_mask [batch, seq] -> embedding, one head of attention to what is not masked, a Gemm over
-    [batch * seq, 32], MatMul -> y [batch, seq, 8]."""
+    """Build a small encoder of sentences.
+
+    input_ids and attention_mask [batch, seq] -> embedding, one head of attention to what is not masked, a Gemm over
+    [batch * seq, 32], MatMul -> y [batch, seq, 8].
+    """
     return build(
-        """encoder (int64[batch, seq] input_ids, int64[batch, seq] attention_mask) => (float[batch, seq, 8] y)
-        <int64[1] one = {1}, int64[2] flat = {-1, 32}, int64[1] wide = {24}> {
-            [embed] e = Gather (table, input_ids)
-            n = LayerNormalization (e, gamma, beta)
-            [q] q0 = MatMul (n, wq)
-            [k] k0 = MatMul (n, wk)
-            [v] v0 = MatMul (n, wv)
-            qb = Add (q0, bq)
-            kb = Add (k0, bk)
-            vb = Add (v0, bv)
-            kt = Transpose <perm = [0, 2, 1]> (kb)
-            scores = MatMul (qb, kt)
-            scaled = Mul (scores, root)
-            mf = Cast <to = 1> (attention_mask)
-            unseen = Sub (unit, mf)
-            far = Mul (unseen, minus)
-            am = Unsqueeze (far, one)
-            masked = Add (scaled, am)
-            a = Softmax <axis = -1> (masked)
-            c = MatMul (a, vb)
-            [out] o = MatMul (c, wo)
-            s = Add (e, o)
-            rows = Reshape (s, flat)
-            [up] g = Gemm (rows, wu, bu)
-            r = Relu (g)
-            size = Shape (input_ids)
-            whole = Concat <axis = 0> (size, wide)
-            back = Reshape (r, whole)
-            [head] y = MatMul (back, wh)
-        }""",
+        _ENCODER,
         {
             "table": normal(50, 32),
             "gamma": 1 + normal(32, scale=0.1),
@@ -206,8 +215,11 @@ def encoder() -> onnx.ModelProto:
 
 
 def decoder(past: str = "past") -> onnx.ModelProto:
-    """input_ids [batch, seq], the mask of past and present, positions, keys and values of the past [batch, 1, past, 16]
-    -> one head of attention, logits [batch, seq, 50], keys and values of all."""
+    """Build a small decoder with a cache.
+
+    input_ids [batch, seq], the mask of past and present, positions, keys and values of the past [batch, 1, past, 16]
+    -> one head of attention, logits [batch, seq, 50], keys and values of all.
+    """
     return build(
         f"""decoder (int64[batch, seq] input_ids, int64[batch, total] attention_mask,
             int64[batch, seq] position_ids, float[batch, 1, {past}, 16] past_key_values_0_key,
@@ -240,23 +252,29 @@ def decoder(past: str = "past") -> onnx.ModelProto:
             s = Add (x, o)
             [head] logits = MatMul (s, wh)
         }}""",
-        {
-            "table": normal(50, 32),
-            "positions": normal(64, 32, scale=0.3),
-            "wq": weight(32, 16),
-            "wk": weight(32, 16, seed=2),
-            "wv": weight(32, 16, seed=3),
-            "wo": weight(16, 32, seed=4),
-            "wh": weight(32, 50),
-            "unit": np.float32(1),
-            "minus": np.float32(-10000),
-        },
+        _decoder_weights(),
     )
 
 
+def _decoder_weights() -> Arrays:
+    return {
+        "table": normal(50, 32),
+        "positions": normal(64, 32, scale=0.3),
+        "wq": weight(32, 16),
+        "wk": weight(32, 16, seed=2),
+        "wv": weight(32, 16, seed=3),
+        "wo": weight(16, 32, seed=4),
+        "wh": weight(32, 50),
+        "unit": np.float32(1),
+        "minus": np.float32(-10000),
+    }
+
+
 def sentences(count: int = 40, longest: int = 12, pad: int = 0, seed: int = 7) -> Arrays:
-    """input_ids and attention_mask [count, longest] for `tokens` and `encoder`: 3 to `longest` tokens from 1 to 39,
-    `pad` behind them."""
+    """Draw input_ids and attention_mask [count, longest] for `tokens` and `encoder`.
+
+    A sentence has 3 to `longest` tokens from 1 to 39, and `pad` behind them.
+    """
     rng = np.random.default_rng(seed)
     kept = np.arange(longest) < rng.integers(3, longest + 1, (count, 1))
     return {
@@ -266,7 +284,7 @@ def sentences(count: int = 40, longest: int = 12, pad: int = 0, seed: int = 7) -
 
 
 def several_inputs() -> onnx.ModelProto:
-    """A picture, a vector, a bool per sample and a count -> y [batch, 8]."""
+    """Build an image, a vector, a bool per sample and a count -> y [batch, 8]."""
     return build(
         """several (float[batch, 3, 8, 8] image, float[batch, 20] vector, bool[batch, 1] use, int64[batch, 1] count)
             => (float[batch, 8] y) {
@@ -283,7 +301,7 @@ def several_inputs() -> onnx.ModelProto:
 
 
 def endless() -> onnx.ModelProto:
-    """A layer, and a Loop that goes on for ever."""
+    """Build a layer, and a Loop that never ends."""
     return build(
         """endless (float[batch, 32] x) => (float[batch, 10] y) <int64 most = {9223372036854775807}, bool yes = {1}> {
             l = Loop (most, yes, x) <
@@ -299,7 +317,11 @@ def endless() -> onnx.ModelProto:
 
 
 def samples_for(model: onnx.ModelProto, count: int = 40, seed: int = 7, free: int = 12) -> Arrays:
-    """Random samples by input name: `count` along the first axis, `free` for other dimensions that are not fixed."""
+    """Draw random samples by input name.
+
+    count: the length of the first axis.
+    free: the length of other axes that are not fixed.
+    """
     rng = np.random.default_rng(seed)
     constants = {i.name for i in model.graph.initializer}
     made: Arrays = {}
@@ -319,7 +341,10 @@ def samples_for(model: onnx.ModelProto, count: int = 40, seed: int = 7, free: in
 
 
 def infer(model: onnx.ModelProto | Path, feeds: Mapping[str, np.ndarray], exact: bool = False) -> Arrays:
-    """Every output by name, from ONNX Runtime on one CPU thread; exact: activations that are float stay float."""
+    """Run a model in ONNX Runtime on one CPU thread, and return every output by name.
+
+    exact: activations that are float stay float.
+    """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 4
     if exact:
@@ -331,13 +356,13 @@ def infer(model: onnx.ModelProto | Path, feeds: Mapping[str, np.ndarray], exact:
 
 
 def codes(path: Path) -> Arrays:
-    """The weight codes in a file, by the initializer's name."""
+    """Return the weight codes in a file, by the initializer's name."""
     tensors = (t for t in onnx.load(path).graph.initializer if ".codes" in t.name)
     return {t.name: numpy_helper.to_array(t).astype(int) for t in tensors}
 
 
 def sqnr(before: np.ndarray, after: np.ndarray) -> float:
-    """10 log10 of signal over noise; 200 where the two are equal."""
+    """Return 10 log10 of signal over noise; 200 where the two are equal."""
     a, b = np.asarray(before, np.float64), np.asarray(after, np.float64)
     assert a.shape == b.shape
     noise = ((a - b) ** 2).sum()
@@ -345,19 +370,19 @@ def sqnr(before: np.ndarray, after: np.ndarray) -> float:
 
 
 def worst_sqnr(before: onnx.ModelProto | Path, after: onnx.ModelProto | Path, feeds: Mapping[str, np.ndarray]) -> float:
-    """The lowest SQNR over the floating-point outputs that two models give for the same feeds."""
+    """Return the lowest SQNR over the floating-point outputs that two models give for the same feeds."""
     first, second = infer(before, feeds), infer(after, feeds)
     assert list(first) == list(second)
     return min(sqnr(first[name], second[name]) for name in first if first[name].dtype.kind == "f")
 
 
 def op_types(model: onnx.ModelProto) -> list[str]:
-    """The operators of the main graph in order."""
+    """List the operators of the main graph in order."""
     return [node.op_type for node in model.graph.node]
 
 
 def signature(model: onnx.ModelProto) -> list[tuple[str, int, tuple[str | int, ...]]]:
-    """Name, element type and dimensions of every true input and every output."""
+    """Return name, element type and dimensions of every input that is no initializer, and of every output."""
     constants = {i.name for i in model.graph.initializer}
     values = [v for v in model.graph.input if v.name not in constants] + list(model.graph.output)
     return [
@@ -367,7 +392,7 @@ def signature(model: onnx.ModelProto) -> list[tuple[str, int, tuple[str | int, .
 
 
 def attention(masked: bool = True, opset: int = 17) -> onnx.ModelProto:
-    """x [batch, seq, 32] -> LayerNorm, q, k, v, one head of attention (causal by a mask of -inf), two layers -> y."""
+    """Build x [batch, seq, 32] -> LayerNorm, one head of attention (causal by a mask of -inf), two layers -> y."""
     add = "am = Add (scaled, mask)" if masked else "am = Identity (scaled)"
     return build(
         f"""attention (float[batch, 12, 32] x) => (float[batch, 12, 32] y) {{

@@ -1,11 +1,12 @@
-"""What other runtimes make of the files written for them: every planned layer runs in integers there.
+"""Test what other runtimes make of the files written for them: every planned layer runs in integers there.
 
-OpenVINO compiles for the CPU; TensorRT for RTX builds engines with no GPU at hand. Both come with the extra `runtimes`.
+OpenVINO compiles for the CPU; TensorRT for RTX builds engines without a GPU. Both come with the extra `runtimes`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ Feeds = dict[str, np.ndarray]
 
 @pytest.fixture(scope="module")
 def runtimes() -> Any:
-    """tools/check/_runtimes.py, which reads what the runtimes made."""
+    """Import tools/check/_runtimes.py, which reads what the runtimes made."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "tools" / "check"))
         return import_module("_runtimes")
@@ -50,8 +51,24 @@ def tensorrt(runtimes: Any) -> Any:
     return runtimes
 
 
+@dataclass(frozen=True)
+class Zoo:
+    """Hold a model with a layer of every kind, and samples for it."""
+
+    model: onnx.ModelProto
+    feeds: Feeds
+
+
+@pytest.fixture
+def zoo(monkeypatch: pytest.MonkeyPatch) -> Zoo:
+    """Take the zoo of tests/write/test_emit.py."""
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "write"))
+    emitted = import_module("test_emit")
+    return Zoo(emitted.zoo(), emitted.ZOO_FEEDS)
+
+
 class Made:
-    """A model quantized for a target: the file, one feed for it, the planned layers by form."""
+    """Hold a model quantized for a target: the file, one feed for it, the planned layers by form."""
 
     def __init__(self, out: Path, source: onnx.ModelProto, **options: Any) -> None:
         samples = samples_for(source, count=16)
@@ -89,7 +106,7 @@ def test_openvino_reads_packed_weights_of_weight_only_products(tmp_path: Path, o
 
 
 def test_openvino_would_run_bit_planes_in_float(tmp_path: Path, openvino: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Why the target has none; and that what is looked for can be missing."""
+    """Show why the target has no bit planes, and that the checks of this module can fail."""
     monkeypatch.setattr(forms, "PLANE_NODE_BYTES", 0)
     made = Made(tmp_path / "q.onnx", cnn(), bits=3, target="ort-cpu")
     program = openvino.openvino_program(made.path)
@@ -126,23 +143,19 @@ def test_tensorrt_refuses_what_ort_cpu_takes(tmp_path: Path, tensorrt: Any) -> N
         tensorrt.tensorrt_program(made.path, made.feeds)
 
 
-def test_tensorrt_takes_a_layer_of_every_kind(tmp_path: Path, tensorrt: Any) -> None:
-    from test_qdq import ZOO_FEEDS, zoo
-
+def test_tensorrt_takes_a_layer_of_every_kind(tmp_path: Path, tensorrt: Any, zoo: Zoo) -> None:
     for options in ({"bits": 8}, {"bits": 4, "granularity": "tensor"}, {"bits": 2, "activations": "none"}):
         out = tmp_path / "q.onnx"
-        comq_onnx.quantize(zoo(), out, ZOO_FEEDS, uniform=True, target="tensorrt", **options)
-        feeds = {k: v[:2] for k, v in ZOO_FEEDS.items()}
+        comq_onnx.quantize(zoo.model, out, zoo.feeds, uniform=True, target="tensorrt", **options)
+        feeds = {k: v[:2] for k, v in zoo.feeds.items()}
         assert tensorrt.tensorrt_program(out, feeds).bytes > 0
 
 
-def test_openvino_takes_a_layer_of_every_kind(tmp_path: Path, openvino: Any) -> None:
-    from test_qdq import ZOO_FEEDS, zoo
-
+def test_openvino_takes_a_layer_of_every_kind(tmp_path: Path, openvino: Any, zoo: Zoo) -> None:
     for options in ({"bits": 8, "activations": "none"}, {"bits": 4, "granularity": "16"}, {"bits": 2}):
         out = tmp_path / "q.onnx"
-        comq_onnx.quantize(zoo(), out, ZOO_FEEDS, uniform=True, target="openvino", **options)
-        feeds = {k: v[:2] for k, v in ZOO_FEEDS.items()}
+        comq_onnx.quantize(zoo.model, out, zoo.feeds, uniform=True, target="openvino", **options)
+        feeds = {k: v[:2] for k, v in zoo.feeds.items()}
         expected = Session(out, float_matmul_nbits=True, disable_qdq_fusion=True).run(feeds)
         found = {k.any_name: v for k, v in openvino.openvino_compiled(out, "f32")(feeds).items()}
         # it rounds the inputs of weight-only products to 8 bits by itself

@@ -39,7 +39,7 @@ from comq_onnx.context import Context
 from comq_onnx.evaluate import compare_outputs
 from comq_onnx.model.files import private_directory, to_bytes_or_file
 from comq_onnx.model.layers import Layer, calibrated
-from comq_onnx.model.prepare import prepare
+from comq_onnx.model.prepare import prepare_model
 from comq_onnx.model.source import read_model
 from comq_onnx.plan.activations import plan_activations
 from comq_onnx.plan.forms import supported_grid
@@ -122,7 +122,7 @@ def open_subject(name: str, paths: tuple[Path, Path, Path], bits: Sequence[int])
     calib, test = (load_samples(path, source.inputs) for path in paths[1:])
     # blocks, and Casts of packed codes, came with opset 21
     opset = max(21, *(TARGET.weight_only.container(b)[1] for b in bits))
-    prepared = prepare(read_model(paths[0]), opset, TARGET.min_opset)
+    prepared = prepare_model(read_model(paths[0]), opset, TARGET.min_opset)
     found = specialize(prepared, calib, context_for(METHOD))
     layers = list(calibrated(found.prepared.layers))
     activations = plan_activations(found.prepared.model, [], TARGET, None)

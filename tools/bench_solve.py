@@ -35,8 +35,7 @@ from threadpoolctl import threadpool_limits
 from comq_onnx.solve.comq import EFFORTS, ZERO_POINT_BITS, Effort, solve_comq
 from comq_onnx.solve.grid import Grid, QuantizedWeight, fit_minmax, fit_mse
 from comq_onnx.solve.layer import Method, error_db, solve
-from comq_onnx.solve.moment_sums import MomentSums
-from comq_onnx.solve.moments import Moments
+from comq_onnx.solve.moments import Moments, MomentSums
 from comq_onnx.solve.output_error import Judge
 
 try:
@@ -75,7 +74,7 @@ def make_layer(n: int, m: int, seed: int) -> Layer:
     for k in range(-(-POSITIONS * n // 1024)):
         seen.add((first if k == 0 else rows(1024))[None], None, half=k % 2)
         unseen.add(rows(1024)[None], None)
-    return Layer(weight, seen.statistics(), unseen.statistics(), np.concatenate([first, rows(1024)]))
+    return Layer(weight, seen.moments(), unseen.moments(), np.concatenate([first, rows(1024)]))
 
 
 def milliseconds(run: Callable[[], Any], runs: int) -> float:

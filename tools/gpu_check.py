@@ -51,8 +51,7 @@ from comq_onnx.solve.gpu import solver as gpu
 from comq_onnx.solve.gpu import step
 from comq_onnx.solve.grid import Grid
 from comq_onnx.solve.layer import solve
-from comq_onnx.solve.moment_sums import MomentSums
-from comq_onnx.solve.moments import Moments
+from comq_onnx.solve.moments import Moments, MomentSums
 from comq_onnx.solve.patches import patch_gram
 
 ROOT = Path(__file__).parents[1]
@@ -130,7 +129,7 @@ class Check:
         x = self.rng.standard_normal((1, self.scale.positions, 256)).astype(np.float32)
         sums = MomentSums()
         sums.add(torch.as_tensor(x, device=self.device), None)
-        off = _off(sums.statistics().on_host().gram[0] * x.shape[1], x[0].astype(np.float64).T @ x[0])
+        off = _off(sums.moments().on_host().gram[0] * x.shape[1], x[0].astype(np.float64).T @ x[0])
         # TF32 would give 3e-4
         yield self.wanted("Gram of rows, relative error", f"{off:.1e}", "2e-6", off < 2e-6)
         a = self.rng.standard_normal((4, 16, 30, 30)).astype(np.float32)

@@ -37,11 +37,10 @@ from comq_onnx.runtime import device as devices
 from comq_onnx.runtime.session import Session
 from comq_onnx.samples.padding import Mask, has_positions, take_kept
 from comq_onnx.samples.samples import Samples
-from comq_onnx.solve import moment_sums as moments
+from comq_onnx.solve import moments
 from comq_onnx.solve.grid import Array, Grid
 from comq_onnx.solve.layer import COMQ, Method, Solution, error_db, round_rows, solve_together
-from comq_onnx.solve.moment_sums import MomentSums, halves, parts
-from comq_onnx.solve.moments import Moments
+from comq_onnx.solve.moments import Moments, MomentSums, chunks, halves
 from comq_onnx.targets.target import Target
 from comq_onnx.write.emit import emit
 from comq_onnx.write.weights import Quantization
@@ -272,13 +271,13 @@ class _Walk:
                     mine_hat = None if padded_hat is None else arrays.at(padded_hat, mine)
                     sums.add_patches(arrays.at(padded, mine), mine_hat, layer.kind.kernel, half)
             else:
-                for part, half in parts(halves(seen, taken[i], total), inputs, layer.kind.groups):
+                for part, half in chunks(halves(seen, taken[i], total), inputs, layer.kind.groups):
                     chosen = part if pick is None else pick[part]
                     whole = pick is None and len(part) == positions[i]
                     rows = layer.kind.rows(batch, None if whole else chosen)
                     sums.add(rows, None if same else layer.kind.rows(hat, None if whole else chosen), half)
             seen += taken[i]
-        return sums.statistics()
+        return sums.moments()
 
     def _kept_positions(self, layer: Layer, batch: Any, kept: Mask | None) -> npt.NDArray[np.intp] | None:
         """The positions of a batch of a layer's input that are not padding; None where all count."""

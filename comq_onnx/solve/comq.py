@@ -73,20 +73,20 @@ class Rounding:
     norm: Array
 
 
-def solve_comq(weight: Array, statistics: Moments, grid: Grid, effort: str | Effort = "default") -> QuantizedWeight:
+def solve_comq(weight: Array, moments: Moments, grid: Grid, effort: str | Effort = "default") -> QuantizedWeight:
     """Quantize a weight [groups, out, in]: see the module. effort: a name in EFFORTS, or one of another make."""
     scale, zero = fit_mse(weight, grid)
     search = EFFORTS[effort] if isinstance(effort, str) else effort
-    ridge = choose_ridge(weight, statistics, grid) if search.choose_ridge else RIDGE
+    ridge = choose_ridge(weight, moments, grid) if search.choose_ridge else RIDGE
     if weight.shape[-1] <= SMALL and not grid.per_tensor and scale.shape[-1] == 1:
-        return _solve_small(weight, statistics, grid, ridge, scale, zero)
+        return _solve_small(weight, moments, grid, ridge, scale, zero)
     groups = range(len(weight))
     channels = parts(weight.shape[1])
     if len(weight) == 1:
         with single_threaded_blas():
-            problems = [pose(arrange(statistics), grid, ridge)]
+            problems = [pose(arrange(moments), grid, ridge)]
     else:
-        problems = each(lambda g: pose(arrange(statistics.group(g)), grid, ridge), groups)
+        problems = each(lambda g: pose(arrange(moments.group(g)), grid, ridge), groups)
     tasks = [(g, p) for g in groups for p in channels]
 
     def begin(g: int, p: slice) -> tuple[Part, Array]:
@@ -332,10 +332,10 @@ def _refit_blocks(part: Part, one: Rounding, v: Array) -> Rounding:
     return replace(one, scale=np.where(good[:, None], moved, one.scale))
 
 
-def solve_gptq(weight: Array, statistics: Moments, grid: Grid) -> QuantizedWeight:
+def solve_gptq(weight: Array, moments: Moments, grid: Grid) -> QuantizedWeight:
     """GPTQ as it is commonly run, on the same grid, clip and Gram: one pass of rounding, ridge GPTQ_RIDGE."""
     scale, zero = fit_mse(weight, grid)
-    alone = Moments(statistics.gram, statistics.mean, statistics.count)
+    alone = Moments(moments.gram, moments.mean, moments.count)
     solved = []
     with single_threaded_blas():
         for g in range(len(weight)):
@@ -350,13 +350,13 @@ def solve_gptq(weight: Array, statistics: Moments, grid: Grid) -> QuantizedWeigh
 # The ridge ------------------------------------------------------------------------------------------------------------
 
 
-def choose_ridge(weight: Array, statistics: Moments, grid: Grid) -> float:
+def choose_ridge(weight: Array, moments: Moments, grid: Grid) -> float:
     """The ridge with which codes found on one half of the samples do best on the other; RIDGE without halves.
 
     A few channels of a few groups, Babai-rounded at the MSE-best scale; every other ridge of RIDGES from RIDGE on,
     outwards as long as the error falls. weight [groups, out, in].
     """
-    if not statistics.has_folds:
+    if not moments.has_folds:
         return RIDGE
     inputs = weight.shape[-1]
     some = spread(len(weight), RIDGE_GROUPS)
@@ -366,8 +366,8 @@ def choose_ridge(weight: Array, statistics: Moments, grid: Grid) -> float:
     trials: list[tuple[int, Arranged, Arranged]] = []
     for k, g in enumerate(some):
         # half the samples tell of half the inputs what all tell of all
-        order = visiting_order(statistics.gram[g])[:: 2 if inputs >= 2 * SMALL else 1]
-        halves = statistics.group(int(g)).take(order).folds()
+        order = visiting_order(moments.gram[g])[:: 2 if inputs >= 2 * SMALL else 1]
+        halves = moments.group(int(g)).take(order).folds()
         assert halves is not None
         first, second = (replace(arrange(half, np.arange(len(order))), order=order, inputs=inputs) for half in halves)
         trials += [(k, first, second), (k, second, first)]
@@ -402,10 +402,10 @@ def spread(total: int, most: int) -> npt.NDArray[np.intp]:
 
 
 def _solve_small(
-    weight: Array, statistics: Moments, grid: Grid, ridge: float, start_scale: Array, start_zero: Codes
+    weight: Array, moments: Moments, grid: Grid, ridge: float, start_scale: Array, start_zero: Codes
 ) -> QuantizedWeight:
     """Problems of few inputs, all groups and channels at once: see kernels.solve_small."""
-    posed = [pose(arrange(statistics.group(g)), grid, ridge) for g in range(len(weight))]
+    posed = [pose(arrange(moments.group(g)), grid, ridge) for g in range(len(weight))]
     taken = [take_part(p, w, z.astype(np.float32)) for p, w, z in zip(posed, weight, start_zero, strict=True)]
     optimum = np.stack([part.optimum().T for part in taken])
     q, scale = np.empty_like(optimum), np.empty(start_scale.shape[:2], np.float32)

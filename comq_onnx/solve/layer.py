@@ -59,13 +59,13 @@ class Method:
             if name not in names:
                 raise ValueError(f"no {what} {name!r}; there are {', '.join(names)}")
 
-    def __call__(self, weight: Array, statistics: Moments, grid: Grid) -> QuantizedWeight:
+    def __call__(self, weight: Array, moments: Moments, grid: Grid) -> QuantizedWeight:
         """The quantized weight that the solver finds."""
         if self.solver == "comq":
-            return solve_comq(weight, statistics, grid, self.effort)
+            return solve_comq(weight, moments, grid, self.effort)
         if self.solver == "paper":
-            return solve_paper(weight, statistics, grid, self.order, self.sweeps, self.shrink)
-        return solve_gptq(weight, statistics, grid) if self.solver == "gptq" else rtn(weight, grid)
+            return solve_paper(weight, moments, grid, self.order, self.sweeps, self.shrink)
+        return solve_gptq(weight, moments, grid) if self.solver == "gptq" else rtn(weight, grid)
 
     def on_device(self, inputs: int, grid: Grid) -> bool:
         """Whether a layer of so many inputs is solved on the device where its moments lie, not on the CPU."""
@@ -99,47 +99,47 @@ def error_db(error: float) -> float:
 
 
 def solve(
-    weight: Array, statistics: Moments, grid: Grid, method: Method = COMQ, has_bias: bool = False
+    weight: Array, moments: Moments, grid: Grid, method: Method = COMQ, has_bias: bool = False
 ) -> Solution:  # fmt: skip
     """Quantize one layer's weight [groups, out, in] on `grid`.
 
     has_bias: a shift of the bias may carry the mean of the error (comq's alone).
     """
-    return solve_together([weight], statistics, grid, method, has_bias)[0]
+    return solve_together([weight], moments, grid, method, has_bias)[0]
 
 
 def solve_together(
-    weights: Sequence[Array], statistics: Moments, grid: Grid, method: Method = COMQ, has_bias: bool = False
+    weights: Sequence[Array], moments: Moments, grid: Grid, method: Method = COMQ, has_bias: bool = False
 ) -> list[Solution]:
     """`solve` for layers that read the same input: what depends on it is computed once.
 
     weights: [groups, out, in] each, of any outs. Not for a per-tensor grid, unless there is one weight.
     """
-    return _solve(weights, statistics, statistics.centred(), grid, method, has_bias)
+    return _solve(weights, moments, moments.centred(), grid, method, has_bias)
 
 
 def errors_at(
-    weight: Array, statistics: Moments, grids: Sequence[Grid], method: Method = COMQ, has_bias: bool = False
+    weight: Array, moments: Moments, grids: Sequence[Grid], method: Method = COMQ, has_bias: bool = False
 ) -> list[float]:  # fmt: skip
     """The relative error of the solution of a weight [groups, out, in] on each grid."""
-    moments = statistics.centred()
-    return [_solve([weight], statistics, moments, grid, method, has_bias)[0].error for grid in grids]
+    centred = moments.centred()
+    return [_solve([weight], moments, centred, grid, method, has_bias)[0].error for grid in grids]
 
 
 def _solve(
-    weights: Sequence[Array], statistics: Moments, moments: Moments, grid: Grid, method: Method, has_bias: bool
+    weights: Sequence[Array], moments: Moments, centred: Moments, grid: Grid, method: Method, has_bias: bool
 ) -> list[Solution]:
-    """moments: `statistics`, centred."""
+    """centred: `moments`, centred."""
     centre = has_bias and method.solver == "comq"
-    if arrays.is_tensor(moments.gram) and not method.on_device(weights[0].shape[-1], grid):
-        statistics, moments = statistics.on_host(), moments.on_host()
+    if arrays.is_tensor(centred.gram) and not method.on_device(weights[0].shape[-1], grid):
+        moments, centred = moments.on_host(), centred.on_host()
     ends = np.cumsum([w.shape[1] for w in weights])[:-1]
     whole = weights[0] if len(weights) == 1 else np.concatenate(weights, axis=1)
-    given = moments if centre else statistics
+    given = centred if centre else moments
     rounded, solved, judge, energies = (
-        _on_device(whole, given, moments, grid, method)
-        if arrays.is_tensor(moments.gram)
-        else _on_host(whole, given, moments, grid, method)
+        _on_device(whole, given, centred, grid, method)
+        if arrays.is_tensor(centred.gram)
+        else _on_host(whole, given, centred, grid, method)
     )
     ours, theirs = judge(solved), judge(rounded)
     found = []
@@ -162,20 +162,20 @@ def _solve(
 Judged = tuple[QuantizedWeight, QuantizedWeight, Callable[[QuantizedWeight], tuple[Matrix, Matrix]], Matrix]
 
 
-def _on_host(whole: Array, given: Moments, moments: Moments, grid: Grid, method: Method) -> Judged:
+def _on_host(whole: Array, given: Moments, centred: Moments, grid: Grid, method: Method) -> Judged:
     """A weight rounded and solved, what judges both, and the energy of each channel's output."""
     rounded = rtn(whole, grid)
-    judge = Judge(whole, moments)
+    judge = Judge(whole, centred)
     return rounded, rounded if method.solver == "rtn" else method(whole, given, grid), judge, judge.energy
 
 
-def _on_device(whole: Array, given: Moments, moments: Moments, grid: Grid, method: Method) -> Judged:
+def _on_device(whole: Array, given: Moments, centred: Moments, grid: Grid, method: Method) -> Judged:
     """The same where the moments are torch tensors."""
     import torch
 
     from comq_onnx.solve.gpu import solver as gpu
 
-    device: Any = moments.gram.device
+    device: Any = centred.gram.device
     weight = torch.as_tensor(whole, device=device)
     rounded = gpu.round_to_nearest(weight, grid)
     solved = rounded
@@ -183,7 +183,7 @@ def _on_device(whole: Array, given: Moments, moments: Moments, grid: Grid, metho
         solved = gpu.solve_comq(weight, given, grid, EFFORTS[method.effort])
     elif method.solver == "gptq":
         solved = gpu.solve_gptq(weight, given, grid)
-    judge = gpu.Judge(weight, moments)
+    judge = gpu.Judge(weight, centred)
     return rounded, solved, judge, judge.energy
 
 

@@ -26,7 +26,7 @@ SHRINK = {2: 0.65, 3: 0.8}
 
 def solve_paper(
     weight: Array,
-    statistics: Moments,
+    moments: Moments,
     grid: Grid,
     order: str = "greedy",
     sweeps: int = SWEEPS,
@@ -36,7 +36,7 @@ def solve_paper(
     None)."""
     scale, zero_point = fit_minmax(weight, grid, SHRINK.get(grid.bits, 1.0) if shrink is None else shrink)
     block = grid.block_of(weight.shape[-1])
-    grams = statistics.gram.astype(np.float32)
+    grams = moments.gram.astype(np.float32)
     wq, v = weight.copy(), np.zeros_like(weight)  # V = (W - Wq) G
     q = np.zeros_like(weight)
 

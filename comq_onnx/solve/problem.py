@@ -63,16 +63,16 @@ def visiting_order(gram: npt.NDArray[np.float64]) -> npt.NDArray[np.intp]:
     return np.argsort(-np.diag(gram), kind="stable")
 
 
-def arrange(statistics: Moments, order: npt.NDArray[np.intp] | None = None) -> Arranged:
+def arrange(moments: Moments, order: npt.NDArray[np.intp] | None = None) -> Arranged:
     """The moments of one group in `order` (None: visiting_order)."""
     if order is None:
-        order = visiting_order(statistics.gram[0])
+        order = visiting_order(moments.gram[0])
     mismatch = None
-    if statistics.cross is not None:
-        mismatch = np.float32(MISMATCH) * _ordered(statistics.cross[0], order)
+    if moments.cross is not None:
+        mismatch = np.float32(MISMATCH) * _ordered(moments.cross[0], order)
     # what is left of a constant input
-    noise = 1e-6 * float((statistics.mean[0] ** 2).sum())
-    return Arranged(order, _ordered(statistics.gram[0], order), mismatch, noise, len(statistics.gram[0]))
+    noise = 1e-6 * float((moments.mean[0] ** 2).sum())
+    return Arranged(order, _ordered(moments.gram[0], order), mismatch, noise, len(moments.gram[0]))
 
 
 def _ordered(matrix: npt.NDArray[np.float64], order: npt.NDArray[np.intp]) -> Array:

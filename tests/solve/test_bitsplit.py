@@ -49,7 +49,7 @@ def rounded(grid: Grid) -> tuple[Part, Array, Array]:
     x = walk(rng, 200, 40)
     weight = rng.standard_normal((30, 40)).astype(np.float32)
     (scale,), (zero,) = fit_mse(weight[None], grid)
-    moments = oracle.statistics(x, (x + 0.1 * rng.standard_normal(x.shape)).astype(np.float32))
+    moments = oracle.moments_of(x, (x + 0.1 * rng.standard_normal(x.shape)).astype(np.float32))
     part = take_part(pose(arrange(moments), grid), weight, zero.astype(np.float32))
     of = part.problem.block
     codes = np.clip(np.rint(part.w / scale[:, of]), *(np.float32(b) - part.zero[:, of] for b in (grid.qmin, grid.qmax)))
@@ -97,7 +97,7 @@ def test_refining_changes_codes_and_wins_something() -> None:
     rng = np.random.default_rng(0)
     x = rng.standard_normal((1, 300, 60)) @ rng.standard_normal((60, 60))
     weight, grid = rng.standard_normal((1, 40, 60)).astype(np.float32), Grid(4)
-    moments = oracle.statistics(x.astype(np.float32))
+    moments = oracle.moments_of(x.astype(np.float32))
     with_it = replace(EFFORTS["default"], bit_split=True)
     objective = oracle.Objective(weight, moments)
     before, after = (objective(solve_comq(weight, moments, grid, e).dequantize()) for e in ("default", with_it))

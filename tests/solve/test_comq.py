@@ -28,7 +28,6 @@ from comq_onnx.solve.comq import (
 )
 from comq_onnx.solve.grid import Array, Grid, fit_mse
 from comq_onnx.solve.moments import Moments
-from comq_onnx.solve.parallel import parts
 from comq_onnx.solve.problem import RIDGE, Part, arrange, pose, take_part
 
 # how near to a tie float32 may round the other way: sums of some tens of products of a few steps each
@@ -97,7 +96,7 @@ def test_babai_rounding_is_the_slow_one(given_: tuple[Part, Array]) -> None:
 def test_babai_rounding_in_blocks_is_the_slow_one(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     x = rows(rng, "correlated", 1, 300, 60)
-    moments = oracle.statistics(x, (x + rng.standard_normal(x.shape)).astype(np.float32))
+    moments = oracle.moments_of(x, (x + rng.standard_normal(x.shape)).astype(np.float32))
     weight = rng.standard_normal((70, 60)).astype(np.float32)
     for grid in (Grid(4), Grid(3, symmetric=False, block_size=25)):
         (scale,), (zero,) = fit_mse(weight[None], grid)
@@ -161,7 +160,7 @@ def test_zero_points_at_an_end_of_the_range_stay_in_it(bits: int, sign: int) -> 
     _, zero = fit_mse(weight, grid)
     assert (zero == (grid.qmin if sign > 0 else grid.qmax)).any()
     for effort in EFFORTS:
-        solved = solve_comq(weight, oracle.statistics(walk(rng, 200, 40)), grid, effort)
+        solved = solve_comq(weight, oracle.moments_of(walk(rng, 200, 40)), grid, effort)
         assert solved.zero_point.min() >= grid.qmin
         assert solved.zero_point.max() <= grid.qmax
         assert (np.abs(solved.zero_point.astype(int) - zero) <= 1).all()
@@ -201,7 +200,7 @@ def test_a_solution_costs_no_more_than_its_start(effort: str) -> None:
     @settings(max_examples=20, deadline=None, derandomize=True)
     @given(cases((2, 9, 60), least=33))  # fewer inputs have a solver of their own
     def check(case: Case) -> None:
-        moments = replace(case.statistics, half=None)
+        moments = replace(case.moments, half=None)
         found = (solve_comq(case.weight, moments, case.grid, e) for e in (effort, start_only))
         solved, start = (one.dequantize() for one in found)
         objective = oracle.Objective(case.weight, moments)
@@ -247,7 +246,7 @@ def example(grid: Grid, inputs: int = 48, channels: int = 9) -> tuple[Part, Arra
     x = walk(rng, 200, inputs)
     weight = rng.standard_normal((channels, inputs)).astype(np.float32)
     (scale,), (zero,) = fit_mse(weight[None], grid)
-    moments = oracle.statistics(x, (x + 0.1 * rng.standard_normal(x.shape)).astype(np.float32))
+    moments = oracle.moments_of(x, (x + 0.1 * rng.standard_normal(x.shape)).astype(np.float32))
     return take_part(pose(arrange(moments), grid), weight, zero.astype(np.float32)), scale
 
 
@@ -367,7 +366,7 @@ def test_a_few_inputs_are_solved_nearly_exactly(symmetric: bool, mismatch: float
         n = int(rng.integers(1, 6))
         x = rows(rng, "correlated", 2, 60, n)
         hat = (x + mismatch * x.std() * rng.standard_normal(x.shape)).astype(np.float32)
-        moments, grid = oracle.statistics(x, hat if mismatch else None), Grid(2, symmetric)
+        moments, grid = oracle.moments_of(x, hat if mismatch else None), Grid(2, symmetric)
         weight = rng.standard_normal((2, 3, n)).astype(np.float32)
         objective, solved = oracle.Objective(weight, moments), solve_comq(weight, moments, grid)
         optimum, found = objective.optimum(), objective(solved.dequantize()) - objective(objective.optimum())
@@ -398,7 +397,7 @@ def test_a_few_inputs_are_solved_nearly_exactly(symmetric: bool, mismatch: float
 def test_gptq_is_the_slow_one_with_the_inverses_factor(grid: Grid, inputs: int) -> None:
     rng = np.random.default_rng(7)
     x = rng.standard_normal((2, 2 * inputs + 9, inputs)) @ rng.standard_normal((2, inputs, inputs))
-    moments = oracle.statistics(x.astype(np.float32))
+    moments = oracle.moments_of(x.astype(np.float32))
     weight = rng.standard_normal((2, 12, inputs)).astype(np.float32)
     fast = solve_gptq(weight, moments, grid)
     ours = fast.codes.astype(int) - fast.zero_point[..., grid.block_of(inputs)]
@@ -418,7 +417,7 @@ def test_gptq_knows_of_no_mismatch() -> None:
     x = rows(rng, "correlated", 1, 90, 20)
     hat = (x + rng.standard_normal(x.shape)).astype(np.float32)
     weight = rng.standard_normal((1, 5, 20)).astype(np.float32)
-    with_it, without = (solve_gptq(weight, m, Grid(4)) for m in (oracle.statistics(x, hat), oracle.statistics(hat)))
+    with_it, without = (solve_gptq(weight, m, Grid(4)) for m in (oracle.moments_of(x, hat), oracle.moments_of(hat)))
     assert np.array_equal(with_it.codes, without.codes)
 
 
@@ -430,7 +429,7 @@ def halved(inputs: int, positions: int, seed: int = 0) -> tuple[np.ndarray, Mome
     rng = np.random.default_rng(seed)
     turned = np.linalg.qr(rng.standard_normal((inputs, inputs)))[0]
     x = rng.standard_normal((1, positions, inputs)) * np.arange(1, inputs + 1) ** -1.0 @ turned
-    return rng.standard_normal((1, 16, inputs)).astype(np.float32), oracle.statistics(x.astype(np.float32), halves=True)
+    return rng.standard_normal((1, 16, inputs)).astype(np.float32), oracle.moments_of(x.astype(np.float32), halves=True)
 
 
 def test_without_halves_the_ridge_is_the_usual_one() -> None:
@@ -494,7 +493,7 @@ def test_the_ridge_is_where_a_slow_search_ends(inputs: int, positions: int, grid
 def test_a_ridge_is_chosen_from_samples_with_a_mismatch_and_a_mean() -> None:
     rng = np.random.default_rng(0)
     x = rows(rng, "offset", 6, 50, 40)
-    moments = oracle.statistics(x, (x + 0.3 * rng.standard_normal(x.shape)).astype(np.float32), halves=True)
+    moments = oracle.moments_of(x, (x + 0.3 * rng.standard_normal(x.shape)).astype(np.float32), halves=True)
     weight = rng.standard_normal((6, 120, 40)).astype(np.float32)
     for one in (moments, moments.centred()):
         assert choose_ridge(weight, one, Grid(4)) in (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
@@ -509,14 +508,7 @@ def test_only_the_fast_effort_does_not_choose_the_ridge(monkeypatch: pytest.Monk
         assert len(asked) == times
 
 
-# Parts ----------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("channels", [1, 191, 192, 193, 500])
-def test_parts_are_all_channels_once(channels: int) -> None:
-    taken = np.concatenate([np.arange(channels)[part] for part in parts(channels)])
-    assert np.array_equal(taken, np.arange(channels))
-    assert all(part.stop - part.start <= 192 for part in parts(channels))
+# One scale for all ---------------------------------------------------------------------------------------------------
 
 
 @QUICK
@@ -525,5 +517,5 @@ def test_a_scale_for_all_is_shared_by_all_parts(case: Case, name: str) -> None:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("comq_onnx.solve.parallel.PART", 2)
         grid = Grid(case.grid.bits, case.grid.symmetric, per_tensor=True)
-        solved = solve_comq(case.weight, case.statistics, grid, name)
+        solved = solve_comq(case.weight, case.moments, grid, name)
     assert np.unique(solved.scale).size == np.unique(solved.zero_point).size == 1

@@ -16,8 +16,7 @@ from layers import COMQ, METHODS, QUICK, Case, cases, noise, on_grid, rows, walk
 from comq_onnx.solve.comq import Rounding, choose_ridge, solve_comq, solve_gptq
 from comq_onnx.solve.grid import Grid, fit_mse, round_to_grid, rtn
 from comq_onnx.solve.layer import Method, Solution, check_codes, error_db, round_rows, solve, solve_together
-from comq_onnx.solve.moment_sums import MomentSums
-from comq_onnx.solve.moments import Moments
+from comq_onnx.solve.moments import Moments, MomentSums
 from comq_onnx.solve.problem import RIDGE
 
 SOME = settings(max_examples=15, deadline=None, derandomize=True)
@@ -33,7 +32,7 @@ def test_solving_never_costs_more_than_rounding(method: Method, has_bias: bool) 
     @settings(max_examples=20, deadline=None, derandomize=True)
     @given(cases())
     def check(case: Case) -> None:
-        solution = solve(case.weight, case.statistics, case.grid, method, has_bias)
+        solution = solve(case.weight, case.moments, case.grid, method, has_bias)
         on_grid(solution.weight)
         solved, rounded = solution.weight.dequantize(), rtn(case.weight, case.grid).dequantize()
         # which of the two is better is decided on float32 products
@@ -50,7 +49,7 @@ def test_the_error_reported_is_the_one_on_the_samples(method: Method) -> None:
     @settings(max_examples=20, deadline=None, derandomize=True)
     @given(cases(), st.booleans())
     def check(case: Case, has_bias: bool) -> None:
-        solution = solve(case.weight, case.statistics, case.grid, method, has_bias)
+        solution = solve(case.weight, case.moments, case.grid, method, has_bias)
         solved, rounded = solution.weight.dequantize(), rtn(case.weight, case.grid).dequantize()
         slow = oracle.relative_error(case.weight, solved, case.x, case.x_hat, solution.shift)
         plain = oracle.relative_error(case.weight, rounded, case.x, case.x_hat)
@@ -127,7 +126,7 @@ def test_solving_beats_rounding_by_far_on_correlated_inputs() -> None:
     rng = np.random.default_rng(0)
     x = rng.standard_normal((1, 500, 8)) @ rng.standard_normal((8, 64)) + 0.1 * rng.standard_normal((1, 500, 64))
     weight = rng.standard_normal((1, 32, 64)).astype(np.float32)
-    moments = oracle.statistics(x.astype(np.float32))
+    moments = oracle.moments_of(x.astype(np.float32))
     found = {name: solve(weight, moments, Grid(4), method).error for name, method in METHODS.items()}
     # 8 of 64 directions carry the inputs: far more freedom than constraints. 6 and 3 dB are half of what was measured
     assert error_db(found["comq"]) < error_db(found["rtn"]) - 6
@@ -140,7 +139,7 @@ def test_centring_lowers_the_error_of_inputs_with_a_mean() -> None:
     rng = np.random.default_rng(0)
     x = (rng.standard_normal((1, 500, 48)) + 3).astype(np.float32)
     weight = rng.standard_normal((1, 16, 48)).astype(np.float32)
-    plain, centred = (solve(weight, oracle.statistics(x), Grid(3), has_bias=b) for b in (False, True))
+    plain, centred = (solve(weight, oracle.moments_of(x), Grid(3), has_bias=b) for b in (False, True))
     assert plain.shift is None
     assert centred.shift is not None
     assert centred.error < plain.error
@@ -150,7 +149,7 @@ def test_centring_lowers_the_error_of_inputs_with_a_mean() -> None:
 def test_with_a_bias_the_weight_is_solved_about_the_mean(method: Method) -> None:
     rng = np.random.default_rng(0)
     x = (rng.standard_normal((1, 500, 48)) + 3).astype(np.float32)
-    weight, moments = rng.standard_normal((1, 16, 48)).astype(np.float32), oracle.statistics(x, halves=True)
+    weight, moments = rng.standard_normal((1, 16, 48)).astype(np.float32), oracle.moments_of(x, halves=True)
     # at 3 bits no channel falls back on plain rounding
     for has_bias, wanted in ((False, moments), (True, moments.centred())):
         assert np.array_equal(
@@ -162,7 +161,7 @@ def test_with_a_bias_the_weight_is_solved_about_the_mean(method: Method) -> None
 @QUICK
 @given(cases(conditions=["white", "correlated", "dead", "offset", "huge"]))
 def test_the_shift_is_the_mean_that_the_weight_lost(case: Case) -> None:
-    solution = solve(case.weight, case.statistics, case.grid, has_bias=True)
+    solution = solve(case.weight, case.moments, case.grid, has_bias=True)
     assert solution.shift is not None
     hat = case.x if case.x_hat is None else case.x_hat
     x_mean, hat_mean = case.x.mean(axis=1, dtype=np.float64), hat.mean(axis=1, dtype=np.float64)
@@ -177,7 +176,7 @@ def test_the_shift_is_the_mean_that_the_weight_lost(case: Case) -> None:
 def test_only_comq_shifts_the_bias(solver: str) -> None:
     x = np.random.default_rng(0).standard_normal((1, 50, 8)).astype(np.float32) + 3
     method = Method(solver)
-    assert solve(np.ones((1, 2, 8), np.float32), oracle.statistics(x), Grid(4), method, has_bias=True).shift is None
+    assert solve(np.ones((1, 2, 8), np.float32), oracle.moments_of(x), Grid(4), method, has_bias=True).shift is None
 
 
 # What must not change the answer --------------------------------------------------------------------------------------
@@ -187,7 +186,7 @@ def coupled(inputs: int = 40, outputs: int = 24, groups: int = 2) -> tuple[np.nd
     """A weight and correlated inputs that the model quantized so far has changed."""
     rng = np.random.default_rng(3)
     x = rows(rng, "correlated", groups, 200, inputs)
-    moments = oracle.statistics(x, (x + 0.1 * rng.standard_normal(x.shape)).astype(np.float32))
+    moments = oracle.moments_of(x, (x + 0.1 * rng.standard_normal(x.shape)).astype(np.float32))
     return rng.standard_normal((groups, outputs, inputs)).astype(np.float32), moments
 
 
@@ -255,8 +254,8 @@ def test_the_parts_that_channels_are_solved_in_do_not_change_the_answer(
 )
 def test_the_unit_of_the_inputs_does_not_matter(case: Case, power: int, method: Method, has_bias: bool) -> None:
     hat = None if case.x_hat is None else np.ldexp(case.x_hat, power)
-    scaled = oracle.statistics(np.ldexp(case.x, power), hat, case.halves)
-    ours, theirs = (solve(case.weight, s, case.grid, method, has_bias) for s in (case.statistics, scaled))
+    scaled = oracle.moments_of(np.ldexp(case.x, power), hat, case.halves)
+    ours, theirs = (solve(case.weight, s, case.grid, method, has_bias) for s in (case.moments, scaled))
     # a power of two changes no mantissa
     assert np.array_equal(ours.weight.codes, theirs.weight.codes)
     assert np.array_equal(ours.weight.scale, theirs.weight.scale)
@@ -274,8 +273,8 @@ def test_the_unit_of_the_inputs_does_not_matter(case: Case, power: int, method: 
 def test_the_unit_of_the_weights_does_not_matter(case: Case, power: int, method: Method) -> None:
     # a row of zeros has scale 1 in any unit, which others may share a choice with
     assume(np.abs(case.weight).max(axis=-1).all())
-    ours = solve(case.weight, case.statistics, case.grid, method)
-    theirs = solve(np.ldexp(case.weight, power), case.statistics, case.grid, method)
+    ours = solve(case.weight, case.moments, case.grid, method)
+    theirs = solve(np.ldexp(case.weight, power), case.moments, case.grid, method)
     # a power of two changes no mantissa
     assert np.array_equal(ours.weight.codes, theirs.weight.codes)
     assert np.array_equal(np.ldexp(ours.weight.scale, power), theirs.weight.scale)
@@ -286,7 +285,7 @@ def test_the_unit_of_the_weights_does_not_matter(case: Case, power: int, method:
 def test_solving_twice_gives_the_same_bytes(method: Method) -> None:
     rng = np.random.default_rng(5)
     x = rows(rng, "correlated", 2, 200, 150)
-    moments = oracle.statistics(x, (x * 1.01).astype(np.float32), halves=True)
+    moments = oracle.moments_of(x, (x * 1.01).astype(np.float32), halves=True)
     weight = rng.standard_normal((2, 20, 150)).astype(np.float32)
     for grid in (Grid(3), Grid(4, symmetric=False, block_size=32), Grid(2, per_tensor=True)):
         same_bytes(*(solve(weight.copy(), moments, grid, method, has_bias=True) for _ in range(2)))
@@ -301,7 +300,7 @@ def test_the_number_of_threads_does_not_change_a_byte(
     rng = np.random.default_rng(5)
     for inputs in (40, 9):
         x = rows(rng, "correlated", groups, 200, inputs)
-        moments = oracle.statistics(x, (x * 1.01).astype(np.float32), halves=True)
+        moments = oracle.moments_of(x, (x * 1.01).astype(np.float32), halves=True)
         weight = rng.standard_normal((groups, 200, inputs)).astype(np.float32)
         for grid in (Grid(3, symmetric=False), Grid(4, per_tensor=True)):
             found = []
@@ -328,7 +327,7 @@ def parts(solution: Solution) -> list[np.ndarray]:
 def test_solving_leaves_its_arguments_alone(inputs: int) -> None:
     rng = np.random.default_rng(5)
     x = rows(rng, "white", 1, 100, inputs)
-    moments = oracle.statistics(x, x * np.float32(1.01), halves=True)
+    moments = oracle.moments_of(x, x * np.float32(1.01), halves=True)
     weight = rng.standard_normal((1, 6, inputs)).astype(np.float32)
     assert moments.half is not None
     arrays = [weight] + [
@@ -356,7 +355,7 @@ def test_no_single_code_can_move_for_the_better_before_the_last_scale_is_fit(
     @SOME
     @given(cases(shapes=(2, 6, 40), conditions=["white", "offset", "dead", "duplicate"]), st.booleans())
     def check(case: Case, centred: bool) -> None:
-        moments = case.statistics.centred() if centred else case.statistics
+        moments = case.moments.centred() if centred else case.moments
         # below 1e-4 of a code's own curvature flips stop. The gradient that follows the moves is float32's: where a
         # mean of 5 couples all inputs it left 0.05% of an objective in 5 of 6000 layers
         assert most_by_one_step(case.weight, moments, case.grid, method, 2e-4) <= 1e-3
@@ -372,7 +371,7 @@ def test_no_single_code_can_move_where_two_sweeps_are_not_enough(
     """Many correlated inputs: single flips finish the descent."""
     rng = np.random.default_rng(0)
     weight = rng.standard_normal((1, 64, 200)).astype(np.float32)
-    moments, grid = oracle.statistics(walk(rng, 600, 200)), Grid(bits, block_size=block)
+    moments, grid = oracle.moments_of(walk(rng, 600, 200)), Grid(bits, block_size=block)
     # after the last fit of the scale a single code would still win 2.4% of a channel's objective at most
     assert most_by_one_step(weight, moments, grid, Method(), 2e-4) <= (0 if block else 0.05)
     monkeypatch.setattr("comq_onnx.solve.comq._refit", keep_scale)
@@ -410,7 +409,7 @@ def test_no_other_scale_suits_the_codes_better(method: Method) -> None:
     @SOME
     @given(cases(shapes=(2, 6, 40), conditions=["white", "offset", "dead"]))
     def check(case: Case) -> None:
-        moments = replace(case.statistics, half=None)
+        moments = replace(case.moments, half=None)
         solved = method(case.weight, moments, Grid(8, case.grid.symmetric))
         objective = oracle.Objective(case.weight, moments)
         codes = solved.codes.astype(np.float64) - solved.zero_point
@@ -428,7 +427,7 @@ def test_no_other_scale_suits_the_codes_better(method: Method) -> None:
 def test_the_scale_of_a_channel_is_the_best_for_its_codes(method: Method, bits: int) -> None:
     rng = np.random.default_rng(0)
     weight = rng.standard_normal((1, 64, 100)).astype(np.float32)
-    moments = oracle.statistics(walk(rng, 300, 100))
+    moments = oracle.moments_of(walk(rng, 300, 100))
     solved, objective = method(weight, moments, Grid(bits)), oracle.Objective(weight, moments)
     codes = solved.codes.astype(np.float64)
     above, below = (np.einsum("gmi,gij,gmj->gm", codes, objective.h, other) for other in (objective.optimum(), codes))
@@ -469,7 +468,7 @@ def test_no_layer_solved_with_others_costs_more_than_rounding(
 ) -> None:
     assume(not case.grid.per_tensor and 0 < cut < case.weight.shape[1])
     weights = [case.weight[:, :cut], case.weight[:, cut:]]
-    found = solve_together(weights, case.statistics, case.grid, method, has_bias)
+    found = solve_together(weights, case.moments, case.grid, method, has_bias)
     for weight, solution in zip(weights, found, strict=True):
         on_grid(solution.weight)
         own = replace(case, weight=weight)
@@ -502,7 +501,7 @@ def test_a_dead_layer_is_rounded(method: Method) -> None:
 def test_a_layer_of_zeros_stays_one(method: Method, inputs: int) -> None:
     x = np.random.default_rng(0).standard_normal((1, 50, inputs)).astype(np.float32)
     for grid in (Grid(4), Grid(2, symmetric=False), Grid(4, block_size=16), Grid(4, per_tensor=True)):
-        solution = solve(np.zeros((1, 3, inputs), np.float32), oracle.statistics(x, halves=True), grid, method)
+        solution = solve(np.zeros((1, 3, inputs), np.float32), oracle.moments_of(x, halves=True), grid, method)
         on_grid(solution.weight)
         assert not solution.weight.dequantize().any()
         assert solution.error == solution.rtn_error == 0
@@ -513,10 +512,10 @@ def test_inputs_that_hardly_vary_are_solved() -> None:
     rng = np.random.default_rng(0)
     spread = rng.standard_normal((24, 24)) * np.geomspace(1e-3, 5e-5, 24)
     x = 3 * rng.standard_normal(24) + rng.standard_normal((1, 21, 24)) @ spread
-    moments = MomentSums()
-    moments.add(x.astype(np.float32), None)
+    sums = MomentSums()
+    sums.add(x.astype(np.float32), None)
     weight = rng.standard_normal((1, 8, 24)).astype(np.float32)
-    solution = solve(weight, moments.statistics(), Grid(4), has_bias=True)
+    solution = solve(weight, sums.moments(), Grid(4), has_bias=True)
     on_grid(solution.weight)
     ours = oracle.relative_error(weight, solution.weight.dequantize(), x, None, solution.shift)
     assert ours <= oracle.relative_error(weight, rtn(weight, Grid(4)).dequantize(), x)
@@ -531,7 +530,7 @@ def test_any_number_of_inputs_is_solved(method: Method, inputs: int, outputs: in
     x = rng.standard_normal((1, 400, inputs)).astype(np.float32)
     weight = rng.standard_normal((1, outputs, inputs)).astype(np.float32)
     for grid in (Grid(3), Grid(3, block_size=64), Grid(3, symmetric=False, per_tensor=True)):
-        solution = solve(weight, oracle.statistics(x), grid, method)
+        solution = solve(weight, oracle.moments_of(x), grid, method)
         on_grid(solution.weight)
         assert solution.error <= solution.rtn_error
 
@@ -551,7 +550,7 @@ def test_every_bit_more_costs_less(method: Method, sharing: dict[str, Any], symm
 def test_a_single_input_makes_up_for_what_it_was_quantized_to() -> None:
     """One input that the model quantized so far halved: the best weight on it is half way to twice the float one."""
     x = np.random.default_rng(0).standard_normal((1, 100, 1)).astype(np.float32)
-    moments = oracle.statistics(x, x / 2)
+    moments = oracle.moments_of(x, x / 2)
     weight = np.ones((1, 4, 1), np.float32)
     for grid in (Grid(8), Grid(8, block_size=1), Grid(8, per_tensor=True)):
         for method in COMQ:
@@ -563,7 +562,7 @@ def test_a_single_input_makes_up_for_what_it_was_quantized_to() -> None:
 def test_the_kernels_blocks_do_not_change_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(1)
     x = rows(rng, "white", 1, 300, 50)
-    moments = oracle.statistics(x, (x + 0.1 * rng.standard_normal(x.shape)).astype(np.float32))
+    moments = oracle.moments_of(x, (x + 0.1 * rng.standard_normal(x.shape)).astype(np.float32))
     weight = rng.standard_normal((1, 8, 50)).astype(np.float32)
     for method in (*COMQ, Method("gptq")):
         whole = solve(weight, moments, Grid(4), method)

@@ -95,7 +95,7 @@ def test_a_matrix_that_is_not_positive_definite_is_refused() -> None:
 
 def one_group(case: Case, ridge: float) -> tuple[Part, oracle.Objective, np.ndarray]:
     """The first group's problem, the slow objective of it, and the order of the inputs."""
-    moments = case.statistics.group(0)
+    moments = case.moments.group(0)
     problem = pose(arrange(moments), case.grid, ridge)
     blocks = case.grid.blocks(case.weight.shape[-1])
     zero = np.zeros((case.weight.shape[1], blocks), np.float32)
@@ -108,7 +108,7 @@ def one_group(case: Case, ridge: float) -> tuple[Part, oracle.Objective, np.ndar
 def test_the_inputs_come_by_decreasing_power_and_keep_their_blocks(case: Case, ridge: float) -> None:
     part, slow, order = one_group(case, ridge)
     assert sorted(order) == list(range(len(order)))
-    assert (np.diff(np.diag(case.statistics.gram[0])[order]) <= 0).all()
+    assert (np.diff(np.diag(case.moments.gram[0])[order]) <= 0).all()
     assert np.array_equal(part.problem.block, case.grid.block_of(len(order))[order])
     assert np.array_equal(part.w, case.weight[0][:, order])
     # float32 of float64 sums, and the ridge
@@ -128,7 +128,7 @@ def test_gradient_and_objective_are_those_of_float64(case: Case, ridge: float, s
     within = 2 * values.shape[-1] * EPS * slow.terms(values)[0]
     assert (np.abs(part.objective(codes, scale) - slow(values)[0]) <= within).all()
     d = np.abs(case.weight[:1] - values.astype(np.float64))
-    terms = (d @ np.abs(slow.h) + np.abs(case.weight[:1]) @ np.abs(mismatch(case.statistics)))[0][:, order]
+    terms = (d @ np.abs(slow.h) + np.abs(case.weight[:1]) @ np.abs(mismatch(case.moments)))[0][:, order]
     found = part.gradient(codes, scale)
     assert (np.abs(found - slow.gradient(values)[0][:, order]) <= 2 * values.shape[-1] * EPS * terms).all()
 
@@ -163,7 +163,7 @@ def test_the_wholes_blocks_do_not_change_it(monkeypatch: pytest.MonkeyPatch) -> 
     rng = np.random.default_rng(0)
     x = rows(rng, "white", 1, 90, 40)
     weight = rng.standard_normal((5, 40)).astype(np.float32)
-    moments = oracle.statistics(x, (x + 0.1 * rng.standard_normal(x.shape)).astype(np.float32))
+    moments = oracle.moments_of(x, (x + 0.1 * rng.standard_normal(x.shape)).astype(np.float32))
     part = take_part(pose(arrange(moments), Grid(4)), weight, np.zeros((5, 1), np.float32))
     whole = part.whole()
     monkeypatch.setattr("comq_onnx.solve.problem.BLOCK", 7)
@@ -175,7 +175,7 @@ def test_some_of_the_inputs_pose_a_problem_of_their_own() -> None:
     """What choose_ridge asks for: every other input, each in its block."""
     rng = np.random.default_rng(0)
     x = rows(rng, "white", 1, 90, 40)
-    moments, grid = oracle.statistics(x, x * np.float32(1.1)), Grid(4, block_size=16)
+    moments, grid = oracle.moments_of(x, x * np.float32(1.1)), Grid(4, block_size=16)
     order = np.asarray([30, 2, 17, 8])
     problem = pose(arrange(moments, order), grid)
     part = take_part(problem, rng.standard_normal((5, 40)).astype(np.float32), np.zeros((5, 3), np.float32))

@@ -36,8 +36,8 @@ class Case:
     halves: bool = False
 
     @property
-    def statistics(self) -> Moments:
-        return oracle.statistics(self.x, self.x_hat, self.halves)
+    def moments(self) -> Moments:
+        return oracle.moments_of(self.x, self.x_hat, self.halves)
 
 
 def rows(rng: np.random.Generator, condition: str, groups: int, positions: int, inputs: int) -> np.ndarray:
@@ -102,7 +102,7 @@ def posed(
     case = draw(cases((1, 9, inputs), conditions, 17 if blocked else 1))
     size = case.grid.block_size if blocked is None else 16 if blocked else None
     grid = Grid(case.grid.bits, case.grid.symmetric, block_size=size)
-    problem = pose(arrange(case.statistics), grid, draw(st.sampled_from([0.01, 0.1, 1.0])))
+    problem = pose(arrange(case.moments), grid, draw(st.sampled_from([0.01, 0.1, 1.0])))
     weight = case.weight[0]
     rng = np.random.default_rng(case.weight.size)
     shape = (len(weight), grid.blocks(weight.shape[1]))
@@ -113,7 +113,7 @@ def posed(
 
 def noise(case: Case, *quantized: np.ndarray) -> float:
     """What float32 products may do to the relative errors of weights: some eps of the terms that are added up."""
-    moments, weight = case.statistics, np.abs(case.weight.astype(np.float64))
+    moments, weight = case.moments, np.abs(case.weight.astype(np.float64))
     zero = np.zeros_like(moments.gram)
     gram, cross, residue = (np.abs(zero if m is None else m) for m in (moments.gram, moments.cross, moments.residue))
     x = case.x.astype(np.float64)

@@ -14,14 +14,14 @@ from comq_onnx.solve.paper import SHRINK
 from comq_onnx.solve.problem import RIDGE
 
 
-def statistics(x: np.ndarray, x_hat: np.ndarray | None = None, halves: bool = False) -> Moments:
+def moments_of(x: np.ndarray, x_hat: np.ndarray | None = None, halves: bool = False) -> Moments:
     """The moments of rows x [groups, positions, in] of the float model and x_hat of the quantized one; halves: with
     those of every other row beside them."""
     hat = (x if x_hat is None else x_hat).astype(np.float64)
     count = x.shape[1]
     half = None
     if halves and count > 1:
-        half = replace(statistics(x[:, ::2], None if x_hat is None else x_hat[:, ::2]), residue=None)
+        half = replace(moments_of(x[:, ::2], None if x_hat is None else x_hat[:, ::2]), residue=None)
 
     def moment(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return a.swapaxes(1, 2) @ b / count

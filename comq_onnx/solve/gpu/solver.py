@@ -53,15 +53,15 @@ def round_to_nearest(weight: Tensor, grid: Grid) -> QuantizedWeight:
     return QuantizedWeight(codes.to(torch.int8).cpu().numpy(), scale, zero, grid)
 
 
-def solve_comq(weight: Tensor, statistics: Moments, grid: Grid, search: Effort) -> QuantizedWeight:
+def solve_comq(weight: Tensor, moments: Moments, grid: Grid, search: Effort) -> QuantizedWeight:
     """comq.solve_comq of a weight [groups, out, in] on the device of the moments."""
-    ridge = choose_ridge(weight, statistics, grid) if search.choose_ridge else RIDGE
-    return _solved(weight, pose(arrange(statistics), grid, ridge), search)
+    ridge = choose_ridge(weight, moments, grid) if search.choose_ridge else RIDGE
+    return _solved(weight, pose(arrange(moments), grid, ridge), search)
 
 
-def solve_gptq(weight: Tensor, statistics: Moments, grid: Grid) -> QuantizedWeight:
+def solve_gptq(weight: Tensor, moments: Moments, grid: Grid) -> QuantizedWeight:
     """comq.solve_gptq of a weight [groups, out, in] on the device of the moments."""
-    alone = Moments(statistics.gram, statistics.mean, statistics.count)
+    alone = Moments(moments.gram, moments.mean, moments.count)
     return _solved(weight, pose(arrange(alone), grid, GPTQ_RIDGE), None)
 
 
@@ -202,13 +202,13 @@ class Rounding:
     norm: Tensor
 
 
-def arrange(statistics: Moments, order: Tensor | None = None) -> Arranged:
+def arrange(moments: Moments, order: Tensor | None = None) -> Arranged:
     """problem.arrange, all groups at once; order [groups, in]."""
-    gram: Tensor = statistics.gram
+    gram: Tensor = moments.gram
     if order is None:
         order = visiting_order(gram)
-    mismatch = None if statistics.cross is None else MISMATCH * _ordered(statistics.cross, order)
-    return Arranged(order, _ordered(gram, order), mismatch, _noise(statistics.mean), gram.shape[-1])
+    mismatch = None if moments.cross is None else MISMATCH * _ordered(moments.cross, order)
+    return Arranged(order, _ordered(gram, order), mismatch, _noise(moments.mean), gram.shape[-1])
 
 
 def visiting_order(gram: Tensor) -> Tensor:
@@ -538,14 +538,14 @@ def _move_pairs(h: Tensor, few: _Moves, at: Tensor, there: Tensor) -> Tensor:
 
 
 # The ridge ------------------------------------------------------------------------------------------------------------
-def choose_ridge(weight: Tensor, statistics: Moments, grid: Grid) -> float:
+def choose_ridge(weight: Tensor, moments: Moments, grid: Grid) -> float:
     """comq.choose_ridge: the ridge with which codes found on one half of the samples do best on the other."""
-    if not statistics.has_folds:
+    if not moments.has_folds:
         return RIDGE
     groups, out, inputs = weight.shape
     some = spread(groups, RIDGE_GROUPS)
     rows = spread(out, -(-RIDGE_CHANNELS // len(some)))
-    few = statistics.groups(some)
+    few = moments.groups(some)
     sample = weight[torch.as_tensor(some, device=weight.device)][:, torch.as_tensor(rows, device=weight.device)]
     scale, zero = fit_mse(np.ascontiguousarray(sample.cpu().numpy()), grid)
     # half the samples tell of half the inputs what all tell of all

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from numpy.lib.stride_tricks import sliding_window_view
 
 
@@ -119,3 +120,8 @@ def total(x: Any, axis: int) -> Any:
 def on_host(x: Any) -> Any:
     """The same numbers as a numpy array; what is no tensor stays as it is."""
     return x.detach().cpu().numpy() if is_tensor(x) else x
+
+
+def spread_indices(total: int, most: int) -> npt.NDArray[np.intp]:
+    """Return at most `most` of the indices below `total`, evenly spread over all of them."""
+    return np.unique(np.linspace(0, total - 1, min(total, most)).astype(np.intp))

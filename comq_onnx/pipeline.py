@@ -53,9 +53,9 @@ from comq_onnx.samples.clues import read_clues, suspicious_statistics
 from comq_onnx.samples.inspection import Inspection, describe
 from comq_onnx.samples.load import load_samples
 from comq_onnx.samples.samples import Samples
-from comq_onnx.solve.comq import EFFORTS
-from comq_onnx.solve.grid import MAX_BITS, MIN_BITS, Grid
-from comq_onnx.solve.layer import METHODS, Method, Solution, blank, check_codes, error_db
+from comq_onnx.solve.effort import EFFORTS
+from comq_onnx.solve.grid import MAX_BITS, MIN_BITS, Grid, check_codes
+from comq_onnx.solve.layer import METHODS, Method, Solution, blank, error_db
 from comq_onnx.solve.paper import ORDERS, SWEEPS
 from comq_onnx.targets.catalog import TARGETS
 from comq_onnx.targets.target import Target

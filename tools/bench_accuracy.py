@@ -47,7 +47,7 @@ from comq_onnx.runtime.session import Session
 from comq_onnx.samples import padding
 from comq_onnx.samples.load import load_samples
 from comq_onnx.samples.samples import Samples
-from comq_onnx.solve.comq import EFFORTS
+from comq_onnx.solve.effort import EFFORTS
 from comq_onnx.solve.grid import Array, Grid, QuantizedWeight, rtn
 from comq_onnx.solve.layer import METHODS, Method, error_db, solve
 from comq_onnx.solve.moments import Moments

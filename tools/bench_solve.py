@@ -32,11 +32,13 @@ import numba
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from comq_onnx.solve.comq import EFFORTS, ZERO_POINT_BITS, Effort, solve_comq
+from comq_onnx.solve.comq import solve_comq
+from comq_onnx.solve.effort import EFFORTS, Effort
 from comq_onnx.solve.grid import Grid, QuantizedWeight, fit_minmax, fit_mse
 from comq_onnx.solve.layer import Method, error_db, solve
 from comq_onnx.solve.moments import Moments, MomentSums
-from comq_onnx.solve.output_error import Judge
+from comq_onnx.solve.output_error import OutputError
+from comq_onnx.solve.rounding import ZERO_POINT_BITS
 
 try:
     import torch
@@ -144,12 +146,12 @@ def paper_seconds(layer: Layer, grid: Grid, sweeps: int = 3, channels: int = 64,
 
 def objective(layer: Layer, quantized: QuantizedWeight, centred: bool) -> float:
     """dB on unseen rows; where centred, after a shift of the bias by what the seen rows' mean lost."""
-    judge = Judge(layer.weight, layer.unseen.centred())
-    variance, offset = judge(quantized)
+    errors = OutputError(layer.weight, layer.unseen.centred())
+    variance, offset = errors.of(quantized)
     if centred:
         lost = layer.weight - quantized.dequantize()
         offset = offset - np.einsum("gmn,gn->gm", lost, layer.seen.mean)
-    return error_db(float((variance + offset**2).sum()) / float(judge.energy.sum()))
+    return error_db(float((variance + offset**2).sum()) / float(errors.energy.sum()))
 
 
 @dataclass

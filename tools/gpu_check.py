@@ -46,7 +46,7 @@ from comq_onnx.errors import ComqError
 from comq_onnx.runtime import device as devices
 from comq_onnx.runtime import session as runtime
 from comq_onnx.runtime.session import Session
-from comq_onnx.solve.comq import EFFORTS
+from comq_onnx.solve.effort import EFFORTS
 from comq_onnx.solve.gpu import solver as gpu
 from comq_onnx.solve.gpu import step
 from comq_onnx.solve.grid import Grid
@@ -100,7 +100,7 @@ class Check:
             "python": platform.python_version(), "numpy": np.__version__, "torch": torch.__version__,
             "ONNX Runtime": ", ".join(f"{k} {v}" for k, v in devices.installed().items()) or runtime.version(),
             "providers": ", ".join(runtime.providers()),
-            "Triton": "none: the step is torch's" if step._kernel() is None else importlib.metadata.version("triton"),
+            "Triton": "none: the step is torch's" if step.triton_kernel() is None else importlib.metadata.version("triton"),
         }  # fmt: skip
         if self.device.type == "cuda":
             card = torch.cuda.get_device_properties(self.device)
@@ -139,7 +139,7 @@ class Check:
 
     def kernel(self) -> Iterator[Row]:
         """The in-block step as Triton does it against torch's."""
-        if step._kernel() is None or (self.device.type != "cuda" and not step._interpreted()):
+        if step.triton_kernel() is None or (self.device.type != "cuda" and not step.is_interpreted()):
             yield Row("correct", "Triton kernel", "not run here")
             return
         random = torch.Generator(self.device).manual_seed(0)

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from comq_onnx.arrays import spread_indices
 from comq_onnx.calibrate.walk import Progress, Settings, walk
 from comq_onnx.metrics import lead_changes, scores_among, sqnr_of
 from comq_onnx.model.files import private_directory, to_bytes_or_file
@@ -25,7 +26,7 @@ from comq_onnx.plan.activation_grid import ActivationGrid
 from comq_onnx.plan.activations import ActivationPlan
 from comq_onnx.plan.forms import supported_grid
 from comq_onnx.runtime.session import Session
-from comq_onnx.samples.samples import Samples, spread
+from comq_onnx.samples.samples import Samples
 from comq_onnx.solve.grid import Array, Grid
 from comq_onnx.solve.layer import Method, Solution, errors_at, round_rows
 from comq_onnx.solve.moments import Moments
@@ -189,15 +190,15 @@ class _Survey:
         return supported_grid(layer, self.grid_of(bits), self.target)
 
     def _errors(self, layer: Layer, weight: Array, moments: Moments, has_bias: bool) -> dict[int, float]:
-        groups = spread(len(weight), CHANNELS)
-        channels = spread(weight.shape[1], max(1, CHANNELS // len(groups)))
+        groups = spread_indices(len(weight), CHANNELS)
+        channels = spread_indices(weight.shape[1], max(1, CHANNELS // len(groups)))
         some = np.ascontiguousarray(weight[np.ix_(groups, channels)])
         grids = [self._grid(layer, bits) for bits in self.widths]
         return dict(zip(self.widths, errors_at(some, moments.groups(groups), grids, FAST, has_bias), strict=True))
 
     def _row_errors(self, layer: Layer) -> dict[int, float]:
         table = np.asarray(self.prepared.weight(layer), np.float32)
-        some = np.ascontiguousarray(table[:, spread(table.shape[1], ROWS)])
+        some = np.ascontiguousarray(table[:, spread_indices(table.shape[1], ROWS)])
         return {bits: round_rows(some, self._grid(layer, bits)).error for bits in self.widths}
 
     def _quantized(
@@ -242,10 +243,10 @@ def _split(samples: Samples) -> tuple[Samples, Samples]:
     unit = samples.fixed_batch or 1
     batches = len(samples) // unit
     few = max(1, min(PERTURBED // unit, batches // PERTURBED_SHARE))
-    picked = spread(batches, few)
+    picked = spread_indices(batches, few)
     rest = np.setdiff1d(np.arange(batches), picked)
     # a single batch serves both
-    rest = rest[spread(len(rest), max(1, SURVEYED // unit))] if len(rest) else picked
+    rest = rest[spread_indices(len(rest), max(1, SURVEYED // unit))] if len(rest) else picked
 
     def take(chosen: npt.NDArray[np.intp]) -> Samples:
         return samples.take((chosen[:, None] * unit + np.arange(unit)).ravel())

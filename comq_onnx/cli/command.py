@@ -26,7 +26,7 @@ from comq_onnx.options.spelling import chosen
 from comq_onnx.report.report import Report
 from comq_onnx.runtime import memory
 from comq_onnx.samples.images.preprocess import PREPROCESS
-from comq_onnx.solve.comq import EFFORTS
+from comq_onnx.solve.effort import EFFORTS
 from comq_onnx.solve.grid import MAX_BITS, MIN_BITS
 from comq_onnx.solve.layer import METHODS
 from comq_onnx.solve.paper import ORDERS, SWEEPS

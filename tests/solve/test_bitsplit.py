@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from layers import posed, walk
 
 from comq_onnx.solve.bitsplit import refine, split, stitch
-from comq_onnx.solve.comq import EFFORTS, _babai, _better, solve_comq
+from comq_onnx.solve.comq import solve_comq
+from comq_onnx.solve.effort import EFFORTS
 from comq_onnx.solve.grid import Array, Grid, fit_mse
 from comq_onnx.solve.problem import Part, arrange, pose, take_part
+from comq_onnx.solve.rounding import babai, better_of
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -60,7 +62,7 @@ def rounded(grid: Grid) -> tuple[Part, Array, Array]:
 @given(posed())
 def test_refined_codes_are_on_the_grid(given_: tuple[Part, Array]) -> None:
     part, scale = given_
-    (start,), _ = _babai([part], [part.whole()], [scale], [part.zero])
+    (start,), _ = babai([part], [part.whole()], [scale], [part.zero])
     before = start.codes.copy()
     refined = refine(part, start.codes, start.scale, start.zero)
     assert np.array_equal(start.codes, before)
@@ -71,7 +73,7 @@ def test_refined_codes_are_on_the_grid(given_: tuple[Part, Array]) -> None:
     assert codes.max() <= grid.qmax
     # kept only where it is the better of the two
     other = replace(start, codes=refined)
-    (best,) = _better([part], [start], [other])
+    (best,) = better_of([part], [start], [other])
     costs = [part.objective(one.codes, one.scale) for one in (best, start, other)]
     assert (costs[0] <= np.minimum(costs[1], costs[2])).all()
 

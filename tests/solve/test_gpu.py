@@ -27,8 +27,9 @@ from comq_onnx.solve.moments import Moments
 
 torch_device()
 torch = pytest.importorskip("torch")
-gpu = importlib.import_module("comq_onnx.solve.gpu.solver")
-step = importlib.import_module("comq_onnx.solve.gpu.step")
+clip, problem, ridge, solver, step = (
+    importlib.import_module(f"comq_onnx.solve.gpu.{name}") for name in ("clip", "problem", "ridge", "solver", "step")
+)
 
 FAST = Method(effort="fast")
 MOMENTS = ("gram", "mean", "cross", "residue", "mean_error")
@@ -137,7 +138,7 @@ def test_what_is_solved_on_the_cpu_is_the_same_to_the_byte(
 def test_more_channels_than_are_searched_at_once_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, moments = layer("correlated", 2, 30, 50)
     whole = solve(weight, tensors(moments), Grid(4, False))
-    monkeypatch.setattr(gpu, "MOST_NUMBERS", 7 * 5 * 2 * 50)
+    monkeypatch.setattr(solver, "MOST_NUMBERS", 7 * 5 * 2 * 50)
     parts = solve(weight, tensors(moments), Grid(4, False))
     assert (whole.weight.codes == parts.weight.codes).mean() >= 0.999
 
@@ -152,7 +153,7 @@ def test_solving_twice_gives_the_same_bytes() -> None:
 def test_the_ridge_and_the_errors_at_other_widths_are_the_same() -> None:
     for condition in ("white", "few"):
         weight, moments = layer(condition, 1, 30, 70)
-        own = gpu.choose_ridge(as_tensor(weight), tensors(moments), Grid(4))
+        own = ridge.choose_ridge(as_tensor(weight), tensors(moments), Grid(4))
         assert own == gpu_free_ridge(weight, moments)
         widths = [Grid(2), Grid(4)]
         np.testing.assert_allclose(
@@ -161,7 +162,7 @@ def test_the_ridge_and_the_errors_at_other_widths_are_the_same() -> None:
 
 
 def gpu_free_ridge(weight: np.ndarray, moments: Moments) -> float:
-    from comq_onnx.solve.comq import choose_ridge
+    from comq_onnx.solve.ridge import choose_ridge
 
     return choose_ridge(weight, moments, Grid(4))
 
@@ -171,21 +172,21 @@ def test_the_clip_is_the_one_of_least_rounding_error(grid: Grid) -> None:
     from comq_onnx.solve.grid import fit_mse, rtn
 
     weight = np.random.default_rng(0).standard_normal((2, 30, 50)).astype(np.float32) ** 3
-    for ours, theirs in zip(gpu._fit_mse(as_tensor(weight), grid), fit_mse(weight, grid), strict=True):
+    for ours, theirs in zip(clip.fit_mse(as_tensor(weight), grid), fit_mse(weight, grid), strict=True):
         assert np.array_equal(on_host(ours), theirs)
-    assert np.array_equal(gpu.round_to_nearest(as_tensor(weight), grid).codes, rtn(weight, grid).codes)
+    assert np.array_equal(clip.round_to_nearest(as_tensor(weight), grid).codes, rtn(weight, grid).codes)
 
 
 def test_moments_that_are_off_by_more_than_the_ridge_get_a_larger_one() -> None:
     _, moments = layer("white", 2, 5, 40)
     broken = moments.gram.copy()
     broken[1, 0, 1] = broken[1, 1, 0] = 3  # no Gram has more off its diagonal than on it
-    problem = gpu.pose(gpu.arrange(tensors(replace(moments, gram=broken))), Grid(4), 0.1)
-    m = problem.unit * problem.root[:, :, None]
-    np.testing.assert_allclose(on_host(m.mT @ m), on_host(problem.h), atol=1e-3)
-    assert float(problem.h[1, 0, 0]) > 2 > float(problem.h[0, 0, 0])
+    posed = problem.pose(problem.arrange(tensors(replace(moments, gram=broken))), Grid(4), 0.1)
+    m = posed.unit * posed.root[:, :, None]
+    np.testing.assert_allclose(on_host(m.mT @ m), on_host(posed.h), atol=1e-3)
+    assert float(posed.h[1, 0, 0]) > 2 > float(posed.h[0, 0, 0])
     with pytest.raises(np.linalg.LinAlgError):
-        gpu.pose(gpu.arrange(tensors(replace(moments, gram=broken * np.nan))), Grid(4), 0.1)
+        problem.pose(problem.arrange(tensors(replace(moments, gram=broken * np.nan))), Grid(4), 0.1)
 
 
 def test_moments_are_the_same_about_the_mean_by_group_and_of_some_inputs() -> None:
@@ -215,7 +216,7 @@ def test_the_triton_kernel_takes_the_steps_that_torch_takes(
     groups: int, inputs: int, columns: int, scales: int
 ) -> None:
     device = torch_device()
-    if device.type != "cuda" and not step._interpreted():
+    if device.type != "cuda" and not step.is_interpreted():
         pytest.skip("Triton runs on a GPU, or interpreted: test_the_triton_kernel_is_right_as_triton_interprets_it")
     random = torch.Generator().manual_seed(0)
 
@@ -227,7 +228,7 @@ def test_the_triton_kernel_takes_the_steps_that_torch_takes(
     block = torch.randint(0, scales, (groups, inputs), generator=random).to(device)
     given = torch.randint(-8, 8, (groups, inputs + 9, columns), generator=random).float().to(device)
     found = []
-    for run in (step.step_in_torch, lambda *args: step._launched(step._kernel(), *args)):
+    for run in (step.step_in_torch, step.step_in_triton):
         targets, codes = v.clone(), given.clone()
         # codes are a part of a larger array, as the solver has them
         change = run(targets, a, own + 0.5, scale, low, low + 15, block, codes[:, 4 : 4 + inputs])

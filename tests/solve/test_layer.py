@@ -13,11 +13,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from layers import COMQ, METHODS, QUICK, Case, cases, noise, on_grid, rows, walk
 
-from comq_onnx.solve.comq import Rounding, choose_ridge, solve_comq, solve_gptq
-from comq_onnx.solve.grid import Grid, fit_mse, round_to_grid, rtn
-from comq_onnx.solve.layer import Method, Solution, check_codes, error_db, round_rows, solve, solve_together
+from comq_onnx.solve.comq import solve_comq, solve_gptq
+from comq_onnx.solve.grid import Grid, check_codes, fit_mse, round_to_grid, rtn
+from comq_onnx.solve.layer import Method, Solution, error_db, round_rows, solve, solve_together
 from comq_onnx.solve.moments import Moments, MomentSums
 from comq_onnx.solve.problem import RIDGE
+from comq_onnx.solve.ridge import choose_ridge
+from comq_onnx.solve.rounding import Rounding
 
 SOME = settings(max_examples=15, deadline=None, derandomize=True)
 ALL = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
@@ -350,7 +352,7 @@ def test_no_single_code_can_move_for_the_better_before_the_last_scale_is_fit(
     method: Method, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # where a channel has one scale it is refitted after the last move: see the next test
-    monkeypatch.setattr("comq_onnx.solve.comq._refit", keep_scale)
+    monkeypatch.setattr("comq_onnx.solve.descent.refit", keep_scale)
 
     @SOME
     @given(cases(shapes=(2, 6, 40), conditions=["white", "offset", "dead", "duplicate"]), st.booleans())
@@ -374,7 +376,7 @@ def test_no_single_code_can_move_where_two_sweeps_are_not_enough(
     moments, grid = oracle.moments_of(walk(rng, 600, 200)), Grid(bits, block_size=block)
     # after the last fit of the scale a single code would still win 2.4% of a channel's objective at most
     assert most_by_one_step(weight, moments, grid, Method(), 2e-4) <= (0 if block else 0.05)
-    monkeypatch.setattr("comq_onnx.solve.comq._refit", keep_scale)
+    monkeypatch.setattr("comq_onnx.solve.descent.refit", keep_scale)
     assert most_by_one_step(weight, moments, grid, Method(), 2e-4) <= 0
 
 
@@ -567,7 +569,6 @@ def test_the_kernels_blocks_do_not_change_the_answer(monkeypatch: pytest.MonkeyP
     for method in (*COMQ, Method("gptq")):
         whole = solve(weight, moments, Grid(4), method)
         with monkeypatch.context() as patched:
-            patched.setattr("comq_onnx.solve.comq.BLOCK", 7)
             patched.setattr("comq_onnx.solve.problem.BLOCK", 7)
             blocked = solve(weight, moments, Grid(4), method)
         # float32 sums in another order may decide a tie the other way

@@ -9,8 +9,8 @@ import oracle
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from comq_onnx.solve.grid import Array, Grid, QuantizedWeight
-from comq_onnx.solve.layer import Method, check_codes
+from comq_onnx.solve.grid import Array, Grid, QuantizedWeight, check_codes
+from comq_onnx.solve.layer import Method
 from comq_onnx.solve.moments import Moments
 from comq_onnx.solve.problem import Part, arrange, pose, take_part
 
@@ -68,6 +68,14 @@ def walk(rng: np.random.Generator, positions: int, inputs: int) -> np.ndarray:
     for i in range(1, inputs):
         x[..., i] = 0.9 * x[..., i - 1] + 0.44 * x[..., i]
     return x.astype(np.float32)
+
+
+def halved(inputs: int, positions: int, seed: int = 0) -> tuple[np.ndarray, Moments]:
+    """A layer of inputs whose powers fall, seen at so many positions, in halves."""
+    rng = np.random.default_rng(seed)
+    turned = np.linalg.qr(rng.standard_normal((inputs, inputs)))[0]
+    x = rng.standard_normal((1, positions, inputs)) * np.arange(1, inputs + 1) ** -1.0 @ turned
+    return rng.standard_normal((1, 16, inputs)).astype(np.float32), oracle.moments_of(x.astype(np.float32), halves=True)
 
 
 @st.composite

@@ -59,7 +59,7 @@ def patch_gram(a: Array, b: Array, kernel: tuple[int, ...]) -> Sums:
     """
     channels, taps, same = a.shape[1], kernel[0] * kernel[1], b is a
     gram = arrays.zeros((channels, taps, channels, taps), a, double=True)
-    for part in _parts(a.shape, kernel):
+    for part in input_parts(a.shape, kernel):
         gram += arrays.permute(_blocks(a[part], b[part], kernel, same), (1, 0, 3, 2))
     return gram.reshape(channels * taps, channels * taps)
 
@@ -73,7 +73,7 @@ def patch_sum(a: Array, kernel: tuple[int, ...]) -> Sums:
     return total.reshape(-1)
 
 
-def _parts(shape: tuple[int, ...], kernel: tuple[int, ...]) -> Iterator[tuple[slice, slice, slice]]:
+def input_parts(shape: tuple[int, ...], kernel: tuple[int, ...]) -> Iterator[tuple[slice, slice, slice]]:
     """Yield index tuples: some whole images, or a band of one image's rows, so that each patch is in one part."""
     n, channels, height, width = shape
     inputs, out = channels * kernel[0] * kernel[1], height - kernel[0] + 1

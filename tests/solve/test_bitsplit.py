@@ -1,4 +1,4 @@
-"""Bit planes: taken apart and put together again, and refined without leaving the grid."""
+"""Test bit planes: taken apart and put together again, and refined without leaving the grid."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_bit_planes_put_together_are_the_codes(bits: int) -> None:
 
 
 def test_refining_a_channel_does_not_depend_on_the_others() -> None:
-    """Nor on how large their codes are."""
+    """Test that it does not depend on how large their codes are either."""
     for grid in (Grid(3), Grid(4, symmetric=False), Grid(6, block_size=16)):
         part, scale, start = rounded(grid)
         found = refine(part, start, scale, part.zero)
@@ -45,8 +45,10 @@ def test_refining_a_channel_does_not_depend_on_the_others() -> None:
 
 
 def rounded(grid: Grid) -> tuple[Part, Array, Array]:
-    """Thirty channels, their scales and their plainly rounded codes: these leave much to refine, Babai's hardly
-    anything."""
+    """Return thirty channels, their scales and their plainly rounded codes.
+
+    These leave much to refine; Babai's leave hardly anything.
+    """
     rng = np.random.default_rng(0)
     x = walk(rng, 200, 40)
     weight = rng.standard_normal((30, 40)).astype(np.float32)

@@ -24,7 +24,7 @@ def effort(request: pytest.FixtureRequest) -> str:
 
 
 def test_a_solution_costs_no_more_than_its_start(effort: str) -> None:
-    """On the objective with its ridge, channel by channel, or summed where channels share a scale."""
+    """Compare the objective with its ridge, channel by channel, or summed where channels share a scale."""
     start_only = replace(EFFORTS[effort], descend=False, beam=0, bit_split=False)
 
     @settings(max_examples=20, deadline=None, derandomize=True)
@@ -47,7 +47,7 @@ def test_a_solution_costs_no_more_than_its_start(effort: str) -> None:
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_zero_points_at_an_end_of_the_range_stay_in_it(bits: int, sign: int) -> None:
-    """Weights of one sign: the best zero point may be the first or the last code."""
+    """Quantize weights of one sign: the best zero point may be the first or the last code."""
     rng = np.random.default_rng(0)
     weight = sign * np.abs(rng.standard_normal((1, 100, 40))).astype(np.float32)
     grid = Grid(bits, symmetric=False)

@@ -16,7 +16,7 @@ from comq_onnx.solve.grid import Grid, fit_mse
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("mismatch", [0.0, 0.3])
 def test_a_few_inputs_are_solved_nearly_exactly(symmetric: bool, mismatch: float) -> None:
-    """At 2 bits, against the best of all codes at the best scale for each."""
+    """Compare at 2 bits with the best of all codes at the best scale for each."""
     over, plain = [], []
     for seed in range(30):
         rng = np.random.default_rng(seed)
@@ -44,7 +44,7 @@ def test_a_few_inputs_are_solved_nearly_exactly(symmetric: bool, mismatch: float
 
 
 def search(problem: Few, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
-    """Codes [channels, in] and scales [channels] of search_codes, from the problem's scales."""
+    """Return codes [channels, in] and scales [channels] of search_codes, from the problem's scales."""
     m = oracle.lower_factor(problem.h)
     optimum = problem.optimum.T.astype(np.float32)
     q, scale = np.empty((1, *optimum.shape), np.float32), np.empty((1, optimum.shape[1]), np.float32)
@@ -57,7 +57,7 @@ def search(problem: Few, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize(("bits", "n"), [(2, 1), (2, 2), (2, 4), (2, 5), (3, 1), (3, 2), (3, 4)])
 def test_codes_and_scales_are_found_nearly_exactly(bits: int, n: int) -> None:
-    """Against the best of all codes, each at the best of all scales for it."""
+    """Compare with the best of all codes, each at the best of all scales for it."""
     grid, over = Grid(bits), []
     for seed in range(20):
         whole = few(seed, n, 4)

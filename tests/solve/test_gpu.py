@@ -1,4 +1,4 @@
-"""The solver on torch tensors is the one on numpy arrays: the same codes up to ties, the same errors.
+"""Test that the solver on torch tensors is the one on numpy arrays: the same codes up to ties, the same errors.
 
 The tensors lie on COMQ_TEST_DEVICE, the CPU by default: the code is that of a GPU, but for the Triton kernel, which is
 interpreted here.
@@ -36,7 +36,7 @@ MOMENTS = ("gram", "mean", "cross", "residue", "mean_error")
 
 
 def tensors(moments: Moments) -> Moments:
-    """The moments as tensors."""
+    """Return the moments as tensors."""
     half = None if moments.half is None else tensors(moments.half)
     found = {name: getattr(moments, name) for name in MOMENTS}
     return replace(moments, half=half, **{k: None if v is None else as_tensor(v) for k, v in found.items()})
@@ -45,7 +45,7 @@ def tensors(moments: Moments) -> Moments:
 def layer(
     condition: str, groups: int, out: int, inputs: int, mismatch: float = 0.1
 ) -> tuple[np.ndarray, Moments]:  # fmt: skip
-    """A weight and its moments of two halves."""
+    """Make a weight and its moments of two halves."""
     rng = np.random.default_rng(groups * out * inputs)
     x = rows(rng, condition, groups, 400, inputs)
     hat = (x + mismatch * x.std() * rng.standard_normal(x.shape)).astype(np.float32) if mismatch else None
@@ -54,7 +54,7 @@ def layer(
 
 
 def same(ours: Solution, theirs: Solution) -> None:
-    """What the two forms of the solver must have in common."""
+    """Check what the two forms of the solver must have in common."""
     on_grid(ours.weight)
     assert (ours.weight.codes == theirs.weight.codes).mean() >= 0.999
     # float32 sums in another order, and what a tie did

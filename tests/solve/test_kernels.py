@@ -1,4 +1,4 @@
-"""The compiled loops against slow ones in float64, away from ties, and against all codes where these are few."""
+"""Test the compiled loops against slow ones in float64, away from ties, and against all codes where these are few."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from comq_onnx.solve.descent import MOVE_TOLERANCE
 
 
 def run_babai(problem: Few) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Codes and wq [channels, in] and sums [3, channels] of kernels.babai_block, with one block."""
+    """Return codes and wq [channels, in] and sums [3, channels] of kernels.babai_block, with one block."""
     m = oracle.lower_factor(problem.h)
     unit = (m / np.diag(m)[:, None]).astype(np.float32)
     unit[np.triu_indices(len(unit), 1)] = 1e30  # not to be read
@@ -141,14 +141,14 @@ def test_after_the_moves_no_code_and_no_two_along_their_gradients_move_for_the_b
 
 
 def every_code(problem: Few, channel: int) -> np.ndarray:
-    """All codes that one channel may have, less the zero point."""
+    """Return all codes that one channel may have, less the zero point."""
     n = problem.w.shape[1]
     ranges = [np.arange(problem.low[channel, i], problem.high[channel, i] + 1) for i in range(n)]
     return np.stack(np.meshgrid(*ranges, indexing="ij"), axis=-1).reshape(-1, n)
 
 
 def run_beam(problem: Few, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Codes and wq [in, channels, width] and losses [channels, width] of kernels.beam_block, with one block."""
+    """Return codes and wq [in, channels, width] and losses [channels, width] of kernels.beam_block, with one block."""
     m = oracle.lower_factor(problem.h)
     unit = (m / np.diag(m)[:, None]).astype(np.float32)
     unit[np.triu_indices(len(unit), 1)] = 1e30  # not to be read

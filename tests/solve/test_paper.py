@@ -1,4 +1,4 @@
-"""The authors' algorithm on the Gram: the slow one on the samples, and what its parameters do."""
+"""Test the authors' algorithm on the Gram against the slow one on the samples, and what its parameters do."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GRIDS = [
 
 
 def layer() -> tuple[np.ndarray, np.ndarray]:
-    """A weight [1, 6, 20] and rows [1, 120, 20]."""
+    """Make a weight [1, 6, 20] and rows [1, 120, 20]."""
     rng = np.random.default_rng(7)
     x = (rng.standard_normal((1, 120, 20)) * np.linspace(0.5, 2, 20) + 0.2).astype(np.float32)
     return rng.standard_normal((1, 6, 20)).astype(np.float32), x
@@ -40,8 +40,10 @@ def test_sweeps_and_shrink_are_those_of_the_slow_one(options: dict[str, Any]) ->
 
 
 def alike() -> tuple[np.ndarray, np.ndarray]:
-    """A weight [1, 24, 40] and rows [1, 100, 40] whose neighbouring inputs are alike: the second sweep still changes
-    a dozen codes."""
+    """Make a weight [1, 24, 40] and rows [1, 100, 40] whose neighbouring inputs are alike.
+
+    The second sweep still changes a dozen codes.
+    """
     x = walk(np.random.default_rng(0), 100, 40)
     return np.random.default_rng(0).standard_normal((1, 24, 40)).astype(np.float32), x
 
@@ -103,7 +105,7 @@ def test_the_papers_variant_for_a_layer_has_one_scale() -> None:
 
 @pytest.mark.parametrize("block", [5, 8, 20])
 def test_each_blocks_scale_is_the_best_for_its_codes_in_turn(block: int) -> None:
-    """Not in the paper: block after block, the closed form with the others' part taken off."""
+    """Take block after block, the closed form without the others' part: this is not in the paper."""
     weight, x = layer()
     grid, moments = Grid(3, block_size=block), oracle.moments_of(x)
     found, h = solve_paper(weight, moments, grid, sweeps=5), oracle.moments_of(x).gram[0]

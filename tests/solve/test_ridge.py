@@ -42,7 +42,7 @@ def test_the_ridge_is_the_same_each_time_and_for_any_unit() -> None:
 @pytest.mark.parametrize(("inputs", "positions"), [(48, 30), (48, 150), (48, 4000), (70, 60), (70, 300)])
 @pytest.mark.parametrize("grid", [Grid(3), Grid(4, symmetric=False, block_size=16)], ids=str)
 def test_the_ridge_is_where_a_slow_search_ends(inputs: int, positions: int, grid: Grid) -> None:
-    """From the usual ridge on, up and then down, while the error on the other half falls."""
+    """Search from the usual ridge on, up and then down, while the error on the other half falls."""
     weight, moments = halved(inputs, positions)
     halves = moments.folds()
     assert halves is not None

@@ -22,7 +22,13 @@ LOW, HIGH = np.float32(-4), np.float32(3)
 
 @dataclass(frozen=True)
 class Few:
-    """A small problem as the kernels see it: h [in, in], w [channels, in], scale and zero [channels, blocks]."""
+    """Describe a small problem as the kernels see it.
+
+    h: [in, in]
+    w, pull: W and B, [channels, in]
+    scale, zero: [channels, blocks]
+    block: the block of each input, [in]
+    """
 
     h: np.ndarray
     w: np.ndarray
@@ -33,41 +39,41 @@ class Few:
 
     @property
     def step(self) -> np.ndarray:
-        """The scale of each code [channels, in]."""
+        """Return the scale of each code: [channels, in]."""
         return self.scale[:, self.block].astype(np.float64)
 
     @property
     def low(self) -> np.ndarray:
-        """The least code less the zero point [channels, in]."""
+        """Return the lowest code less the zero point: [channels, in]."""
         return LOW - self.zero[:, self.block].astype(np.float64)
 
     @property
     def high(self) -> np.ndarray:
-        """The largest."""
+        """Return the highest code less the zero point: [channels, in]."""
         return HIGH - self.zero[:, self.block].astype(np.float64)
 
     @property
     def optimum(self) -> np.ndarray:
-        """W* = W + B H^-1 [channels, in]."""
+        """Return W* = W + B H^-1: [channels, in]."""
         return self.w + np.linalg.solve(self.h.astype(np.float64), self.pull.T).T
 
     def gradient(self, codes: np.ndarray) -> np.ndarray:
-        """V in float64 [channels, in]."""
+        """Compute V in float64: [channels, in]."""
         return (self.w - codes * self.step) @ self.h.astype(np.float64) + self.pull
 
     def loss(self, codes: np.ndarray, channel: int) -> np.ndarray:
-        """(w* - wq) H (w* - wq)^T of one channel's codes [..., in]."""
+        """Compute (w* - wq) H (w* - wq)^T of one channel's codes [..., in]."""
         d = self.optimum[channel] - codes * self.step[channel]
         return np.einsum("...i,ij,...j->...", d, self.h.astype(np.float64), d)
 
     def start(self) -> tuple[np.ndarray, np.ndarray]:
-        """Plainly rounded codes [channels, in], and their gradient as float32."""
+        """Return plainly rounded codes [channels, in], and their gradient as float32."""
         codes = np.clip(np.rint(self.w / self.step), self.low, self.high).astype(np.float32)
         return codes, self.gradient(codes).astype(np.float32)
 
 
 def few(seed: int, n: int, channels: int, blocks: int = 1, ridge: float = 0.1) -> Few:
-    """A problem of correlated inputs with zero points, blocks and a mismatch."""
+    """Make a problem of correlated inputs with zero points, blocks and a mismatch."""
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((2 * n + 3, n)) @ rng.standard_normal((n, n))
     h = x.T @ x / len(x)
@@ -80,7 +86,7 @@ def few(seed: int, n: int, channels: int, blocks: int = 1, ridge: float = 0.1) -
 
 
 class Slow:
-    """A part's problem in float64, inputs in its order."""
+    """Compute a part's problem in float64, inputs in its order."""
 
     def __init__(self, part: Part) -> None:
         self.part, self.h = part, part.problem.h.astype(np.float64)
@@ -88,28 +94,32 @@ class Slow:
         self.optimum = part.w + np.linalg.solve(self.h, pull.T.astype(np.float64)).T
 
     def loss(self, codes: Array, scale: Array) -> np.ndarray:
-        """|| M (w* - wq) ||^2 of each channel: the objective less its least value."""
+        """Compute || M (w* - wq) ||^2 of each channel: the objective less its least value."""
         d = self.optimum - codes.astype(np.float64) * scale.astype(np.float64)[:, self.part.problem.block]
         return np.einsum("ci,ij,cj->c", d, self.h, d)
 
     def noise(self, codes: Array, scale: Array) -> np.ndarray:
-        """What float32 may do to that: some eps of the terms, and of the weights that their differences are of."""
+        """Bound what float32 may do to the loss.
+
+        These are some eps of the terms, and of the weights whose differences they are made of.
+        """
         wq = codes * scale[:, self.part.problem.block]
         d, off = np.abs(self.optimum - wq), 2e-7 * (np.abs(self.optimum) + np.abs(wq))
         return np.einsum("ci,ij,cj->c", 2e-6 * d + 2 * off, np.abs(self.h), d + off) + 1e-30
 
     def babai(self, scale: Array) -> tuple[np.ndarray, np.ndarray]:
-        """oracle.babai at scales [channels, blocks]."""
+        """Round by oracle.babai at scales [channels, blocks]."""
         return oracle.babai(self.h, self.optimum, scale[:, self.part.problem.block], *self.bounds)
 
     @property
     def bounds(self) -> tuple[np.ndarray, np.ndarray]:
-        """The lowest and highest codes less the zero point [channels, in]."""
+        """Return the lowest and the highest codes less the zero point: [channels, in] each."""
         zero = self.part.zero[:, self.part.problem.block].astype(np.float64)
         return self.part.problem.grid.qmin - zero, self.part.problem.grid.qmax - zero
 
 
 def in_range(part: Part, one: Rounding) -> None:
+    """Check that codes are whole numbers on the grid and scales are positive numbers."""
     low, high = Slow(replace(part, zero=one.zero)).bounds
     assert (low <= one.codes).all()
     assert (one.codes <= high).all()
@@ -119,12 +129,13 @@ def in_range(part: Part, one: Rounding) -> None:
 
 
 def rounded(part: Part, scale: Array) -> Rounding:
-    """Babai's codes at their best scale."""
+    """Round by Babai at the best multiple of each scale."""
     (one,), _ = babai([part], [part.whole()], [scale], [part.zero])
     return one
 
 
 def example(grid: Grid, inputs: int = 48, channels: int = 9) -> tuple[Part, Array]:
+    """Make one group's channels and their MSE-best scales [channels, blocks]."""
     rng = np.random.default_rng(0)
     x = walk(rng, 200, inputs)
     weight = rng.standard_normal((channels, inputs)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Solve layers by the default method on torch tensors, where the moments are such.
+"""Solve layers by the default method on a GPU, from moments that are torch tensors.
 
 solver: the default method and GPTQ
 problem: what is minimized, for all groups at once

@@ -1,7 +1,7 @@
-"""Solve by the default method on torch tensors, where the moments are such: comq.py's steps, for a GPU.
+"""Solve by the default method on a GPU: the steps of comq.py for moments that are torch tensors.
 
-The same objective, start, descent and choices as on the CPU, so the same codes up to ties; what differs is the order
-of sums. All groups are one batch; all channels, zero points and scales are columns of one tensor [groups, in, columns].
+Objective, start, descent and choices are those of the CPU, and so are the codes up to ties; only the order of sums
+differs. All groups are one batch; all channels, zero points and scales are columns of one tensor [groups, in, columns].
 A pass over the inputs, be it Babai rounding or a sweep, is two kernels in turn: the step inside a block of BLOCK inputs
 (step.py), and a matrix product for what the block did to the inputs behind it. The moves at the end, best first, go on
 in all channels at once until none has any left (moves.py).

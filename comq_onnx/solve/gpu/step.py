@@ -1,4 +1,4 @@
-"""Take the in-block step of the solver on torch tensors, all that is no matrix product: Triton on CUDA, else torch.
+"""Take the in-block step of the solver, all but the matrix products: in Triton on CUDA, else in torch.
 
 Inputs are decided one after the other, all columns (channels of all scales and zero points) at once:
 

@@ -1,7 +1,7 @@
-"""numpy arrays and torch tensors alike: the few calls that the two spell differently.
+"""Treat numpy arrays and torch tensors alike: the few calls that the two spell differently.
 
-What makes rows and moments of a layer's input takes either kind and gives the same kind back, on the device that it
-came from. torch is only imported where there is a tensor already.
+The code that makes rows and moments of a layer's input takes either kind and gives the same kind back, on the device
+that it came from. torch is only imported where there is a tensor already.
 """
 
 from __future__ import annotations
@@ -11,41 +11,42 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from numpy.lib.stride_tricks import sliding_window_view
 
 
 def is_tensor(x: Any) -> bool:
-    """Whether x is a torch tensor."""
+    """Tell whether x is a torch tensor."""
     return type(x).__module__.partition(".")[0] == "torch"
 
 
 def is_array(x: Any) -> bool:
-    """Whether x is a numpy array or a torch tensor."""
+    """Tell whether x is a numpy array or a torch tensor."""
     return isinstance(x, np.ndarray) or is_tensor(x)
 
 
 def dtype(x: Any) -> np.dtype[Any]:
-    """The type of the numbers, as numpy names it."""
+    """Return the type of the numbers, as numpy names it."""
     return np.dtype(str(x.dtype).removeprefix("torch.")) if is_tensor(x) else x.dtype
 
 
 def size(x: Any) -> int:
-    """How many numbers x holds."""
+    """Return how many numbers x holds."""
     return math.prod(x.shape)
 
 
 def permute(x: Any, order: Sequence[int]) -> Any:
-    """x with its axes in another order, as a view."""
+    """Put the axes of x in another order, as a view."""
     return x.permute(*order) if is_tensor(x) else x.transpose(*order)
 
 
 def contiguous(x: Any) -> Any:
-    """x in row-major order."""
+    """Return x in row-major order."""
     return x.contiguous() if is_tensor(x) else np.ascontiguousarray(x)
 
 
 def at(x: Any, index: Any) -> Any:
-    """x[index], with numpy arrays in the index for either kind."""
+    """Return x[index], with numpy arrays in the index for either kind."""
     if not is_tensor(x):
         return x[index]
     import torch
@@ -57,7 +58,7 @@ def at(x: Any, index: Any) -> Any:
 
 
 def pad(x: Any, widths: Sequence[tuple[int, int]]) -> Any:
-    """x with so many zeros before and behind along each axis."""
+    """Add so many zeros before and behind x along each axis."""
     if not is_tensor(x):
         return np.pad(x, widths)
     import torch
@@ -66,7 +67,7 @@ def pad(x: Any, widths: Sequence[tuple[int, int]]) -> Any:
 
 
 def windows(x: Any, spans: Sequence[int], axes: Sequence[int]) -> Any:
-    """All windows of `spans` along `axes` as a view, the places inside the windows on new axes at the end."""
+    """Return all windows of `spans` along `axes` as a view, the places inside the windows on new axes at the end."""
     if not is_tensor(x):
         return sliding_window_view(x, tuple(spans), axis=tuple(axes))
     for span, axis in zip(spans, axes, strict=True):
@@ -75,12 +76,12 @@ def windows(x: Any, spans: Sequence[int], axes: Sequence[int]) -> Any:
 
 
 def broadcast_to(x: Any, shape: Sequence[int]) -> Any:
-    """x spread to `shape`, as a view."""
+    """Repeat x to `shape`, as a view."""
     return x.expand(*shape) if is_tensor(x) else np.broadcast_to(x, tuple(shape))
 
 
 def concatenate(parts: Sequence[Any]) -> Any:
-    """Arrays of one kind one behind the other along the first axis."""
+    """Join arrays of one kind along the first axis."""
     if not is_tensor(parts[0]):
         return np.concatenate(parts)
     import torch
@@ -89,7 +90,7 @@ def concatenate(parts: Sequence[Any]) -> Any:
 
 
 def zeros(shape: Sequence[int], like: Any, double: bool = False) -> Any:
-    """Zeros of the kind, the type and on the device of `like`; double: float64."""
+    """Make zeros of the kind, the type and on the device of `like`; double: in float64."""
     if not is_tensor(like):
         return np.zeros(tuple(shape), np.float64 if double else like.dtype)
     import torch
@@ -98,17 +99,17 @@ def zeros(shape: Sequence[int], like: Any, double: bool = False) -> Any:
 
 
 def double(x: Any) -> Any:
-    """x in float64."""
+    """Return x in float64."""
     return x.double() if is_tensor(x) else np.asarray(x, np.float64)
 
 
 def single(x: Any) -> Any:
-    """x in float32."""
+    """Return x in float32."""
     return x.float() if is_tensor(x) else np.asarray(x, np.float32)
 
 
 def total(x: Any, axis: int) -> Any:
-    """The sum along an axis, in float64."""
+    """Sum along an axis, in float64."""
     if not is_tensor(x):
         return np.asarray(x.sum(axis=axis, dtype=np.float64))
     import torch
@@ -117,5 +118,10 @@ def total(x: Any, axis: int) -> Any:
 
 
 def on_host(x: Any) -> Any:
-    """The same numbers as a numpy array; what is no tensor stays as it is."""
+    """Return the numbers of a tensor as a numpy array; anything else stays as it is."""
     return x.detach().cpu().numpy() if is_tensor(x) else x
+
+
+def spread_indices(total: int, most: int) -> npt.NDArray[np.intp]:
+    """Return at most `most` of the indices below `total`, evenly spread over all of them."""
+    return np.unique(np.linspace(0, total - 1, min(total, most)).astype(np.intp))

@@ -1,4 +1,4 @@
-"""How near two outputs are: SQNR, cosine, class scores, and how often noise changes the best class."""
+"""Measure how near two outputs are: SQNR, cosine, class scores, and how often noise changes the best class."""
 
 from __future__ import annotations
 
@@ -10,11 +10,20 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import ndtr
 
+Floats = npt.NDArray[np.float64]
+
+# Outputs of two models ------------------------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class OutputComparison:
-    """One output of two models: SQNR in dB, cosine similarity, top-1 agreement (None where it holds no class
-    scores)."""
+    """Describe how near one output of two models is.
+
+    name: of the output
+    sqnr_db: signal to quantization noise in dB
+    cosine: the cosine of the angle between both outputs
+    top1_agreement: the share of rows with the same best class; None where the output holds no class scores
+    """
 
     name: str
     sqnr_db: float
@@ -23,17 +32,21 @@ class OutputComparison:
 
 
 class ComparisonSums:
-    """Running sums over an output of both models."""
+    """Add up what an OutputComparison needs, part of the samples after part."""
 
-    def __init__(self) -> None:
+    def __init__(self, scores: bool | None = None) -> None:
+        """Start with nothing; scores: whether the output holds class scores, None to see it from the first part."""
         self.signal = self.noise = self.dot = self.energy = 0.0
         self.agree = self.rows = 0
-        self.scores: bool | None = None
+        self.scores = scores
 
     def add(self, before: npt.NDArray[Any], after: npt.NDArray[Any]) -> None:
+        """Add an output of the model before and after quantization, of the same shape.
+
+        Where both have the same infinity they agree; any other number that is not finite is all noise.
+        """
         a, b = before.astype(np.float64).ravel(), after.astype(np.float64).ravel()
         finite = np.isfinite(a) & np.isfinite(b)
-        # where both say the same infinity they agree; anything else that is not finite is all noise
         if not finite.all():
             same = (a == b) & ~finite
             self.noise += float(np.count_nonzero(~finite & ~same)) * float(
@@ -52,6 +65,7 @@ class ComparisonSums:
             self.rows += first.size
 
     def result(self, name: str) -> OutputComparison:
+        """Return the comparison of the output `name` over all that was added."""
         ratio = max(self.signal, 1e-300) / self.noise if self.noise else 1e20
         sqnr = 10 * float(np.log10(ratio)) if ratio > 0 else -np.inf
         length = float(np.sqrt(self.signal * self.energy))
@@ -59,8 +73,33 @@ class ComparisonSums:
         return OutputComparison(name, sqnr, cosine, self.agree / self.rows if self.rows else None)
 
 
+def sqnr_of(first: dict[str, Any], second: dict[str, Any]) -> float:
+    """Return the lowest SQNR in dB over the floating-point outputs of one run of two models, at most 200.
+
+    It is -inf where shapes or other outputs differ.
+    """
+    worst = 200.0
+    for name, a in first.items():
+        b = second.get(name)
+        if not isinstance(a, np.ndarray) or not isinstance(b, np.ndarray) or a.shape != b.shape:
+            worst = worst if type(a) is type(b) and not isinstance(a, np.ndarray) else -np.inf
+        elif a.dtype.kind == "f":
+            sums = ComparisonSums(scores=False)
+            sums.add(a, b)
+            worst = min(worst, sums.result(name).sqnr_db)
+        elif not np.array_equal(a, b):
+            worst = -np.inf
+    return worst
+
+
+# Class scores ---------------------------------------------------------------------------------------------------------
+
+
 def looks_like_scores(output: npt.NDArray[Any]) -> bool:
-    """Whether the last axis holds class scores: probabilities, logits [n, classes], or logits over a vocabulary."""
+    """Tell whether the last axis holds class scores.
+
+    These are probabilities, logits [n, classes], or logits over a vocabulary [n, length, classes].
+    """
     if output.ndim < 2 or output.shape[-1] < 2 or output.dtype.kind != "f" or not output.size:
         return False
     rows = output.reshape(-1, output.shape[-1]).astype(np.float64)
@@ -73,16 +112,24 @@ def looks_like_scores(output: npt.NDArray[Any]) -> bool:
 
 
 def scores_among(outputs: Mapping[str, Any]) -> str | None:
-    """The first output that looks like class scores."""
+    """Return the name of the first output that looks like class scores; None where there is none."""
     return next((name for name, x in outputs.items() if isinstance(x, np.ndarray) and looks_like_scores(x)), None)
 
 
-def suspicious_scores(name: str, output: Any) -> str | None:
-    """Why class scores [samples, classes] of the float model make one doubt its input; None where they do not.
+def softmax(scores: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return probabilities along the last axis; scores that are probabilities already stay as they are."""
+    if (scores >= 0).all() and np.allclose(scores.sum(-1), 1, atol=1e-2):
+        return scores
+    e = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.asarray(e / e.sum(-1, keepdims=True))
 
-    Photographs through EfficientNet-Lite0 and SqueezeNet give scores of 0.2 to 0.35 of the most entropy there can be;
-    pixels of the wrong scale, layout or offset 0.5 to 1, or one class for all. Fewer than 8 samples or 10 classes say
-    nothing.
+
+def suspicious_scores(name: str, output: Any) -> str | None:
+    """Say why class scores [samples, classes] of the float model cast doubt on its input; None where they do not.
+
+    Photographs through EfficientNet-Lite0 and SqueezeNet give scores of 0.2 to 0.35 of the largest possible entropy;
+    pixels of the wrong scale, layout or offset give 0.5 to 1, or one class for all. Fewer than 8 samples or 10 classes
+    tell nothing.
     """
     if not isinstance(output, np.ndarray) or output.ndim != 2 or not looks_like_scores(output):
         return None
@@ -106,43 +153,23 @@ def suspicious_scores(name: str, output: Any) -> str | None:
     return None
 
 
-def softmax(scores: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Probabilities along the last axis; scores that are probabilities already stay as they are."""
-    if (scores >= 0).all() and np.allclose(scores.sum(-1), 1, atol=1e-2):
-        return scores
-    e = np.exp(scores - scores.max(-1, keepdims=True))
-    return np.asarray(e / e.sum(-1, keepdims=True))
-
-
-def sqnr_of(first: dict[str, Any], second: dict[str, Any]) -> float:
-    """The lowest SQNR in dB over the floating-point outputs of one run of two models; -inf where shapes differ."""
-    worst = 200.0
-    for name, a in first.items():
-        b = second.get(name)
-        if not isinstance(a, np.ndarray) or not isinstance(b, np.ndarray) or a.shape != b.shape:
-            worst = worst if type(a) is type(b) and not isinstance(a, np.ndarray) else -np.inf
-        elif a.dtype.kind == "f":
-            sums = ComparisonSums()
-            sums.scores = False
-            sums.add(a, b)
-            worst = min(worst, sums.result(name).sqnr_db)
-        elif not np.array_equal(a, b):
-            worst = -np.inf
-    return worst
-
-
-Floats = npt.NDArray[np.float64]
+# The best class under noise -------------------------------------------------------------------------------------------
 
 
 def leads(scores: npt.NDArray[Any]) -> Floats:
-    """By how much the highest score of each row leads the second highest: [..., classes] -> [rows]."""
+    """Return by how much the highest score of each row leads the second highest: [..., classes] -> [rows]."""
     top = np.partition(_rows(scores), -2, axis=-1)[:, -2:]
     return np.asarray(top[:, 1] - top[:, 0])
 
 
 def lead_changes(before: npt.NDArray[Any], after: npt.NDArray[Any], rivals: int = 1) -> Floats:
-    """By how much the leads of the class that is best in `before` over the `rivals` next best there change:
-    [rows * rivals], fewer where there are not so many classes."""
+    """Return by how much the leads of the class that is best in `before` over its rivals change.
+
+    The result is [rows * rivals], shorter where there are fewer classes.
+
+    before, after: scores [..., classes]
+    rivals: so many classes that come next in `before`
+    """
     a = _rows(before)
     order = np.argsort(a, axis=-1, kind="stable")[:, ::-1][:, : rivals + 1]
     changes = np.take_along_axis(_rows(after) - a, order, axis=-1)
@@ -150,12 +177,16 @@ def lead_changes(before: npt.NDArray[Any], after: npt.NDArray[Any], rivals: int 
 
 
 def expected_agreement(margins: Floats, deviation: float) -> float:
-    """The share of rows whose best class stays ahead when its lead gets normal noise of a standard deviation."""
+    """Return the share of rows whose best class stays ahead under normal noise.
+
+    margins: the lead of each row's best class, [rows]
+    deviation: the standard deviation of the noise on the lead
+    """
     return float(ndtr(margins / max(deviation, 1e-30)).mean())
 
 
 def deviation_for(margins: Floats, agreement: float) -> float:
-    """The largest deviation at which `expected_agreement` is at least `agreement`; 0 where none is."""
+    """Return the largest deviation at which `expected_agreement` is at least `agreement`; 0 where there is none."""
     low, high = 0.0, float(max(margins.max(initial=0), 1e-30)) * 10
     for _ in range(60):
         middle = (low + high) / 2

@@ -1,4 +1,4 @@
-"""The smooth estimate of agreement against counting."""
+"""Test the smooth estimate of agreement against counting."""
 
 from __future__ import annotations
 

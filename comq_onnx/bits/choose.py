@@ -27,8 +27,8 @@ from comq_onnx.plan.initial_bits import REFERENCE_BITS, has_explicit_bits
 from comq_onnx.plan.plan import Bits, Plan
 from comq_onnx.plan.solved import Solved
 from comq_onnx.samples.dataset import Dataset
-from comq_onnx.solve.grid import MAX_BITS
-from comq_onnx.solve.layer import blank, check_codes
+from comq_onnx.solve.grid import MAX_BITS, check_codes
+from comq_onnx.solve.layer import blank
 from comq_onnx.write.check import check_emitted
 from comq_onnx.write.emit import Emitted, emit_model
 from comq_onnx.write.provenance import provenance

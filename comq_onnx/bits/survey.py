@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from comq_onnx.arrays import spread_indices
 from comq_onnx.calibrate.walk import walk
 from comq_onnx.context import Context, Journal, silent
 from comq_onnx.metrics import lead_changes, scores_among, sqnr_of
@@ -27,7 +28,7 @@ from comq_onnx.plan.plan import Plan
 from comq_onnx.plan.solved import Solved
 from comq_onnx.runtime.session import Session
 from comq_onnx.samples.dataset import Dataset
-from comq_onnx.samples.samples import Samples, spread
+from comq_onnx.samples.samples import Samples
 from comq_onnx.solve.grid import Array
 from comq_onnx.solve.layer import Method, errors_at, round_rows
 from comq_onnx.solve.moments import Moments
@@ -158,8 +159,8 @@ def _channel_errors(
     plan: Plan, layer: Layer, weight: Array, moments: Moments, has_bias: bool, context: Context, widths: Sequence[int]
 ) -> dict[int, float]:
     """Return the relative error of some channels of a layer at each width."""
-    groups = spread(len(weight), CHANNELS)
-    channels = spread(weight.shape[1], max(1, CHANNELS // len(groups)))
+    groups = spread_indices(len(weight), CHANNELS)
+    channels = spread_indices(weight.shape[1], max(1, CHANNELS // len(groups)))
     some = np.ascontiguousarray(weight[np.ix_(groups, channels)])
     grids = [plan.grid_at(layer, bits, context.options) for bits in widths]
     return dict(zip(widths, errors_at(some, moments.groups(groups), grids, FAST, has_bias), strict=True))
@@ -168,7 +169,7 @@ def _channel_errors(
 def _row_errors(plan: Plan, layer: Layer, context: Context, widths: Sequence[int]) -> dict[int, float]:
     """Return the relative error of some rows of an embedding at each width."""
     table = np.asarray(plan.written.weight(layer), np.float32)
-    some = np.ascontiguousarray(table[:, spread(table.shape[1], ROWS)])
+    some = np.ascontiguousarray(table[:, spread_indices(table.shape[1], ROWS)])
     return {bits: round_rows(some, plan.grid_at(layer, bits, context.options)).error for bits in widths}
 
 
@@ -266,10 +267,10 @@ def _split(samples: Samples) -> tuple[Samples, Samples]:
     unit = samples.fixed_batch or 1
     batches = len(samples) // unit
     few = max(1, min(PERTURBED // unit, batches // PERTURBED_SHARE))
-    picked = spread(batches, few)
+    picked = spread_indices(batches, few)
     rest = np.setdiff1d(np.arange(batches), picked)
     # a single batch serves both
-    rest = rest[spread(len(rest), max(1, SURVEYED // unit))] if len(rest) else picked
+    rest = rest[spread_indices(len(rest), max(1, SURVEYED // unit))] if len(rest) else picked
 
     def take(chosen: npt.NDArray[np.intp]) -> Samples:
         return samples.take((chosen[:, None] * unit + np.arange(unit)).ravel())

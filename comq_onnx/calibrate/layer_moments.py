@@ -17,9 +17,8 @@ from comq_onnx.model.layers import Layer
 from comq_onnx.model.operators import Gemm, MatMul, MatMulLeft
 from comq_onnx.plan.activation_grid import ActivationGrid
 from comq_onnx.samples.padding import Mask, has_positions
-from comq_onnx.solve import moment_sums
-from comq_onnx.solve.moment_sums import MomentSums, halves, parts
-from comq_onnx.solve.moments import Moments
+from comq_onnx.solve import moments
+from comq_onnx.solve.moments import Moments, MomentSums, chunks, halves
 
 # More input positions than these do not change a solution (measured on EfficientNet-Lite0 at 4 bits: 27k positions give
 # -26.4 dB, 6.6k -26.0): beyond them positions are drawn at random, the same share of each batch. Depthwise layers,
@@ -89,7 +88,7 @@ def input_moments(
             hat = store.fake_quantize(given.grid, batch_hat)
         _add_rows(sums, layer, batch, hat, pick, halves(seen, drawn.taken[i], sum(drawn.taken)))
         seen += drawn.taken[i]
-    return sums.statistics()
+    return sums.moments()
 
 
 def _add_rows(sums: MomentSums, layer: Layer, x: Any, x_hat: Any, pick: Indices | None, half_of: Indices) -> None:
@@ -107,7 +106,7 @@ def _add_rows(sums: MomentSums, layer: Layer, x: Any, x_hat: Any, pick: Indices 
             mine_hat = None if padded_hat is None else arrays.at(padded_hat, mine)
             sums.add_patches(arrays.at(padded, mine), mine_hat, kind.kernel, half)
         return
-    for part, half in parts(half_of, kind.inputs, kind.groups):
+    for part, half in chunks(half_of, kind.inputs, kind.groups):
         # all positions in one part need no index
         chosen = None if pick is None and len(part) == len(half_of) else part if pick is None else pick[part]
         sums.add(kind.rows(x, chosen), None if x_hat is None else kind.rows(x_hat, chosen), half)
@@ -177,7 +176,7 @@ def in_groups(given: LayerInput, store: Host) -> LayerInput:
     if not _has_samples_first(given.layer) or not _can_regroup(given.x, given.counts):
         return given
     x, counts = given.x, given.counts
-    size = max(1, min(GROUP, moment_sums.CHUNK_BYTES * counts[0] // max(x[0].nbytes, 1)))
+    size = max(1, min(GROUP, moments.CHUNK_BYTES * counts[0] // max(x[0].nbytes, 1)))
     grouped = _Groups(x, counts, size, store.fetch)
     grouped_hat = grouped if given.x_hat is x else _Groups(given.x_hat, counts, size, store.fetch)
     masks = _Groups(given.masks, counts, size) if given.masks[0] is not None else ()

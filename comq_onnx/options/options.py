@@ -16,7 +16,7 @@ from comq_onnx.options.budgets import parse_drop, parse_size
 from comq_onnx.options.option import INPUT_OUTPUT, QUANTIZATION, RUNNING, SAMPLES, SOLVER, declare, options_of
 from comq_onnx.options.samples import SampleOptions
 from comq_onnx.runtime.device import check_name
-from comq_onnx.solve.comq import EFFORTS
+from comq_onnx.solve.effort import EFFORTS
 from comq_onnx.solve.grid import MAX_BITS, MIN_BITS, Grid
 from comq_onnx.solve.layer import METHODS, Method
 from comq_onnx.solve.paper import ORDERS, SWEEPS

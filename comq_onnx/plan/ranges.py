@@ -28,7 +28,7 @@ from comq_onnx.model.op_kind import OpKind
 from comq_onnx.plan.activation_grid import ActivationGrid, fit_range
 from comq_onnx.plan.activations import ActivationPlan
 from comq_onnx.solve.grid import Array
-from comq_onnx.solve.kernels import rounding_error
+from comq_onnx.solve.rounding_error import rounding_error
 
 # what part of all positions each of some stands for
 Shares = npt.NDArray[np.float32]

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from comq_onnx.arrays import spread_indices
 from comq_onnx.errors import SamplesError
 
 AnyArray = npt.NDArray[Any]
@@ -48,11 +49,6 @@ class Clues:
     balance: Callable[[Feeds], float] | None = None
 
 
-def spread(total: int, most: int) -> npt.NDArray[np.intp]:
-    """At most so many of the numbers below `total`, evenly from all."""
-    return np.unique(np.linspace(0, total - 1, min(total, most)).astype(np.intp))
-
-
 @dataclass(frozen=True)
 class Samples:
     """Samples by input name, along the first axis of each array.
@@ -82,7 +78,7 @@ class Samples:
     def few(self, most: int) -> Samples:
         """At most so many samples (one batch where the model fixes the size of more), evenly from all."""
         unit = self.fixed_batch or 1
-        first = spread(len(self) // unit, max(1, most // unit)) * unit
+        first = spread_indices(len(self) // unit, max(1, most // unit)) * unit
         return self.take((first[:, None] + np.arange(unit)).ravel())
 
     def number(self, index: int) -> int:

@@ -1,4 +1,4 @@
-"""The grid of a quantized weight, and the rounding arithmetic on it.
+"""Describe the grid of a quantized weight, and round to it.
 
 A weight is a stack of matrices [groups, out, in] (one group for a MatMul, `group` of them for a Conv). Its codes are
 integers of `bits` bits; the value of a code is DequantizeLinear's
@@ -17,18 +17,26 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from comq_onnx.solve import kernels
+from comq_onnx.solve.rounding_error import span_errors
 
 Array: TypeAlias = npt.NDArray[np.float32]
 Codes: TypeAlias = npt.NDArray[np.int8]
 MIN_BITS, MAX_BITS = 2, 8
-# of a weight's span, those among which `fit_mse` chooses
+# the factors on a weight's span among which `fit_mse` chooses
 SHRINKS = np.linspace(1.05, 0.3, 26, dtype=np.float32)
 
 
 @dataclass(frozen=True)
 class Grid:
-    """What codes a weight may take: `bits`, symmetric (zero point 0) or not, and what shares a scale."""
+    """Describe the codes that a weight may take, and what shares a scale.
+
+    bits: MIN_BITS to MAX_BITS
+    symmetric: the zero point is 0
+    per_tensor: all channels of all groups share one scale
+    block_size: so many inputs of a channel share a scale; None for all of them
+
+    Raises ValueError for bits or a block size that cannot be.
+    """
 
     bits: int
     symmetric: bool = True
@@ -43,33 +51,33 @@ class Grid:
 
     @property
     def qmin(self) -> int:
-        """The lowest code, -2^(bits-1)."""
+        """Return the lowest code, -2^(bits-1)."""
         return -(1 << (self.bits - 1))
 
     @property
     def qmax(self) -> int:
-        """The highest code, 2^(bits-1) - 1."""
+        """Return the highest code, 2^(bits-1) - 1."""
         return (1 << (self.bits - 1)) - 1
 
     @property
     def granularity(self) -> str:
-        """`tensor`, `channel` or the block size, as the command line writes it."""
+        """Return `tensor`, `channel` or the block size, as the command line writes it."""
         if self.per_tensor:
             return "tensor"
         return str(self.block_size) if self.block_size else "channel"
 
     def blocks(self, inputs: int) -> int:
-        """How many scales a channel of `inputs` inputs has."""
+        """Return how many scales a channel of `inputs` inputs has."""
         return -(-inputs // self.block_size) if self.block_size else 1
 
     def block_of(self, inputs: int) -> npt.NDArray[np.intp]:
-        """The block of each input: [inputs]."""
+        """Return the block of each input: [inputs]."""
         return np.arange(inputs) // (self.block_size or max(inputs, 1))
 
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """Codes [groups, out, in] with scale and zero_point [groups, out, blocks]."""
+    """Hold codes [groups, out, in] with scale and zero_point [groups, out, blocks]."""
 
     codes: Codes
     scale: Array
@@ -77,21 +85,21 @@ class QuantizedWeight:
     grid: Grid
 
     def part(self, group: int, channels: slice | npt.NDArray[np.intp]) -> QuantizedWeight:
-        """Some channels of one group, as a stack of one."""
+        """Return some channels of one group, as a stack of one."""
         own = slice(group, group + 1)
         return QuantizedWeight(
             self.codes[own, channels], self.scale[own, channels], self.zero_point[own, channels], self.grid
         )
 
     def dequantize(self) -> Array:
-        """(codes - zero_point) * scale in float32, as DequantizeLinear computes it: [groups, out, in]."""
+        """Compute (codes - zero_point) * scale in float32, as DequantizeLinear does: [groups, out, in]."""
         block = self.grid.block_of(self.codes.shape[-1])
         steps = self.codes.astype(np.float32) - self.zero_point[..., block].astype(np.float32)
         return steps * self.scale[..., block]
 
 
 def fit_minmax(weight: Array, grid: Grid, shrink: float = 1.0) -> tuple[Array, Codes]:
-    """Scale and zero point [groups, out, blocks] that span the weight [groups, out, in], times `shrink`.
+    """Return scale and zero point [groups, out, blocks] that span the weight [groups, out, in], times `shrink`.
 
     Symmetric: scale = max|w| / qmax. Asymmetric: scale = (max - min) / (2^bits - 1), 0 always representable.
     A block of zeros gets scale 1.
@@ -100,14 +108,14 @@ def fit_minmax(weight: Array, grid: Grid, shrink: float = 1.0) -> tuple[Array, C
 
 
 def _span(weight: Array, grid: Grid) -> tuple[Array, Array]:
-    """The least and the largest number of each block [groups, out, blocks]."""
+    """Return the least and the largest number of each block: [groups, out, blocks] each."""
     starts = np.arange(0, weight.shape[-1], grid.block_size or max(weight.shape[-1], 1))
     return np.minimum.reduceat(weight, starts, axis=-1), np.maximum.reduceat(weight, starts, axis=-1)
 
 
 def fit_span(least: Array, most: Array, grid: Grid, shrink: float = 1.0) -> tuple[Array, Codes]:
-    """`fit_minmax` from the least and the largest number of each block [groups, out, blocks]."""
-    # in float64: the span of float32's largest numbers is none of them
+    """Return what `fit_minmax` does, from the least and the largest number of each block [groups, out, blocks]."""
+    # in float64: the span of the largest float32 numbers does not fit in float32
     low = np.minimum(least, 0).astype(np.float64)
     high = np.maximum(most, 0).astype(np.float64)
     if grid.per_tensor:
@@ -129,9 +137,12 @@ def fit_span(least: Array, most: Array, grid: Grid, shrink: float = 1.0) -> tupl
 
 
 def fit_mse(weight: Array, grid: Grid, shrinks: npt.NDArray[np.float32] | None = None) -> tuple[Array, Codes]:
-    """The scale and zero point, among shrunken spans of the weight, whose plain rounding has the least squared error.
+    """Return scale and zero point [groups, out, blocks] whose plain rounding has the least squared error.
 
-    Every block chooses for itself (a per-tensor grid once for all).
+    Every block chooses for itself among multiples of its span (a per-tensor grid once for all).
+
+    weight: [groups, out, in]
+    shrinks: the multiples; None for SHRINKS
     """
     if shrinks is None:
         shrinks = SHRINKS
@@ -144,7 +155,7 @@ def fit_mse(weight: Array, grid: Grid, shrinks: npt.NDArray[np.float32] | None =
         low, high = (
             (np.minimum(rows.min(initial=0), 0), np.maximum(rows.max(initial=0), 0)) if grid.per_tensor else (0, 0)
         )
-        kernels.span_errors(
+        span_errors(
             rows, shrinks, grid.qmin, grid.qmax, grid.symmetric, start, min(start + size, rows.shape[1]),
             np.float32(low), np.float32(high), errors,
         )  # fmt: skip
@@ -159,7 +170,7 @@ def fit_mse(weight: Array, grid: Grid, shrinks: npt.NDArray[np.float32] | None =
 
 
 def round_to_grid(weight: Array, scale: Array, zero_point: Codes, grid: Grid) -> QuantizedWeight:
-    """Plain rounding (RTN): codes clip(round(w / scale) + zero_point)."""
+    """Round a weight [groups, out, in] to the codes clip(round(w / scale) + zero_point)."""
     block = grid.block_of(weight.shape[-1])
     codes = np.rint(weight / scale[..., block]) + zero_point[..., block]
     return QuantizedWeight(np.clip(codes, grid.qmin, grid.qmax).astype(np.int8), scale, zero_point, grid)
@@ -168,3 +179,15 @@ def round_to_grid(weight: Array, scale: Array, zero_point: Codes, grid: Grid) ->
 def rtn(weight: Array, grid: Grid) -> QuantizedWeight:
     """Round a weight [groups, out, in] to the nearest codes of its min-max grid."""
     return round_to_grid(weight, *fit_minmax(weight, grid), grid)
+
+
+def check_codes(weight: QuantizedWeight) -> Codes:
+    """Return the codes after checking that they lie on the grid and that the scales are positive numbers.
+
+    Raises ValueError where they do not.
+    """
+    if weight.codes.min() < weight.grid.qmin or weight.codes.max() > weight.grid.qmax:
+        raise ValueError(f"codes outside [{weight.grid.qmin}, {weight.grid.qmax}]")
+    if not (np.isfinite(weight.scale).all() and (weight.scale > 0).all()):
+        raise ValueError("a scale is not a positive number")
+    return weight.codes

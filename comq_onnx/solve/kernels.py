@@ -1,44 +1,34 @@
-"""The inner loops of the solver, compiled by numba.
+"""Run the inner loops of the solver, compiled by numba.
 
 Output channels do not depend on one another: a kernel works on the channels it is given, in one thread, without
 Python's lock; callers hand parts of a layer's channels to threads. Rounding one input after the other (`babai_block`)
 has the channels as the contiguous axis, in tiles that stay in the cache; what works along one channel's inputs
-(`sweep`, `flip`, `flip_pairs`) has the inputs as the contiguous axis. Compiled code is cached beside the package.
+(`sweep`, `move_best_first`) has the inputs as the contiguous axis.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
-
-import numba
 import numpy as np
+
+from comq_onnx.solve.compiled import compiled
 
 TILE = 64
 WALL = np.float32(1e30)
-F = TypeVar("F", bound=Callable[..., Any])
 
 
-def _compiled(function: F, *reordering: str) -> F:
-    # nnan and nsz let a maximum be vectorized; sums keep their order
-    options = {"nogil": True, "error_model": "numpy", "fastmath": {"nnan", "nsz", *reordering}}
-    try:
-        return numba.njit(cache=True, **options)(function)  # type: ignore[no-any-return]
-    except RuntimeError:  # nowhere to keep it: a package nobody may write to, and no home
-        return numba.njit(**options)(function)  # type: ignore[no-any-return]
-
-
-def _reordered(function: F) -> F:
-    return _compiled(function, "reassoc", "contract")
-
-
-@_compiled
+@compiled
 def babai_block(whole, target, unit, scale, zero, block, qmin, qmax, root, codes, wq, sums):  # type: ignore[no-untyped-def]
     """Round the inputs of one block, each from its target less what the ones before it in the block took.
 
-    whole [b, m] is M w* over M's diagonal, target [b, m] the same less what earlier blocks took, unit [b, b] M over its
-    diagonal, block [b] the row of scale and zero [blocks, m], root [b] is M_ii. Writes codes and wq [b, m]; adds
-    ||y||^2, <y, M wq> and ||M wq||^2, y = M (w* - wq), to sums [3, m].
+    whole: M w* over M's diagonal, [b, m]
+    target: the same less what earlier blocks took, [b, m]
+    unit: M over its diagonal, [b, b]
+    scale, zero: [blocks, m]
+    block: the row of scale and zero of each input, [b]
+    qmin, qmax: the lowest and the highest code
+    root: M_ii, [b]
+    codes, wq: written; codes less the zero point and their values, [b, m]
+    sums: ||y||^2, <y, M wq> and ||M wq||^2, y = M (w* - wq), are added to it, [3, m]
     """
     rows, columns = whole.shape
     for tile in range((columns + TILE - 1) // TILE):
@@ -86,18 +76,24 @@ def babai_block(whole, target, unit, scale, zero, block, qmin, qmax, root, codes
             sums[2, first + c] += norm[c]
 
 
-@_compiled
+@compiled
 def _subtract(v, factor, row):  # type: ignore[no-untyped-def]
     for k in range(v.size):
         v[k] -= factor * row[k]
 
 
-@_compiled
+@compiled
 def sweep(v, h, scale, zero, block, qmin, qmax, codes):  # type: ignore[no-untyped-def]
-    """One pass of coordinate descent over every channel's inputs; a code that stays costs one rounding.
+    """Pass once over every channel's inputs by coordinate descent; return how many codes changed.
 
-    v [m, n] = (W* - Wq) H follows the codes [m, n] (less the zero point); scale and zero [m, blocks]. Returns how many
-    codes changed.
+    q_i <- clip(round(q_i + V_i / (scale H_ii))). A code that stays costs one rounding.
+
+    v: the gradient (W* - Wq) H, which follows the codes, [m, n]
+    h: H, [n, n]
+    scale, zero: [m, blocks]
+    block: the column of scale and zero of each input, [n]
+    qmin, qmax: the lowest and the highest code
+    codes: less the zero point, changed in place, [m, n]
     """
     columns, rows = v.shape
     changed = 0
@@ -120,13 +116,15 @@ def sweep(v, h, scale, zero, block, qmin, qmax, codes):  # type: ignore[no-untyp
     return changed
 
 
-@_compiled
-def flip(v, h, scale, zero, block, qmin, qmax, codes, tolerance, pairs):  # type: ignore[no-untyped-def]
-    """Move codes by one, in each channel first what lowers the objective most, until nothing does by more than
-    `tolerance` times a code's own curvature (below that float32 decides by noise, and moves could cycle).
+@compiled
+def move_best_first(v, h, scale, zero, block, qmin, qmax, codes, tolerance, pairs):  # type: ignore[no-untyped-def]
+    """Move codes by one, in each channel the move first that lowers the objective most.
 
-    When no single code is left to move, the `pairs` codes that cost least are moved two at a time. v [m, n] =
-    (W* - Wq) H follows the codes [m, n]; scale and zero [m, blocks].
+    Moves end when none lowers the objective by more than `tolerance` times a code's own curvature: below that float32
+    decides by noise, and moves could cycle. When no single code is left to move, two at a time move.
+
+    v, h, scale, zero, block, qmin, qmax, codes: as in `sweep`
+    pairs: how many codes, those that cost least to move, are tried two at a time
     """
     columns, rows = v.shape
     step, own, gain = np.empty(rows, np.float32), np.empty(rows, np.float32), np.empty(rows, np.float32)
@@ -142,15 +140,15 @@ def flip(v, h, scale, zero, block, qmin, qmax, codes, tolerance, pairs):  # type
             above[i] = WALL if q[i] >= qmax - zero[c, block[i]] else np.float32(0)
             below[i] = WALL if q[i] <= qmin - zero[c, block[i]] else np.float32(0)
         for _ in range(2 * rows):
-            top = _gains(slope, step, own, above, below, gain)
+            top = _compute_gains(slope, step, own, above, below, gain)
             found = 0
             if top > 0:
-                at[0] = _find(gain, top)
+                at[0] = _index_of(gain, top)
                 if top > tolerance * own[at[0]]:
                     found = 1
                     few[5, 0] = 1 if slope[at[0]] > 0 else -1
             if found == 0 and pairs > 0:
-                count = _least(gain, pairs, best, at)
+                count = _find_cheapest(gain, pairs, best, at)
                 for a in range(count):
                     i = at[a]
                     of = block[i]
@@ -172,12 +170,12 @@ def flip(v, h, scale, zero, block, qmin, qmax, codes, tolerance, pairs):  # type
                     _subtract(slope, few[5, a] * step[i], h[i])
 
 
-@_compiled
+@compiled
 def _move_pairs(few, near, count, tolerance):  # type: ignore[no-untyped-def]
-    """Move one or two of a few codes by one each, what lowers the objective most first; if any moved.
+    """Move one or two of a few codes by one each, the best move first; tell whether any moved.
 
-    few: rows of scale * V, scale^2 H_ii, code, its bounds, and, written, what each code changed by; near: scale H
-    scale among them.
+    few: rows of scale * V, scale^2 H_ii, the code, its two bounds and, written, the change of the code; [6, codes]
+    near: scale H scale among them, [codes, codes]
     """
     few[5, :count] = 0
     any_moved = False
@@ -215,9 +213,9 @@ def _move_pairs(few, near, count, tolerance):  # type: ignore[no-untyped-def]
     return any_moved
 
 
-@_compiled
-def _gains(slope, step, own, above, below, gain):  # type: ignore[no-untyped-def]
-    """What each code's better step lowers the objective by, into `gain`; the most of it."""
+@compiled
+def _compute_gains(slope, step, own, above, below, gain):  # type: ignore[no-untyped-def]
+    """Write to `gain` by how much the better step of each code lowers the objective; return the largest gain."""
     top = -WALL
     for i in range(gain.size):
         double = np.float32(2) * slope[i] * step[i]
@@ -228,17 +226,17 @@ def _gains(slope, step, own, above, below, gain):  # type: ignore[no-untyped-def
     return top
 
 
-@_compiled
-def _find(values, wanted):  # type: ignore[no-untyped-def]
+@compiled
+def _index_of(values, wanted):  # type: ignore[no-untyped-def]
     for i in range(values.size):
         if values[i] == wanted:
             return i
     return -1
 
 
-@_compiled
-def _least(gain, count, best, at):  # type: ignore[no-untyped-def]
-    """The `count` codes that cost least to move: how many there are, and in `at` which."""
+@compiled
+def _find_cheapest(gain, count, best, at):  # type: ignore[no-untyped-def]
+    """Write to `at` the `count` codes that cost least to move; return how many there are."""
     found = 0
     for i in range(gain.size):
         if gain[i] <= -0.5 * WALL:
@@ -255,12 +253,13 @@ def _least(gain, count, best, at):  # type: ignore[no-untyped-def]
     return found
 
 
-@_compiled
+@compiled
 def beam_block(target, unit, scale, zero, block, qmin, qmax, root, codes, wq, loss, origin):  # type: ignore[no-untyped-def]
-    """babai_block with several roundings of each channel kept: the likeliest few of all that the next code allows.
+    """Round as `babai_block` does, but keep the `width` roundings of each channel that have the least loss so far.
 
-    target, codes, wq [b, m, width]; loss [m, width] is ||y||^2 so far, infinite for a rounding not begun;
-    origin [m, width] tells which of the roundings before the block each one goes on from.
+    target, codes, wq: [b, m, width]
+    loss: ||y||^2 so far, infinite for a rounding not begun; [m, width], changed in place
+    origin: written, which of the roundings before the block each one goes on from; [m, width]
     """
     rows, columns, width = target.shape
     taken, number = np.empty((rows, width), np.float32), np.empty((rows, width), np.float32)
@@ -325,11 +324,17 @@ def beam_block(target, unit, scale, zero, block, qmin, qmax, root, codes, wq, lo
             origin[c, k] = line[k]
 
 
-@_compiled
+@compiled
 def paper_sweep(v, gram, visits, scale, zero, block, qmin, qmax, codes, wq):  # type: ignore[no-untyped-def]
-    """q_i <- clip(round((V_i + G_ii wq_i) / (scale G_ii))) along each channel's own order, visits [m, n].
+    """Set q_i <- clip(round((V_i + G_ii wq_i) / (scale G_ii))) along each channel's own order.
 
-    v [m, n] = (W - Wq) G follows; codes and wq [m, n] are written; scale and zero [m, blocks].
+    v: (W - Wq) G, which follows, [m, n]
+    gram: G, [n, n]
+    visits: the inputs of each channel in the order in which they are visited, [m, n]
+    scale, zero: [m, blocks]
+    block: the column of scale and zero of each input, [n]
+    qmin, qmax: the lowest and the highest code
+    codes, wq: codes less the zero point, written, and their values, changed in place; [m, n]
     """
     columns, rows = v.shape
     for c in range(columns):
@@ -346,139 +351,3 @@ def paper_sweep(v, gram, visits, scale, zero, block, qmin, qmax, codes, wq):  # 
             codes[c, i] = q
             wq[c, i] += change
             _subtract(v[c], change, gram[i])
-
-
-@_compiled
-def span_errors(weight, shrinks, qmin, qmax, symmetric, start, stop, least, most, errors):  # type: ignore[no-untyped-def]
-    """Squared error of plain rounding of weight [rows, inputs], inputs start to stop, at each shrink of its span.
-
-    errors [rows, shrinks] is written. least and most widen every span (0: each row has its own). The arithmetic is
-    grid.fit_minmax's.
-    """
-    for r in range(weight.shape[0]):
-        low, high = least, most
-        for i in range(start, stop):
-            low, high = min(low, weight[r, i]), max(high, weight[r, i])
-        for s in range(shrinks.size):
-            # float64, as the span of float32's largest numbers is none of them
-            lower, upper = np.float64(low) * shrinks[s], np.float64(high) * shrinks[s]
-            span = max(-lower, upper) / qmax if symmetric else (upper - lower) / (qmax - qmin)
-            scale = np.float32(span)
-            if not scale > np.float32(3e-36):
-                scale = np.float32(1)
-            zero = np.float32(0)
-            if not symmetric:
-                zero = np.float32(min(max(np.rint(qmin - lower / scale), qmin), qmax))
-            floor, ceiling = np.float32(qmin) - zero, np.float32(qmax) - zero
-            # in steps of the grid: no square overflows
-            steps = _rounding_error(weight[r, start:stop], np.float32(1) / scale, floor, ceiling)
-            errors[r, s] = np.float64(steps) * np.float64(scale) * np.float64(scale)
-
-
-@_reordered
-def _rounding_error(weight, inverse, floor, ceiling):  # type: ignore[no-untyped-def]
-    """The sum of (t - clip(round(t)))^2, t = weight * inverse; its order is the compiler's, to be vectorized."""
-    total = np.float32(0)
-    for i in range(weight.size):
-        t = weight[i] * inverse
-        q = np.rint(t)
-        q = floor if q < floor else q
-        q = ceiling if q > ceiling else q
-        total += (t - q) * (t - q)
-    return total
-
-
-@_compiled
-def solve_small(h, unit, optimum, start, zero, qmin, qmax, factors, codes, scale):  # type: ignore[no-untyped-def]
-    """Near-exact codes and scale of every channel of problems with few inputs (depthwise convolutions).
-
-    For each factor on the start scale: Babai rounding, then single and pair moves of the codes and refits of the scale
-    in turn until nothing falls; the factor with the least objective wins. h, unit [groups, n, n]; optimum, codes
-    [groups, n, m]; start, zero, scale [groups, m].
-    """
-    groups, n, columns = optimum.shape
-    for g in range(groups):
-        gap, q, kept, v = np.empty(n), np.empty(n), np.empty(n), np.empty(n)
-        for c in range(columns):
-            low, high = qmin - zero[g, c], qmax - zero[g, c]
-            best = np.inf
-            for factor in factors:
-                s = np.float64(start[g, c]) * factor
-                for i in range(n):
-                    t = np.float64(optimum[g, i, c])
-                    for k in range(i):
-                        t += unit[g, i, k] * gap[k]
-                    q[i] = min(max(np.rint(t / s), low), high)
-                    gap[i] = optimum[g, i, c] - q[i] * s
-                for _ in range(8):
-                    above, below = 0.0, 0.0
-                    for i in range(n):
-                        for k in range(n):
-                            above += q[i] * h[g, i, k] * optimum[g, k, c]
-                            below += q[i] * h[g, i, k] * q[k]
-                    if below > 0 and above > 0:
-                        # float32, or the codes would be judged at a scale that is not the one written
-                        s = np.float64(np.float32(above / below))
-                    if not _move_codes(h[g], optimum[g, :, c], s, low, high, q, v):
-                        break
-                loss = 0.0
-                for i in range(n):
-                    for k in range(n):
-                        loss += (optimum[g, i, c] - q[i] * s) * h[g, i, k] * (optimum[g, k, c] - q[k] * s)
-                if loss < best:
-                    best = loss
-                    scale[g, c] = s
-                    kept[:] = q
-            for i in range(n):
-                codes[g, i, c] = kept[i]
-
-
-@_compiled
-def _move_codes(h, optimum, s, low, high, q, v):  # type: ignore[no-untyped-def]
-    """Single moves, then moves of two codes by one each, the best first, until none lowers the objective; if any
-    did."""
-    n = q.size
-    for i in range(n):
-        v[i] = 0.0
-        for k in range(n):
-            v[i] += h[i, k] * (optimum[k] - q[k] * s)
-    any_moved = False
-    for _ in range(16 * n):
-        best, at, other, first, second = 0.0, -1, -1, 0.0, 0.0
-        for i in range(n):
-            for d in (-1.0, 1.0):
-                if q[i] + d < low or q[i] + d > high:
-                    continue
-                own = 2 * d * s * v[i] - h[i, i] * s * s
-                if own > best:
-                    best, at, other, first, second = own, i, -1, d, 0.0
-                for k in range(i):
-                    for e in (-1.0, 1.0):
-                        if q[k] + e < low or q[k] + e > high:
-                            continue
-                        both = own + 2 * e * s * v[k] - h[k, k] * s * s - 2 * d * e * s * s * h[i, k]
-                        if both > best:
-                            best, at, other, first, second = both, i, k, d, e
-        if at < 0 or best <= 1e-6 * h[at, at] * s * s:
-            break
-        any_moved = True
-        q[at] += first
-        for i in range(n):
-            v[i] -= h[i, at] * first * s
-        if other >= 0:
-            q[other] += second
-            for i in range(n):
-                v[i] -= h[i, other] * second * s
-    return any_moved
-
-
-@_compiled
-def rounding_error(x, scale, zero, low, high):  # type: ignore[no-untyped-def]
-    """What x [n, channels] loses by rounding: (q - zero) * scale - x of the codes q = clip(rint(x / scale) + zero, low,
-    high)."""
-    error = np.empty_like(x)
-    for n in range(x.shape[0]):
-        for c in range(x.shape[1]):
-            code = min(max(np.rint(x[n, c] / scale) + zero, low), high)
-            error[n, c] = (code - zero) * scale - x[n, c]
-    return error

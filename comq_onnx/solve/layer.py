@@ -1,4 +1,4 @@
-"""COMQ: quantize a weight by coordinate minimization of the layer's output error, on Gram matrices.
+"""Solve one layer: quantize its weight so that the layer's output changes least, on Gram matrices of its input.
 
 For a layer Y = W X (X holds one input position a column) and its quantized weight Wq, COMQ (Zhang, Yang, Liu,
 Kailkhura, Yin, Xin: "COMQ: A Backpropagation-Free Algorithm for Post-Training Quantization", arXiv 2403.07134)
@@ -6,8 +6,8 @@ minimizes
 
     || Wq X - W X ||^2,    Wq = scale * Q,    Q integer
 
-one coordinate at a time, everything else fixed. With the Gram G = E[x x^T] and V = (W - Wq) G both steps are closed
-forms:
+by coordinate minimization: one coordinate at a time, everything else fixed. With the Gram G = E[x x^T] and
+V = (W - Wq) G both steps are closed forms:
 
     q_i   <- clip(round(q_i + V_i / (scale G_ii)))            (the paper's eq. for a code)
     scale <- <q, G w> / <q, G q>                              (the paper's eq. for a scale)
@@ -16,15 +16,15 @@ Methods: `comq`, the default, keeps the two closed forms and goes beyond the pap
 `paper` is the authors' algorithm (paper.py); `gptq` is one Babai pass at the MSE-best scale, without mean, mismatch or
 descent (Frantar et al., arXiv 2210.17323, with inputs in decreasing order of their power); `rtn` is plain rounding.
 
-What the rest of the project adds to every method: inputs of the model quantized so far, and never worse than plain
-rounding, channel by channel.
+The rest of the project adds to every method: inputs of the model quantized so far, and no channel that costs more than
+with plain rounding.
 
 Shapes: weight [groups, out, in]; gram [groups, in, in].
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,10 +32,12 @@ import numpy as np
 import numpy.typing as npt
 
 from comq_onnx import arrays
-from comq_onnx.solve.comq import EFFORTS, SMALL, solve_comq, solve_gptq
-from comq_onnx.solve.grid import Array, Codes, Grid, QuantizedWeight, fit_mse, round_to_grid, rtn
+from comq_onnx.solve.comq import solve_comq, solve_gptq
+from comq_onnx.solve.effort import EFFORTS
+from comq_onnx.solve.few_inputs import has_few_inputs
+from comq_onnx.solve.grid import Array, Grid, QuantizedWeight, fit_mse, round_to_grid, rtn
 from comq_onnx.solve.moments import Matrix, Moments
-from comq_onnx.solve.output_error import Judge
+from comq_onnx.solve.output_error import OutputError
 from comq_onnx.solve.paper import ORDERS, SWEEPS, solve_paper
 
 METHODS = ("comq", "paper", "gptq", "rtn")
@@ -43,8 +45,15 @@ METHODS = ("comq", "paper", "gptq", "rtn")
 
 @dataclass(frozen=True)
 class Method:
-    """Which solver, and what it may be told: effort is comq's; order, sweeps and shrink (None: by the bits) are the
-    paper's. Raises ValueError for a name that does not exist."""
+    """Choose a solver and its parameters.
+
+    solver: one of METHODS
+    effort: of comq, one of EFFORTS
+    order, sweeps: of the paper; one of ORDERS, and how often all codes are visited
+    shrink: of the paper, the factor on the initial scale; None for the one of the bits
+
+    Raises ValueError for a name that does not exist.
+    """
 
     solver: str = "comq"
     effort: str = "default"
@@ -59,21 +68,20 @@ class Method:
             if name not in names:
                 raise ValueError(f"no {what} {name!r}; there are {', '.join(names)}")
 
-    def __call__(self, weight: Array, statistics: Moments, grid: Grid) -> QuantizedWeight:
-        """The quantized weight that the solver finds."""
+    def __call__(self, weight: Array, moments: Moments, grid: Grid) -> QuantizedWeight:
+        """Quantize a weight [groups, out, in] on the CPU."""
         if self.solver == "comq":
-            return solve_comq(weight, statistics, grid, self.effort)
+            return solve_comq(weight, moments, grid, self.effort)
         if self.solver == "paper":
-            return solve_paper(weight, statistics, grid, self.order, self.sweeps, self.shrink)
-        return solve_gptq(weight, statistics, grid) if self.solver == "gptq" else rtn(weight, grid)
+            return solve_paper(weight, moments, grid, self.order, self.sweeps, self.shrink)
+        return solve_gptq(weight, moments, grid) if self.solver == "gptq" else rtn(weight, grid)
 
     def on_device(self, inputs: int, grid: Grid) -> bool:
-        """Whether a layer of so many inputs is solved on the device where its moments lie, not on the CPU."""
+        """Tell whether a layer of so many inputs is solved on the device where its moments lie, not on the CPU."""
         if self.solver != "comq":
             return self.solver != "paper"
-        search = EFFORTS[self.effort]
-        small = inputs <= SMALL and not grid.per_tensor and grid.blocks(inputs) == 1
-        return not (small or search.beam or search.bit_split)
+        effort = EFFORTS[self.effort]
+        return not (has_few_inputs(inputs, grid) or effort.beam or effort.bit_split)
 
 
 COMQ = Method()
@@ -81,10 +89,12 @@ COMQ = Method()
 
 @dataclass(frozen=True)
 class Solution:
-    """A layer's quantized weight, what to add to its bias, and what it costs.
+    """Hold a layer's quantized weight, the shift of its bias, and the error of its output.
 
-    error and rtn_error are ||X^ Wq + shift - X W||^2 / ||X W||^2, for plain rounding on the same grid without a shift;
-    shift [groups, out] is None where the layer has no bias to carry it.
+    weight: the quantized weight
+    shift: to be added to the bias, [groups, out]; None where the layer has no bias to carry it
+    error: ||X^ Wq + shift - X W||^2 / ||X W||^2
+    rtn_error: the same for plain rounding on the same grid, without a shift
     """
 
     weight: QuantizedWeight
@@ -94,106 +104,140 @@ class Solution:
 
 
 def error_db(error: float) -> float:
-    """10 log10 of a relative squared error; -200 for none at all."""
+    """Return 10 log10 of a relative squared error; -200 for an error of 0."""
     return 10 * float(np.log10(max(error, 1e-20)))
 
 
 def solve(
-    weight: Array, statistics: Moments, grid: Grid, method: Method = COMQ, has_bias: bool = False
+    weight: Array, moments: Moments, grid: Grid, method: Method = COMQ, has_bias: bool = False
 ) -> Solution:  # fmt: skip
     """Quantize one layer's weight [groups, out, in] on `grid`.
 
-    has_bias: a shift of the bias may carry the mean of the error (comq's alone).
+    has_bias: a shift of the bias may carry the mean of the error; only comq makes one
     """
-    return solve_together([weight], statistics, grid, method, has_bias)[0]
+    return solve_together([weight], moments, grid, method, has_bias)[0]
 
 
 def solve_together(
-    weights: Sequence[Array], statistics: Moments, grid: Grid, method: Method = COMQ, has_bias: bool = False
+    weights: Sequence[Array], moments: Moments, grid: Grid, method: Method = COMQ, has_bias: bool = False
 ) -> list[Solution]:
-    """`solve` for layers that read the same input: what depends on it is computed once.
+    """Solve layers that read the same input: what depends on the input is computed once.
 
-    weights: [groups, out, in] each, of any outs. Not for a per-tensor grid, unless there is one weight.
+    weights: [groups, out, in] each, with any number of outputs; a single one where the grid is per tensor
     """
-    return _solve(weights, statistics, statistics.centred(), grid, method, has_bias)
+    return _solve(weights, moments, moments.centred(), grid, method, has_bias)
 
 
 def errors_at(
-    weight: Array, statistics: Moments, grids: Sequence[Grid], method: Method = COMQ, has_bias: bool = False
+    weight: Array, moments: Moments, grids: Sequence[Grid], method: Method = COMQ, has_bias: bool = False
 ) -> list[float]:  # fmt: skip
-    """The relative error of the solution of a weight [groups, out, in] on each grid."""
-    moments = statistics.centred()
-    return [_solve([weight], statistics, moments, grid, method, has_bias)[0].error for grid in grids]
+    """Return the relative error of the solution of a weight [groups, out, in] on each grid."""
+    centred = moments.centred()
+    return [_solve([weight], moments, centred, grid, method, has_bias)[0].error for grid in grids]
+
+
+def round_rows(weight: Array, grid: Grid) -> Solution:
+    """Quantize a table [1, rows, columns] that is only looked up (an embedding): round it at the MSE-best scale."""
+    best = round_to_grid(weight, *fit_mse(weight, grid), grid)
+    energy = max(float((weight.astype(np.float64) ** 2).sum()), np.finfo(np.float64).tiny)
+
+    def error(quantized: QuantizedWeight) -> float:
+        return float(((quantized.dequantize().astype(np.float64) - weight) ** 2).sum()) / energy
+
+    return Solution(best, None, error(best), error(rtn(weight, grid)))
+
+
+def blank(weight: Array, grid: Grid) -> Solution:
+    """Make a solution of the right shapes without solving, to measure how many bytes it takes in a file."""
+    shape = (*weight.shape[:2], 1 if grid.per_tensor else grid.blocks(weight.shape[-1]))
+    zero_point = np.full(shape, 0 if grid.symmetric else 1, np.int8)
+    quantized = QuantizedWeight(np.zeros(weight.shape, np.int8), np.ones(shape, np.float32), zero_point, grid)
+    return Solution(quantized, np.zeros(weight.shape[:2], np.float32), 0.0, 0.0)
+
+
+# Solving --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Candidates:
+    """Hold a weight as it was rounded and as it was solved, with what each costs.
+
+    rounded_error, solved_error: variance and mean of each channel's error, [groups, out] each
+    energy: E (W x)^2 of each channel, [groups, out]
+    """
+
+    rounded: QuantizedWeight
+    solved: QuantizedWeight
+    rounded_error: tuple[Matrix, Matrix]
+    solved_error: tuple[Matrix, Matrix]
+    energy: Matrix
 
 
 def _solve(
-    weights: Sequence[Array], statistics: Moments, moments: Moments, grid: Grid, method: Method, has_bias: bool
+    weights: Sequence[Array], moments: Moments, centred: Moments, grid: Grid, method: Method, has_bias: bool
 ) -> list[Solution]:
-    """moments: `statistics`, centred."""
-    centre = has_bias and method.solver == "comq"
-    if arrays.is_tensor(moments.gram) and not method.on_device(weights[0].shape[-1], grid):
-        statistics, moments = statistics.on_host(), moments.on_host()
-    ends = np.cumsum([w.shape[1] for w in weights])[:-1]
+    """Solve layers of one input; centred: `moments` about the mean."""
+    shifts = has_bias and method.solver == "comq"
+    if arrays.is_tensor(centred.gram) and not method.on_device(weights[0].shape[-1], grid):
+        moments, centred = moments.on_host(), centred.on_host()
     whole = weights[0] if len(weights) == 1 else np.concatenate(weights, axis=1)
-    given = moments if centre else statistics
-    rounded, solved, judge, energies = (
-        _on_device(whole, given, moments, grid, method)
-        if arrays.is_tensor(moments.gram)
-        else _on_host(whole, given, moments, grid, method)
-    )
-    ours, theirs = judge(solved), judge(rounded)
-    found = []
-    for k in np.split(np.arange(whole.shape[1]), ends):
-        variance, offset = ours[0][:, k], ours[1][:, k]
-        plain_variance, plain_offset = theirs[0][:, k], theirs[1][:, k]
-        plain = plain_variance + plain_offset**2
-        error, rtn_error = (variance, plain_variance) if centre else (variance + offset**2, plain)
-        worse = error > rtn_error
-        if grid.per_tensor:
-            worse = np.full_like(worse, error.sum() > rtn_error.sum())
-        energy = max(float(energies[:, k].sum()), float(np.finfo(np.float64).tiny))
-        shift = np.where(worse, plain_offset, offset).astype(np.float32) if centre else None
-        best = _take_channels(worse, _channels(rounded, k), _channels(solved, k))
-        total = float(np.where(worse, rtn_error, error).sum())
-        found.append(Solution(best, shift, total / energy, float(plain.sum()) / energy))
-    return found
+    find = _find_on_device if arrays.is_tensor(centred.gram) else _find_on_host
+    candidates = find(whole, centred if shifts else moments, centred, grid, method)
+    ends = np.cumsum([w.shape[1] for w in weights])[:-1]
+    return [_choose(candidates, k, shifts) for k in np.split(np.arange(whole.shape[1]), ends)]
 
 
-Judged = tuple[QuantizedWeight, QuantizedWeight, Callable[[QuantizedWeight], tuple[Matrix, Matrix]], Matrix]
+def _find_on_host(weight: Array, moments: Moments, centred: Moments, grid: Grid, method: Method) -> _Candidates:
+    """Round and solve a weight on the CPU; moments: what the solver is given."""
+    rounded = rtn(weight, grid)
+    errors = OutputError(weight, centred)
+    solved = rounded if method.solver == "rtn" else method(weight, moments, grid)
+    return _Candidates(rounded, solved, errors.of(rounded), errors.of(solved), errors.energy)
 
 
-def _on_host(whole: Array, given: Moments, moments: Moments, grid: Grid, method: Method) -> Judged:
-    """A weight rounded and solved, what judges both, and the energy of each channel's output."""
-    rounded = rtn(whole, grid)
-    judge = Judge(whole, moments)
-    return rounded, rounded if method.solver == "rtn" else method(whole, given, grid), judge, judge.energy
-
-
-def _on_device(whole: Array, given: Moments, moments: Moments, grid: Grid, method: Method) -> Judged:
-    """The same where the moments are torch tensors."""
+def _find_on_device(weight: Array, moments: Moments, centred: Moments, grid: Grid, method: Method) -> _Candidates:
+    """Round and solve a weight on the device of the moments, which are torch tensors."""
     import torch
 
-    from comq_onnx.solve.gpu import solver as gpu
+    from comq_onnx.solve.gpu import clip, output_error, solver
 
-    device: Any = moments.gram.device
-    weight = torch.as_tensor(whole, device=device)
-    rounded = gpu.round_to_nearest(weight, grid)
+    device: Any = centred.gram.device
+    tensor = torch.as_tensor(weight, device=device)
+    rounded = clip.round_to_nearest(tensor, grid)
     solved = rounded
     if method.solver == "comq":
-        solved = gpu.solve_comq(weight, given, grid, EFFORTS[method.effort])
+        solved = solver.solve_comq(tensor, moments, grid, EFFORTS[method.effort])
     elif method.solver == "gptq":
-        solved = gpu.solve_gptq(weight, given, grid)
-    judge = gpu.Judge(weight, moments)
-    return rounded, solved, judge, judge.energy
+        solved = solver.solve_gptq(tensor, moments, grid)
+    errors = output_error.OutputError(tensor, centred)
+    return _Candidates(rounded, solved, errors.of(rounded), errors.of(solved), errors.energy)
+
+
+def _choose(candidates: _Candidates, k: npt.NDArray[np.intp], shifts: bool) -> Solution:
+    """Take the channels k of a layer as solved, but as rounded where solving made them worse.
+
+    shifts: a shift of the bias takes the mean of the error of what is solved
+    """
+    variance, offset = (numbers[:, k] for numbers in candidates.solved_error)
+    rounded_variance, rounded_offset = (numbers[:, k] for numbers in candidates.rounded_error)
+    plain = rounded_variance + rounded_offset**2
+    error, rounded_error = (variance, rounded_variance) if shifts else (variance + offset**2, plain)
+    worse = error > rounded_error
+    if candidates.solved.grid.per_tensor:
+        worse = np.full_like(worse, error.sum() > rounded_error.sum())
+    energy = max(float(candidates.energy[:, k].sum()), float(np.finfo(np.float64).tiny))
+    shift = np.where(worse, rounded_offset, offset).astype(np.float32) if shifts else None
+    best = _select_channels(worse, _channels(candidates.rounded, k), _channels(candidates.solved, k))
+    total = float(np.where(worse, rounded_error, error).sum())
+    return Solution(best, shift, total / energy, float(plain.sum()) / energy)
 
 
 def _channels(weight: QuantizedWeight, k: npt.NDArray[np.intp]) -> QuantizedWeight:
-    """Some of the channels."""
     return QuantizedWeight(weight.codes[:, k], weight.scale[:, k], weight.zero_point[:, k], weight.grid)
 
 
-def _take_channels(mask: npt.NDArray[np.bool_], first: QuantizedWeight, second: QuantizedWeight) -> QuantizedWeight:
-    """The channels of `first` where mask [groups, out] holds, of `second` elsewhere."""
+def _select_channels(mask: npt.NDArray[np.bool_], first: QuantizedWeight, second: QuantizedWeight) -> QuantizedWeight:
+    """Return the channels of `first` where mask [groups, out] holds, of `second` elsewhere."""
     if not mask.any():
         return second
     pick = mask[..., None]
@@ -203,32 +247,3 @@ def _take_channels(mask: npt.NDArray[np.bool_], first: QuantizedWeight, second: 
         np.where(pick, first.zero_point, second.zero_point),
         second.grid,
     )
-
-
-def round_rows(weight: Array, grid: Grid) -> Solution:
-    """Quantize a table [1, rows, columns] that only gets looked up (an embedding): plain rounding at the MSE-best
-    scale."""
-    best = round_to_grid(weight, *fit_mse(weight, grid), grid)
-    energy = max(float((weight.astype(np.float64) ** 2).sum()), np.finfo(np.float64).tiny)
-
-    def cost(quantized: QuantizedWeight) -> float:
-        return float(((quantized.dequantize().astype(np.float64) - weight) ** 2).sum()) / energy
-
-    return Solution(best, None, cost(best), cost(rtn(weight, grid)))
-
-
-def blank(weight: Array, grid: Grid) -> Solution:
-    """A solution of the right shape that says nothing, to see what it takes in a file."""
-    shape = (*weight.shape[:2], 1 if grid.per_tensor else grid.blocks(weight.shape[-1]))
-    zero_point = np.full(shape, 0 if grid.symmetric else 1, np.int8)
-    quantized = QuantizedWeight(np.zeros(weight.shape, np.int8), np.ones(shape, np.float32), zero_point, grid)
-    return Solution(quantized, np.zeros(weight.shape[:2], np.float32), 0.0, 0.0)
-
-
-def check_codes(weight: QuantizedWeight) -> Codes:
-    """The codes, after making sure that they lie on the grid and the scales are positive numbers. Raises ValueError."""
-    if weight.codes.min() < weight.grid.qmin or weight.codes.max() > weight.grid.qmax:
-        raise ValueError(f"codes outside [{weight.grid.qmin}, {weight.grid.qmax}]")
-    if not (np.isfinite(weight.scale).all() and (weight.scale > 0).all()):
-        raise ValueError("a scale is not a positive number")
-    return weight.codes

@@ -1,4 +1,4 @@
-"""The authors' COMQ (arXiv 2403.07134), written on the Gram of the inputs: the baseline.
+"""Solve as the authors of COMQ do (arXiv 2403.07134), on the Gram of the inputs: the baseline.
 
 From Q = W (float) and the scale of the span of W, K sweeps of the two closed forms
 
@@ -16,7 +16,7 @@ import numpy.typing as npt
 from comq_onnx.solve import kernels
 from comq_onnx.solve.grid import Array, Grid, QuantizedWeight, fit_minmax
 from comq_onnx.solve.moments import Matrix, Moments
-from comq_onnx.solve.parallel import each, parts, single_threaded_blas
+from comq_onnx.solve.parallel import channel_slices, map_in_threads, single_threaded_blas
 
 ORDERS = ("greedy", "cyclic")
 SWEEPS = 3
@@ -26,17 +26,21 @@ SHRINK = {2: 0.65, 3: 0.8}
 
 def solve_paper(
     weight: Array,
-    statistics: Moments,
+    moments: Moments,
     grid: Grid,
     order: str = "greedy",
     sweeps: int = SWEEPS,
     shrink: float | None = None,
 ) -> QuantizedWeight:
-    """Quantize weight [groups, out, in] with `sweeps` sweeps in `order`, the initial scale times `shrink` (SHRINK where
-    None)."""
+    """Quantize a weight [groups, out, in].
+
+    order: one of ORDERS
+    sweeps: how often all codes are visited
+    shrink: the factor on the initial scale; None for that of SHRINK
+    """
     scale, zero_point = fit_minmax(weight, grid, SHRINK.get(grid.bits, 1.0) if shrink is None else shrink)
     block = grid.block_of(weight.shape[-1])
-    grams = statistics.gram.astype(np.float32)
+    grams = moments.gram.astype(np.float32)
     wq, v = weight.copy(), np.zeros_like(weight)  # V = (W - Wq) G
     q = np.zeros_like(weight)
 
@@ -48,7 +52,7 @@ def solve_paper(
         )  # fmt: skip
 
     for _ in range(sweeps):
-        each(sweep, [(g, p) for g in range(len(weight)) for p in parts(weight.shape[1])])
+        map_in_threads(sweep, [(g, p) for g in range(len(weight)) for p in channel_slices(weight.shape[1])])
         with single_threaded_blas():
             scale = _fit_scale(weight, q, scale, grams, grid)
             wq = q * scale[..., block]
@@ -57,14 +61,14 @@ def solve_paper(
 
 
 def _visits(weight: Array, gram: Array, order: str) -> npt.NDArray[np.intp]:
-    """The order in which each channel's inputs are visited: [out, in]."""
+    """Return the inputs of each channel in the order in which they are visited: [out, in]."""
     if order == "cyclic":
         return np.tile(np.arange(weight.shape[1]), (weight.shape[0], 1))
     return np.argsort(-np.abs(weight) * np.sqrt(np.maximum(np.diag(gram), 0)), axis=1, kind="stable")
 
 
 def _fit_scale(weight: Array, q: Array, scale: Array, grams: Array, grid: Grid) -> Array:
-    """scale <- <q, G w> / <q, G q> over a channel or the whole layer, block after block where there are several."""
+    """Set scale <- <q, G w> / <q, G q> over a channel or the whole layer, block after block where there are several."""
     if grid.block_size is not None:
         scale = scale.copy()
         block = grid.block_of(weight.shape[-1])
@@ -80,7 +84,7 @@ def _fit_scale(weight: Array, q: Array, scale: Array, grams: Array, grid: Grid) 
 
 
 def _dot(left: Array, grams: Array, right: Array) -> Matrix:
-    """left_c^T G right_c for every channel c: [groups, out]."""
+    """Compute left_c^T G right_c for every channel c: [groups, out]."""
     return np.asarray(np.einsum("gmn,gmn->gm", np.matmul(left, grams), right), np.float64)
 
 

@@ -1,4 +1,4 @@
-"""Threads for the solver: parts of a layer's channels side by side, one thread of BLAS each.
+"""Share the solver's work among threads: parts of a layer's channels side by side, one thread of BLAS each.
 
 Channels do not depend on one another and the parts are the same however many threads there are, so the result is too.
 """
@@ -25,8 +25,8 @@ def _controller() -> ThreadpoolController:
     return ThreadpoolController()
 
 
-def each(function: Callable[[T], R], tasks: Iterable[T]) -> list[R]:
-    """function of every task, in order; in as many threads as numba is set to (NUMBA_NUM_THREADS)."""
+def map_in_threads(function: Callable[[T], R], tasks: Iterable[T]) -> list[R]:
+    """Return function(task) of every task, in order, from as many threads as numba is set to (NUMBA_NUM_THREADS)."""
     todo = list(tasks)
     threads = min(numba.get_num_threads(), len(todo))
     with single_threaded_blas():
@@ -37,10 +37,10 @@ def each(function: Callable[[T], R], tasks: Iterable[T]) -> list[R]:
 
 
 def single_threaded_blas() -> Any:
-    """A context in which a matrix product runs in the thread that asks for it."""
+    """Return a context in which a matrix product runs in the thread that asks for it."""
     return _controller().limit(limits=1, user_api="blas")
 
 
-def parts(channels: int) -> list[slice]:
-    """Consecutive channels, PART at a time."""
+def channel_slices(channels: int) -> list[slice]:
+    """Return slices of consecutive channels, PART at a time."""
     return [slice(start, min(start + PART, channels)) for start in range(0, channels, PART)]

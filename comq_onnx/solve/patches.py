@@ -1,4 +1,4 @@
-"""The Gram of a convolution's input patches, without the patches.
+"""Compute the Gram matrix of a convolution's input patches, without the patches.
 
 A kernel [kh, kw] moves one step at a time over padded inputs a, b [n, channels, height, width] of one group. The patch
 at p = (y, x) is the row a[:, p + k] over channels and taps k = (ky, kx), and
@@ -36,9 +36,9 @@ LEAST_CHANNELS, LEAST_PATCHES, LEAST_NUMBERS_PER_TAP = 8, 512, 4000
 def pays(
     shape: tuple[int, ...], kernel: tuple[int, ...], strides: Sequence[int], dilations: Sequence[int], group: int
 ) -> bool:
-    """Whether `patch_gram` serves this convolution and is faster than the product of all patches.
+    """Tell whether `patch_gram` serves this convolution and is faster than the product of all patches.
 
-    shape [n, channels, height, width]: the padded input's.
+    shape: of the padded input, [n, channels, height, width]
     """
     if len(kernel) != 2 or group != 1 or any(step != 1 for step in (*strides, *dilations)):
         return False
@@ -49,20 +49,23 @@ def pays(
 
 
 def patch_gram(a: Array, b: Array, kernel: tuple[int, ...]) -> Sums:
-    """The sum over all patches of patch(a) patch(b)^T, [in, in], `in` in the order channel, ky, kx.
+    """Sum patch(a) patch(b)^T over all patches: [in, in], `in` in the order channel, ky, kx.
 
-    a, b [n, channels, height, width]: padded. Where b is a, half the work is done and the result is exactly symmetric.
-    Products are float32, the sums over parts of the input float64.
+    Where b is a, half the work is done and the result is exactly symmetric. Products are float32, the sums over parts
+    of the input float64.
+
+    a, b: padded inputs, [n, channels, height, width]
+    kernel: height and width of a patch
     """
     channels, taps, same = a.shape[1], kernel[0] * kernel[1], b is a
     gram = arrays.zeros((channels, taps, channels, taps), a, double=True)
-    for part in _parts(a.shape, kernel):
+    for part in input_parts(a.shape, kernel):
         gram += arrays.permute(_blocks(a[part], b[part], kernel, same), (1, 0, 3, 2))
     return gram.reshape(channels * taps, channels * taps)
 
 
 def patch_sum(a: Array, kernel: tuple[int, ...]) -> Sums:
-    """The sum over all patches, [in] in the order channel, ky, kx; a [n, channels, height, width]: padded."""
+    """Sum all patches of a padded input [n, channels, height, width]: [in], in the order channel, ky, kx."""
     total = arrays.total(a, axis=0)
     for axis, k in enumerate(kernel, start=1):
         # the windows that the taps see: as long as the output, as many as there are taps
@@ -70,8 +73,8 @@ def patch_sum(a: Array, kernel: tuple[int, ...]) -> Sums:
     return total.reshape(-1)
 
 
-def _parts(shape: tuple[int, ...], kernel: tuple[int, ...]) -> Iterator[tuple[slice, slice, slice]]:
-    """Index tuples: some images whole, or a band of one image's rows, so that each patch is in one part."""
+def input_parts(shape: tuple[int, ...], kernel: tuple[int, ...]) -> Iterator[tuple[slice, slice, slice]]:
+    """Yield index tuples: some whole images, or a band of one image's rows, so that each patch is in one part."""
     n, channels, height, width = shape
     inputs, out = channels * kernel[0] * kernel[1], height - kernel[0] + 1
     budget = min(max(LEAST_BYTES, 4 * inputs * inputs), MOST_BYTES)
@@ -83,12 +86,12 @@ def _parts(shape: tuple[int, ...], kernel: tuple[int, ...]) -> Iterator[tuple[sl
 
 
 def _blocks(a: Array, b: Array, kernel: tuple[int, ...], same: bool) -> Array:
-    """The Gram of one part as blocks [taps, channels, taps, channels]."""
+    """Compute the Gram of one part as blocks [taps, channels, taps, channels]."""
     channels, (kh, kw) = a.shape[1], kernel
     # places first and images inside: a range of rows is one matrix [places, channels] as it stands
     left = arrays.contiguous(arrays.permute(a, (2, 3, 0, 1)))
     right = left if same else arrays.contiguous(arrays.permute(b, (2, 3, 0, 1)))
-    height, width = (_filled([left, right], axis, k - 1) for axis, k in enumerate(kernel))
+    height, width = (_filled_range([left, right], axis, k - 1) for axis, k in enumerate(kernel))
     out_h, out_w = left.shape[0] - kh + 1, left.shape[1] - kw + 1
     blocks = arrays.zeros((kh, kw, channels, kh, kw, channels), left)
     for dx in range(1 - kw, kw):
@@ -108,12 +111,12 @@ def _blocks(a: Array, b: Array, kernel: tuple[int, ...], same: bool) -> Array:
     return by_tap
 
 
-def _filled(given: Sequence[Array], axis: int, most: int) -> tuple[int, int]:
-    """The range of an axis outside of which all arrays are zero; at most `most` places are left out on either side."""
+def _filled_range(given: Sequence[Array], axis: int, most: int) -> tuple[int, int]:
+    """Return the range of an axis outside of which all arrays are zero; it leaves out at most `most` places a side."""
     end = given[0].shape[axis]
 
     def blank(places: Sequence[int]) -> int:
-        """How many of the places are blank before the first that is not."""
+        """Count the places that are blank before the first that is not."""
         for count, place in enumerate(places):
             if any(bool((array[place] if axis == 0 else array[:, place]).any()) for array in given):
                 return count
@@ -124,9 +127,10 @@ def _filled(given: Sequence[Array], axis: int, most: int) -> tuple[int, int]:
 
 
 def _pieces(lag: int, taps: int, out: int, filled: tuple[int, int]) -> Iterator[tuple[int, int, list[int]]]:
-    """The pieces [start, stop) of an axis over which a[q] b[q + lag] is summed, each with the taps that visit it.
+    """Yield the pieces [start, stop) of an axis over which a[q] b[q + lag] is summed, with the taps that visit each.
 
-    out: how many places a tap visits; filled: the range outside of which a and b are zero.
+    out: how many places a tap visits
+    filled: the range outside of which a and b are zero
     """
     low, high = max(filled[0], filled[0] - lag), min(filled[1], filled[1] - lag)
     visits = {k: (max(k, low), min(k + out, high)) for k in range(max(0, -lag), taps - max(0, lag))}

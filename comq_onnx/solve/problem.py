@@ -1,4 +1,4 @@
-"""What COMQ minimizes for one matrix, made ready for the closed forms: visiting order, ridge, triangular factor.
+"""Prepare what COMQ minimizes for one matrix for the closed forms: visiting order, ridge, triangular factor.
 
 With D = W - Wq, x^ the input in the model quantized so far and e = x - x^, the target is half the float model's output
 and half W x^, so the objective of a channel is, up to a constant,
@@ -11,6 +11,7 @@ the objective is || M (w* - wq) ||^2 plus a constant, where M w* = M w + M^-T b.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,9 +22,9 @@ from scipy.linalg import lapack
 from comq_onnx.solve.grid import Array, Grid
 from comq_onnx.solve.moments import Moments
 
-# inputs that are decided before the others see them in a matrix product
+# inputs that are rounded before the others see them in a matrix product
 BLOCK = 128
-# where there are no two halves of the samples to choose it with
+# the ridge rho where there are no two halves of the samples to choose it with
 RIDGE = 0.1
 # how much of the difference to the float model's output a layer is to make up for
 MISMATCH = 0.5
@@ -31,48 +32,64 @@ MISMATCH = 0.5
 
 @dataclass(frozen=True)
 class Problem:
-    """One group's problem; inputs in visiting order, from the one with the largest G_ii on."""
+    """Describe one group's problem; inputs in visiting order, from the one with the largest G_ii on.
 
-    order: npt.NDArray[np.intp]  # [in]
-    h: Array  # H [in, in]
-    unit: Array  # M over its diagonal [in, in], ones on the diagonal; what is above it is not to be read
-    root: Array  # the diagonal of M [in]
-    mismatch: Array | None  # E / 2 [in, in]
-    block: npt.NDArray[np.intp]  # the scale block of each input [in]
+    order: the inputs in visiting order, [in]
+    h: H, [in, in]
+    unit: M over its diagonal, [in, in], with ones on the diagonal; what is above it must not be read
+    root: the diagonal of M, [in]
+    mismatch: E / 2, [in, in]; None where x^ is x
+    block: the block of the scale of each input, [in]
+    grid: the grid of the weight
+    """
+
+    order: npt.NDArray[np.intp]
+    h: Array
+    unit: Array
+    root: Array
+    mismatch: Array | None
+    block: npt.NDArray[np.intp]
     grid: Grid
 
     @property
     def bounds(self) -> tuple[np.float32, np.float32]:
-        """The lowest and the highest code, as kernels want them."""
+        """Return the lowest and the highest code in the type that kernels take."""
         return np.float32(self.grid.qmin), np.float32(self.grid.qmax)
 
 
 @dataclass(frozen=True)
 class Arranged:
-    """A group's moments in visiting order, in float32: gram, mismatch E / 2, and the noise that centring leaves."""
+    """Hold a group's moments in visiting order, in float32.
+
+    order: the inputs in visiting order, [in]; some of the layer's, or all
+    gram: G, [in, in]
+    mismatch: E / 2, [in, in]; None where x^ is x
+    noise: what centring leaves of constant inputs in the Gram
+    inputs: how many inputs the layer has
+    """
 
     order: npt.NDArray[np.intp]
     gram: Array
     mismatch: Array | None
     noise: float
-    inputs: int  # of the layer: `order` may be some of them
+    inputs: int
 
 
 def visiting_order(gram: npt.NDArray[np.float64]) -> npt.NDArray[np.intp]:
-    """Inputs in decreasing order of their power G_ii."""
+    """Return the inputs in decreasing order of their power G_ii; gram [in, in]."""
     return np.argsort(-np.diag(gram), kind="stable")
 
 
-def arrange(statistics: Moments, order: npt.NDArray[np.intp] | None = None) -> Arranged:
-    """The moments of one group in `order` (None: visiting_order)."""
+def arrange(moments: Moments, order: npt.NDArray[np.intp] | None = None) -> Arranged:
+    """Put the moments of one group (a stack of one) in `order`; None for visiting_order."""
     if order is None:
-        order = visiting_order(statistics.gram[0])
+        order = visiting_order(moments.gram[0])
     mismatch = None
-    if statistics.cross is not None:
-        mismatch = np.float32(MISMATCH) * _ordered(statistics.cross[0], order)
-    # what is left of a constant input
-    noise = 1e-6 * float((statistics.mean[0] ** 2).sum())
-    return Arranged(order, _ordered(statistics.gram[0], order), mismatch, noise, len(statistics.gram[0]))
+    if moments.cross is not None:
+        mismatch = np.float32(MISMATCH) * _ordered(moments.cross[0], order)
+    # centring leaves so much of a constant input
+    noise = 1e-6 * float((moments.mean[0] ** 2).sum())
+    return Arranged(order, _ordered(moments.gram[0], order), mismatch, noise, len(moments.gram[0]))
 
 
 def _ordered(matrix: npt.NDArray[np.float64], order: npt.NDArray[np.intp]) -> Array:
@@ -80,9 +97,10 @@ def _ordered(matrix: npt.NDArray[np.float64], order: npt.NDArray[np.intp]) -> Ar
 
 
 def pose(arranged: Arranged, grid: Grid, ridge: float = RIDGE) -> Problem:
-    """The problem of a group, with `ridge` times the mean of the Gram's diagonal added to it, and more than noise.
+    """Make the problem of a group: H is its Gram with a ridge, and M the factor of H.
 
-    Raises numpy.linalg.LinAlgError for what is no Gram at all.
+    The ridge is `ridge` times the mean of the Gram's diagonal, at least the noise, and larger where there is no factor.
+    Raises numpy.linalg.LinAlgError where `gram` is no Gram matrix.
     """
     h = arranged.gram.copy()
     diagonal = np.diag(h).copy()
@@ -104,12 +122,12 @@ def pose(arranged: Arranged, grid: Grid, ridge: float = RIDGE) -> Problem:
 
 
 def factor(h: Array) -> tuple[Array, Array]:
-    """M over its diagonal [n, n], and the diagonal [n], with H = M^T M and M lower triangular.
+    """Return M over its diagonal [n, n] and the diagonal [n], with H = M^T M and M lower triangular.
 
     M is the Cholesky factor of H in reversed order, read backwards. Raises numpy.linalg.LinAlgError where H is not
     positive definite.
     """
-    reverse = h[::-1, ::-1].copy()  # ascontiguousarray would not copy a single number, and it is overwritten
+    reverse = h[::-1, ::-1].copy()  # ascontiguousarray does not copy a single number, and this is overwritten
     try:
         lower = _cholesky(reverse)
     except scipy.linalg.LinAlgError:
@@ -121,14 +139,17 @@ def factor(h: Array) -> tuple[Array, Array]:
 
 
 def _cholesky(a: Array) -> Array:
-    """The lower Cholesky factor of `a`, in its place; a block of columns at a time, so that almost all is matrix
-    products (1.7 times as fast as LAPACK's here)."""
-    for start in range(0, len(a), BLOCK):
-        here, below = slice(start, start + BLOCK), slice(start + BLOCK, None)
+    """Overwrite `a` with its lower Cholesky factor.
+
+    It is made a block of columns at a time, so that almost all work is matrix products: measured 1.7 times as fast as
+    LAPACK's.
+    """
+    for here in block_slices(len(a)):
+        start, below = here.start, slice(here.stop, None)
         if start:
             a[here, here] -= a[here, :start] @ a[here, :start].T
         a[here, here] = scipy.linalg.cholesky(a[here, here], lower=True, check_finite=False)
-        if start + BLOCK < len(a):
+        if here.stop < len(a):
             if start:
                 a[below, here] -= a[below, :start] @ a[here, :start].T
             inverse, _ = lapack.strtri(a[here, here], lower=1)
@@ -136,29 +157,39 @@ def _cholesky(a: Array) -> Array:
     return a
 
 
+def block_slices(inputs: int) -> Iterator[slice]:
+    """Yield slices of consecutive inputs, BLOCK at a time."""
+    return (slice(start, min(start + BLOCK, inputs)) for start in range(0, inputs, BLOCK))
+
+
 @dataclass(frozen=True)
 class Part:
-    """Some of the channels of a problem, in visiting order."""
+    """Describe some channels of a problem, inputs in visiting order.
+
+    w: W, [channels, in]
+    pull: B, [channels, in]; None where x^ is x
+    zero: zero points, [channels, blocks]
+    """
 
     problem: Problem
-    w: Array  # [channels, in]
-    pull: Array | None  # B [channels, in]
-    zero: Array  # [channels, blocks]
+    w: Array
+    pull: Array | None
+    zero: Array
 
     def gradient(self, codes: Array, scale: Array) -> Array:
-        """V = (W - Wq) H + B, [channels, in]: from small numbers, no difference of large ones."""
+        """Compute V = (W - Wq) H + B, [channels, in], from small numbers: no difference of large ones."""
         v = (self.w - codes * scale[:, self.problem.block]) @ self.problem.h
         return v if self.pull is None else v + self.pull
 
     def objective(self, codes: Array, scale: Array) -> npt.NDArray[np.float64]:
-        """D H D^T + 2 D B^T of each channel."""
+        """Compute D H D^T + 2 D B^T of each channel: [channels]."""
         d = self.w - codes * scale[:, self.problem.block]
         v = d @ self.problem.h
         total = np.einsum("cn,cn->c", d, v if self.pull is None else v + 2 * self.pull, dtype=np.float64)
         return np.asarray(total)
 
     def optimum(self) -> Array:
-        """W* = W + B H^-1, [channels, in]: what the weight would be without a grid."""
+        """Return W* = W + B H^-1, [channels, in]: the best weight if there were no grid."""
         if self.pull is None:
             return self.w
         m = np.tril(self.problem.unit) * self.problem.root[:, None]
@@ -166,13 +197,13 @@ class Part:
         return self.w + np.asarray(scipy.linalg.solve_triangular(m, half, lower=True, check_finite=False).T, np.float32)
 
     def whole(self) -> Array:
-        """M w* over M's diagonal, [in, channels]."""
-        problem, n = self.problem, self.w.shape[1]
+        """Return M w* over M's diagonal, [in, channels]: what Babai rounding starts from."""
+        problem = self.problem
         w = np.ascontiguousarray(self.w.T)
         whole = np.empty_like(w)
-        for start in range(0, n, BLOCK):
-            here = slice(start, min(start + BLOCK, n))
-            whole[here] = problem.unit[here, :start] @ w[:start] + np.tril(problem.unit[here, here]) @ w[here]
+        for here in block_slices(len(w)):
+            before = slice(0, here.start)
+            whole[here] = problem.unit[here, before] @ w[before] + np.tril(problem.unit[here, here]) @ w[here]
         if self.pull is not None:
             # M^-T b, M = root * unit
             rest = scipy.linalg.solve_triangular(
@@ -183,7 +214,7 @@ class Part:
 
 
 def take_part(problem: Problem, weight: Array, zero: Array) -> Part:
-    """The part of channels `weight` [channels, in], as the layer has them, with zero points [channels, blocks]."""
+    """Take channels of a problem: their weight [channels, in], inputs as in the layer, and zeros [channels, blocks]."""
     w = np.ascontiguousarray(weight[:, problem.order])
     pull = None if problem.mismatch is None else w @ problem.mismatch.T
     return Part(problem, w, pull, zero)

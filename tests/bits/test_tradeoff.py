@@ -101,7 +101,7 @@ def test_points_are_kept_by_count_and_by_expectation() -> None:
     assert unlucky.said.startswith("3.1 points of agreement are lost (0.")
 
 
-# Tradeoff ----------------------------------------------------------------------------------------------------------------
+# Tradeoff -------------------------------------------------------------------------------------------------------------
 
 COUNTS = {"a": 1000, "b": 4000, "table": 8000}
 REST = 500

@@ -25,8 +25,7 @@ from comq_onnx.model.operators import MatMul
 from comq_onnx.plan import smoothing as smooth
 from comq_onnx.runtime import session as runtime
 from comq_onnx.samples.samples import Samples
-from comq_onnx.solve import moment_sums as moments
-from comq_onnx.solve import patches
+from comq_onnx.solve import moments, patches
 from comq_onnx.solve.layer import METHODS
 from models import (
     Arrays,

@@ -1,4 +1,4 @@
-"""Bit planes: taken apart and put together again, and refined without leaving the grid."""
+"""Test bit planes: taken apart and put together again, and refined without leaving the grid."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from layers import posed, walk
 
 from comq_onnx.solve.bitsplit import refine, split, stitch
-from comq_onnx.solve.comq import EFFORTS, _babai, _better, solve_comq
+from comq_onnx.solve.comq import solve_comq
+from comq_onnx.solve.effort import EFFORTS
 from comq_onnx.solve.grid import Array, Grid, fit_mse
 from comq_onnx.solve.problem import Part, arrange, pose, take_part
+from comq_onnx.solve.rounding import babai, better_of
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -32,7 +34,7 @@ def test_bit_planes_put_together_are_the_codes(bits: int) -> None:
 
 
 def test_refining_a_channel_does_not_depend_on_the_others() -> None:
-    """Nor on how large their codes are."""
+    """Test that it does not depend on how large their codes are either."""
     for grid in (Grid(3), Grid(4, symmetric=False), Grid(6, block_size=16)):
         part, scale, start = rounded(grid)
         found = refine(part, start, scale, part.zero)
@@ -43,13 +45,15 @@ def test_refining_a_channel_does_not_depend_on_the_others() -> None:
 
 
 def rounded(grid: Grid) -> tuple[Part, Array, Array]:
-    """Thirty channels, their scales and their plainly rounded codes: these leave much to refine, Babai's hardly
-    anything."""
+    """Return thirty channels, their scales and their plainly rounded codes.
+
+    These leave much to refine; Babai's leave hardly anything.
+    """
     rng = np.random.default_rng(0)
     x = walk(rng, 200, 40)
     weight = rng.standard_normal((30, 40)).astype(np.float32)
     (scale,), (zero,) = fit_mse(weight[None], grid)
-    moments = oracle.statistics(x, (x + 0.1 * rng.standard_normal(x.shape)).astype(np.float32))
+    moments = oracle.moments_of(x, (x + 0.1 * rng.standard_normal(x.shape)).astype(np.float32))
     part = take_part(pose(arrange(moments), grid), weight, zero.astype(np.float32))
     of = part.problem.block
     codes = np.clip(np.rint(part.w / scale[:, of]), *(np.float32(b) - part.zero[:, of] for b in (grid.qmin, grid.qmax)))
@@ -60,7 +64,7 @@ def rounded(grid: Grid) -> tuple[Part, Array, Array]:
 @given(posed())
 def test_refined_codes_are_on_the_grid(given_: tuple[Part, Array]) -> None:
     part, scale = given_
-    (start,), _ = _babai([part], [part.whole()], [scale], [part.zero])
+    (start,), _ = babai([part], [part.whole()], [scale], [part.zero])
     before = start.codes.copy()
     refined = refine(part, start.codes, start.scale, start.zero)
     assert np.array_equal(start.codes, before)
@@ -71,7 +75,7 @@ def test_refined_codes_are_on_the_grid(given_: tuple[Part, Array]) -> None:
     assert codes.max() <= grid.qmax
     # kept only where it is the better of the two
     other = replace(start, codes=refined)
-    (best,) = _better([part], [start], [other])
+    (best,) = better_of([part], [start], [other])
     costs = [part.objective(one.codes, one.scale) for one in (best, start, other)]
     assert (costs[0] <= np.minimum(costs[1], costs[2])).all()
 
@@ -97,7 +101,7 @@ def test_refining_changes_codes_and_wins_something() -> None:
     rng = np.random.default_rng(0)
     x = rng.standard_normal((1, 300, 60)) @ rng.standard_normal((60, 60))
     weight, grid = rng.standard_normal((1, 40, 60)).astype(np.float32), Grid(4)
-    moments = oracle.statistics(x.astype(np.float32))
+    moments = oracle.moments_of(x.astype(np.float32))
     with_it = replace(EFFORTS["default"], bit_split=True)
     objective = oracle.Objective(weight, moments)
     before, after = (objective(solve_comq(weight, moments, grid, e).dequantize()) for e in ("default", with_it))

@@ -1,4 +1,4 @@
-"""The solver on torch tensors is the one on numpy arrays: the same codes up to ties, the same errors.
+"""Test that the solver on torch tensors is the one on numpy arrays: the same codes up to ties, the same errors.
 
 The tensors lie on COMQ_TEST_DEVICE, the CPU by default: the code is that of a GPU, but for the Triton kernel, which is
 interpreted here.
@@ -27,33 +27,34 @@ from comq_onnx.solve.moments import Moments
 
 torch_device()
 torch = pytest.importorskip("torch")
-gpu = importlib.import_module("comq_onnx.solve.gpu.solver")
-step = importlib.import_module("comq_onnx.solve.gpu.step")
+clip, problem, ridge, solver, step = (
+    importlib.import_module(f"comq_onnx.solve.gpu.{name}") for name in ("clip", "problem", "ridge", "solver", "step")
+)
 
 FAST = Method(effort="fast")
 MOMENTS = ("gram", "mean", "cross", "residue", "mean_error")
 
 
-def tensors(statistics: Moments) -> Moments:
-    """The moments as tensors."""
-    half = None if statistics.half is None else tensors(statistics.half)
-    found = {name: getattr(statistics, name) for name in MOMENTS}
-    return replace(statistics, half=half, **{k: None if v is None else as_tensor(v) for k, v in found.items()})
+def tensors(moments: Moments) -> Moments:
+    """Return the moments as tensors."""
+    half = None if moments.half is None else tensors(moments.half)
+    found = {name: getattr(moments, name) for name in MOMENTS}
+    return replace(moments, half=half, **{k: None if v is None else as_tensor(v) for k, v in found.items()})
 
 
 def layer(
     condition: str, groups: int, out: int, inputs: int, mismatch: float = 0.1
 ) -> tuple[np.ndarray, Moments]:  # fmt: skip
-    """A weight and its moments of two halves."""
+    """Make a weight and its moments of two halves."""
     rng = np.random.default_rng(groups * out * inputs)
     x = rows(rng, condition, groups, 400, inputs)
     hat = (x + mismatch * x.std() * rng.standard_normal(x.shape)).astype(np.float32) if mismatch else None
     weight = rng.standard_normal((groups, out, inputs)).astype(np.float32)
-    return weight, oracle.statistics(x, hat, True)
+    return weight, oracle.moments_of(x, hat, True)
 
 
 def same(ours: Solution, theirs: Solution) -> None:
-    """What the two forms of the solver must have in common."""
+    """Check what the two forms of the solver must have in common."""
     on_grid(ours.weight)
     assert (ours.weight.codes == theirs.weight.codes).mean() >= 0.999
     # float32 sums in another order, and what a tie did
@@ -91,26 +92,26 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_tensors_are_solved_as_arrays_are(name: str) -> None:
     method, grid, condition, groups, out, inputs = CASES[name]
-    weight, statistics = layer(condition, groups, out, inputs)
+    weight, moments = layer(condition, groups, out, inputs)
     assert method.on_device(inputs, grid)
     for has_bias in (True, False) if name == "4 bits" else (True,):
         same(
-            solve(weight, tensors(statistics), grid, method, has_bias),
-            solve(weight, statistics, grid, method, has_bias),
+            solve(weight, tensors(moments), grid, method, has_bias),
+            solve(weight, moments, grid, method, has_bias),
         )
 
 
 def test_without_a_mismatch_and_without_halves_tensors_are_solved_as_arrays_are() -> None:
-    weight, statistics = layer("correlated", 1, 40, 80, mismatch=0)
-    for given in (statistics, replace(statistics, half=None)):
+    weight, moments = layer("correlated", 1, 40, 80, mismatch=0)
+    for given in (moments, replace(moments, half=None)):
         same(solve(weight, tensors(given), Grid(4, False)), solve(weight, given, Grid(4, False)))
 
 
 def test_layers_of_one_input_are_solved_together() -> None:
-    weight, statistics = layer("correlated", 1, 40, 80)
+    weight, moments = layer("correlated", 1, 40, 80)
     several = [weight[:, :13], weight[:, 13:]]
     for ours, theirs in zip(
-        solve_together(several, tensors(statistics), Grid(4)), solve_together(several, statistics, Grid(4)), strict=True
+        solve_together(several, tensors(moments), Grid(4)), solve_together(several, moments, Grid(4)), strict=True
     ):
         same(ours, theirs)
 
@@ -127,43 +128,43 @@ def test_layers_of_one_input_are_solved_together() -> None:
 def test_what_is_solved_on_the_cpu_is_the_same_to_the_byte(
     method: Method, grid: Grid, groups: int, inputs: int
 ) -> None:
-    weight, statistics = layer("correlated", groups, 12, inputs)
+    weight, moments = layer("correlated", groups, 12, inputs)
     assert not method.on_device(inputs, grid)
-    ours, theirs = solve(weight, tensors(statistics), grid, method), solve(weight, statistics, grid, method)
+    ours, theirs = solve(weight, tensors(moments), grid, method), solve(weight, moments, grid, method)
     assert np.array_equal(ours.weight.codes, theirs.weight.codes)
     assert (ours.error, ours.rtn_error) == (theirs.error, theirs.rtn_error)
 
 
 def test_more_channels_than_are_searched_at_once_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight, statistics = layer("correlated", 2, 30, 50)
-    whole = solve(weight, tensors(statistics), Grid(4, False))
-    monkeypatch.setattr(gpu, "MOST_NUMBERS", 7 * 5 * 2 * 50)
-    parts = solve(weight, tensors(statistics), Grid(4, False))
+    weight, moments = layer("correlated", 2, 30, 50)
+    whole = solve(weight, tensors(moments), Grid(4, False))
+    monkeypatch.setattr(solver, "MOST_NUMBERS", 7 * 5 * 2 * 50)
+    parts = solve(weight, tensors(moments), Grid(4, False))
     assert (whole.weight.codes == parts.weight.codes).mean() >= 0.999
 
 
 def test_solving_twice_gives_the_same_bytes() -> None:
-    weight, statistics = layer("correlated", 1, 40, 140)
-    first, second = (solve(weight, tensors(statistics), Grid(4, False)) for _ in range(2))
+    weight, moments = layer("correlated", 1, 40, 140)
+    first, second = (solve(weight, tensors(moments), Grid(4, False)) for _ in range(2))
     assert first.weight.codes.tobytes() == second.weight.codes.tobytes()
     assert first.weight.scale.tobytes() == second.weight.scale.tobytes()
 
 
 def test_the_ridge_and_the_errors_at_other_widths_are_the_same() -> None:
     for condition in ("white", "few"):
-        weight, statistics = layer(condition, 1, 30, 70)
-        own = gpu.choose_ridge(as_tensor(weight), tensors(statistics), Grid(4))
-        assert own == gpu_free_ridge(weight, statistics)
+        weight, moments = layer(condition, 1, 30, 70)
+        own = ridge.choose_ridge(as_tensor(weight), tensors(moments), Grid(4))
+        assert own == gpu_free_ridge(weight, moments)
         widths = [Grid(2), Grid(4)]
         np.testing.assert_allclose(
-            errors_at(weight, tensors(statistics), widths, FAST), errors_at(weight, statistics, widths, FAST), rtol=1e-4
+            errors_at(weight, tensors(moments), widths, FAST), errors_at(weight, moments, widths, FAST), rtol=1e-4
         )
 
 
-def gpu_free_ridge(weight: np.ndarray, statistics: Moments) -> float:
-    from comq_onnx.solve.comq import choose_ridge
+def gpu_free_ridge(weight: np.ndarray, moments: Moments) -> float:
+    from comq_onnx.solve.ridge import choose_ridge
 
-    return choose_ridge(weight, statistics, Grid(4))
+    return choose_ridge(weight, moments, Grid(4))
 
 
 @pytest.mark.parametrize("grid", [Grid(4, False), Grid(3), Grid(4, False, block_size=20), Grid(4, per_tensor=True)])
@@ -171,25 +172,25 @@ def test_the_clip_is_the_one_of_least_rounding_error(grid: Grid) -> None:
     from comq_onnx.solve.grid import fit_mse, rtn
 
     weight = np.random.default_rng(0).standard_normal((2, 30, 50)).astype(np.float32) ** 3
-    for ours, theirs in zip(gpu._fit_mse(as_tensor(weight), grid), fit_mse(weight, grid), strict=True):
+    for ours, theirs in zip(clip.fit_mse(as_tensor(weight), grid), fit_mse(weight, grid), strict=True):
         assert np.array_equal(on_host(ours), theirs)
-    assert np.array_equal(gpu.round_to_nearest(as_tensor(weight), grid).codes, rtn(weight, grid).codes)
+    assert np.array_equal(clip.round_to_nearest(as_tensor(weight), grid).codes, rtn(weight, grid).codes)
 
 
 def test_moments_that_are_off_by_more_than_the_ridge_get_a_larger_one() -> None:
-    _, statistics = layer("white", 2, 5, 40)
-    broken = statistics.gram.copy()
+    _, moments = layer("white", 2, 5, 40)
+    broken = moments.gram.copy()
     broken[1, 0, 1] = broken[1, 1, 0] = 3  # no Gram has more off its diagonal than on it
-    problem = gpu.pose(gpu.arrange(tensors(replace(statistics, gram=broken))), Grid(4), 0.1)
-    m = problem.unit * problem.root[:, :, None]
-    np.testing.assert_allclose(on_host(m.mT @ m), on_host(problem.h), atol=1e-3)
-    assert float(problem.h[1, 0, 0]) > 2 > float(problem.h[0, 0, 0])
+    posed = problem.pose(problem.arrange(tensors(replace(moments, gram=broken))), Grid(4), 0.1)
+    m = posed.unit * posed.root[:, :, None]
+    np.testing.assert_allclose(on_host(m.mT @ m), on_host(posed.h), atol=1e-3)
+    assert float(posed.h[1, 0, 0]) > 2 > float(posed.h[0, 0, 0])
     with pytest.raises(np.linalg.LinAlgError):
-        gpu.pose(gpu.arrange(tensors(replace(statistics, gram=broken * np.nan))), Grid(4), 0.1)
+        problem.pose(problem.arrange(tensors(replace(moments, gram=broken * np.nan))), Grid(4), 0.1)
 
 
 def test_moments_are_the_same_about_the_mean_by_group_and_of_some_inputs() -> None:
-    _, statistics = layer("offset", 3, 5, 8)
+    _, moments = layer("offset", 3, 5, 8)
     some = np.array([5, 0, 3])
 
     def forms(given: Moments) -> Iterator[Moments]:
@@ -197,7 +198,7 @@ def test_moments_are_the_same_about_the_mean_by_group_and_of_some_inputs() -> No
         assert halves is not None
         yield from (given.centred(), given.group(1), given.groups(np.array([2, 0])), given.take(some), *halves)
 
-    for ours, theirs in zip(forms(tensors(statistics)), forms(statistics), strict=True):
+    for ours, theirs in zip(forms(tensors(moments)), forms(moments), strict=True):
         for name in MOMENTS:
             a, b = getattr(ours, name), getattr(theirs, name)
             assert (a is None) == (b is None)
@@ -215,7 +216,7 @@ def test_the_triton_kernel_takes_the_steps_that_torch_takes(
     groups: int, inputs: int, columns: int, scales: int
 ) -> None:
     device = torch_device()
-    if device.type != "cuda" and not step._interpreted():
+    if device.type != "cuda" and not step.is_interpreted():
         pytest.skip("Triton runs on a GPU, or interpreted: test_the_triton_kernel_is_right_as_triton_interprets_it")
     random = torch.Generator().manual_seed(0)
 
@@ -227,7 +228,7 @@ def test_the_triton_kernel_takes_the_steps_that_torch_takes(
     block = torch.randint(0, scales, (groups, inputs), generator=random).to(device)
     given = torch.randint(-8, 8, (groups, inputs + 9, columns), generator=random).float().to(device)
     found = []
-    for run in (step.step_in_torch, lambda *args: step._launched(step._kernel(), *args)):
+    for run in (step.step_in_torch, step.step_in_triton):
         targets, codes = v.clone(), given.clone()
         # codes are a part of a larger array, as the solver has them
         change = run(targets, a, own + 0.5, scale, low, low + 15, block, codes[:, 4 : 4 + inputs])

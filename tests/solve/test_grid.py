@@ -1,4 +1,4 @@
-"""The grid: every weight lands on it, 0 among its values, and ONNX Runtime dequantizes it to the same numbers."""
+"""Test that weights land on the grid, 0 among its values, and that ONNX Runtime dequantizes to the same numbers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from comq_onnx.solve.grid import Grid, QuantizedWeight, fit_minmax, fit_mse, round_to_grid, rtn
+from comq_onnx.solve.grid import Grid, QuantizedWeight, check_codes, fit_minmax, fit_mse, round_to_grid, rtn
 
 ALL_BITS = range(2, 9)
 QUICK = settings(max_examples=40, deadline=None, derandomize=True)
@@ -38,7 +38,7 @@ def weights(draw: st.DrawFn) -> np.ndarray:
 
 
 def valid(quantized: QuantizedWeight) -> None:
-    """Codes and zero points on the grid, scales positive normal numbers, one per block of each channel."""
+    """Check codes and zero points on the grid, and scales: positive normal numbers, one per block of each channel."""
     grid, (groups, out, inputs) = quantized.grid, quantized.codes.shape
     assert quantized.codes.dtype == quantized.zero_point.dtype == np.int8
     assert quantized.scale.dtype == np.float32
@@ -202,7 +202,7 @@ def test_extreme_weights_still_get_a_valid_grid(size: float, symmetric: bool) ->
     ],
 )
 def test_the_largest_float32_gets_a_valid_grid(fit, symmetric: bool) -> None:
-    """A table of masks holds -3.4e38."""
+    """Quantize -3.4e38, which a table of masks holds."""
     weight = np.asarray([[[-1, 1, 0.5, 0] * 5]], np.float32) * np.finfo(np.float32).max
     grid = Grid(4, symmetric)
     with np.errstate(over="ignore", invalid="ignore"):
@@ -238,3 +238,23 @@ def test_dequantize_is_onnx_runtimes_dequantize_linear(weight: np.ndarray, grid:
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10)
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     assert np.array_equal(session.run(None, {})[0].reshape(weight.shape), quantized.dequantize())
+
+
+@pytest.mark.parametrize(("code", "scale", "message"), [
+    (7, 1.0, None),
+    (-8, 1e-38, None),
+    (8, 1.0, r"codes outside \[-8, 7\]"),
+    (-9, 1.0, r"codes outside \[-8, 7\]"),
+    (0, 0.0, "a scale is not a positive number"),
+    (0, -1.0, "a scale is not a positive number"),
+    (0, np.inf, "a scale is not a positive number"),
+    (0, np.nan, "a scale is not a positive number"),
+])  # fmt: skip
+def test_codes_off_the_grid_and_scales_that_are_no_scales_are_caught(code: int, scale: float, message: str) -> None:
+    weight = rtn(np.ones((1, 1, 3), np.float32), Grid(4))
+    weight.codes[0, 0, 1], weight.scale[0, 0, 0] = code, scale
+    if message is None:
+        assert check_codes(weight) is weight.codes
+        return
+    with pytest.raises(ValueError, match=message):
+        check_codes(weight)

@@ -1,84 +1,18 @@
-"""The compiled loops against slow ones in float64, away from ties, and against all codes where these are few."""
+"""Test the compiled loops against slow ones in float64, away from ties, and against all codes where these are few."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import oracle
 import pytest
+from problems import HIGH, LOW, TIE, Few, few
 
 from comq_onnx.solve import kernels
-from comq_onnx.solve.comq import FLIP_TOLERANCE, SMALL_SCALE_CANDIDATES
-from comq_onnx.solve.grid import Grid, fit_mse
-
-# how near to a tie float32 may round the other way: sums of some tens of products of a few steps each
-TIE = 1e-3
-LOW, HIGH = np.float32(-4), np.float32(3)
-
-
-@dataclass(frozen=True)
-class Few:
-    """A small problem as the kernels see it: h [in, in], w [channels, in], scale and zero [channels, blocks]."""
-
-    h: np.ndarray
-    w: np.ndarray
-    pull: np.ndarray
-    scale: np.ndarray
-    zero: np.ndarray
-    block: np.ndarray
-
-    @property
-    def step(self) -> np.ndarray:
-        """The scale of each code [channels, in]."""
-        return self.scale[:, self.block].astype(np.float64)
-
-    @property
-    def low(self) -> np.ndarray:
-        """The least code less the zero point [channels, in]."""
-        return LOW - self.zero[:, self.block].astype(np.float64)
-
-    @property
-    def high(self) -> np.ndarray:
-        """The largest."""
-        return HIGH - self.zero[:, self.block].astype(np.float64)
-
-    @property
-    def optimum(self) -> np.ndarray:
-        """W* = W + B H^-1 [channels, in]."""
-        return self.w + np.linalg.solve(self.h.astype(np.float64), self.pull.T).T
-
-    def gradient(self, codes: np.ndarray) -> np.ndarray:
-        """V in float64 [channels, in]."""
-        return (self.w - codes * self.step) @ self.h.astype(np.float64) + self.pull
-
-    def loss(self, codes: np.ndarray, channel: int) -> np.ndarray:
-        """(w* - wq) H (w* - wq)^T of one channel's codes [..., in]."""
-        d = self.optimum[channel] - codes * self.step[channel]
-        return np.einsum("...i,ij,...j->...", d, self.h.astype(np.float64), d)
-
-    def start(self) -> tuple[np.ndarray, np.ndarray]:
-        """Plainly rounded codes [channels, in], and their gradient as float32."""
-        codes = np.clip(np.rint(self.w / self.step), self.low, self.high).astype(np.float32)
-        return codes, self.gradient(codes).astype(np.float32)
-
-
-def few(seed: int, n: int, channels: int, blocks: int = 1, ridge: float = 0.1) -> Few:
-    """A problem of correlated inputs with zero points, blocks and a mismatch."""
-    rng = np.random.default_rng(seed)
-    x = rng.standard_normal((2 * n + 3, n)) @ rng.standard_normal((n, n))
-    h = x.T @ x / len(x)
-    h = (h + ridge * np.trace(h) / n * np.eye(n)).astype(np.float32)
-    w = rng.standard_normal((channels, n)).astype(np.float32)
-    scale = rng.uniform(0.3, 0.9, (channels, blocks)).astype(np.float32)
-    zero = rng.integers(-2, 2, (channels, blocks)).astype(np.float32)
-    pull = (0.1 * rng.standard_normal((channels, n)) @ h).astype(np.float32)
-    return Few(h, w, pull, scale, zero, np.sort(rng.integers(0, blocks, n)))
+from comq_onnx.solve.descent import MOVE_TOLERANCE
 
 
 def run_babai(problem: Few) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Codes and wq [channels, in] and sums [3, channels] of kernels.babai_block, with one block."""
+    """Return codes and wq [channels, in] and sums [3, channels] of kernels.babai_block, with one block."""
     m = oracle.lower_factor(problem.h)
     unit = (m / np.diag(m)[:, None]).astype(np.float32)
     unit[np.triu_indices(len(unit), 1)] = 1e30  # not to be read
@@ -147,7 +81,7 @@ def test_the_gradient_follows_the_moves(n: int, pairs: int) -> None:
     problem = few(n, n, 30, 2)
     codes, v = problem.start()
     before = codes.copy()
-    flip(problem, v, codes, pairs)
+    move_best_first(problem, v, codes, pairs)
     assert n == 1 or (codes != before).any()
     assert (problem.low <= codes).all()
     assert (codes <= problem.high).all()
@@ -155,9 +89,9 @@ def test_the_gradient_follows_the_moves(n: int, pairs: int) -> None:
     np.testing.assert_allclose(v, problem.gradient(codes), rtol=1e-3, atol=1e-4 * float(np.abs(v).max()))
 
 
-def flip(problem: Few, v: np.ndarray, codes: np.ndarray, pairs: int) -> None:
-    kernels.flip(
-        v, problem.h, problem.scale, problem.zero, problem.block, LOW, HIGH, codes, np.float32(FLIP_TOLERANCE), pairs
+def move_best_first(problem: Few, v: np.ndarray, codes: np.ndarray, pairs: int) -> None:
+    kernels.move_best_first(
+        v, problem.h, problem.scale, problem.zero, problem.block, LOW, HIGH, codes, np.float32(MOVE_TOLERANCE), pairs
     )
 
 
@@ -167,10 +101,10 @@ def test_single_moves_are_best_first(n: int, blocks: int) -> None:
     problem = few(n, n, 30, blocks)
     codes, v = problem.start()
     before, clear = codes.copy(), 0
-    flip(problem, v, codes, 0)
+    move_best_first(problem, v, codes, 0)
     for c in range(30):
         channel = (problem.step[c], problem.low[c], problem.high[c])
-        wanted, near = oracle.best_first(problem.h, problem.pull[c], problem.w[c], before[c], *channel, FLIP_TOLERANCE)
+        wanted, near = oracle.best_first(problem.h, problem.pull[c], problem.w[c], before[c], *channel, MOVE_TOLERANCE)
         if near > 1e-5:  # gains of some curvatures in float32
             clear += 1
             assert np.array_equal(codes[c], wanted)
@@ -185,7 +119,7 @@ def test_after_the_moves_no_code_and_no_two_along_their_gradients_move_for_the_b
         problem = few(seed, n, 4, 2, ridge)
         codes, v = problem.start()
         kernels.sweep(v, problem.h, problem.scale, problem.zero, problem.block, LOW, HIGH, codes)
-        flip(problem, v, codes, 24)
+        move_best_first(problem, v, codes, 24)
         for c in range(4):
             base, own = float(problem.loss(codes[c], c)), np.diag(problem.h) * problem.step[c] ** 2
             along = np.sign(problem.gradient(codes)[c])
@@ -197,7 +131,7 @@ def test_after_the_moves_no_code_and_no_two_along_their_gradients_move_for_the_b
                 if np.count_nonzero(move) == 2 and (move * along < 0).any():
                     continue
                 # what a move must win at least, and what float32 does to gradients
-                least = 2 * FLIP_TOLERANCE * float(own @ np.abs(move)) + 1e-5 * base
+                least = 2 * MOVE_TOLERANCE * float(own @ np.abs(move)) + 1e-5 * base
                 assert float(problem.loss(after, c)) >= base - least
             least = float(problem.loss(every_code(problem, c), c).min())
             assert base >= least * (1 - 1e-9)
@@ -207,14 +141,14 @@ def test_after_the_moves_no_code_and_no_two_along_their_gradients_move_for_the_b
 
 
 def every_code(problem: Few, channel: int) -> np.ndarray:
-    """All codes that one channel may have, less the zero point."""
+    """Return all codes that one channel may have, less the zero point."""
     n = problem.w.shape[1]
     ranges = [np.arange(problem.low[channel, i], problem.high[channel, i] + 1) for i in range(n)]
     return np.stack(np.meshgrid(*ranges, indexing="ij"), axis=-1).reshape(-1, n)
 
 
 def run_beam(problem: Few, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Codes and wq [in, channels, width] and losses [channels, width] of kernels.beam_block, with one block."""
+    """Return codes and wq [in, channels, width] and losses [channels, width] of kernels.beam_block, with one block."""
     m = oracle.lower_factor(problem.h)
     unit = (m / np.diag(m)[:, None]).astype(np.float32)
     unit[np.triu_indices(len(unit), 1)] = 1e30  # not to be read
@@ -276,81 +210,3 @@ def test_a_beam_of_one_is_babai_rounding() -> None:
     assert np.count_nonzero((straight != codes[..., 0].T).any(axis=1)) <= 2
     _, _, loss = run_beam(problem, 1)
     np.testing.assert_allclose(np.sort(loss[:, 0]), np.sort(sums[0]), rtol=0.05)
-
-
-# Few inputs -----------------------------------------------------------------------------------------------------------
-
-
-def solve_small(problem: Few, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
-    """Codes [channels, in] and scales [channels] of kernels.solve_small, from the problem's scales."""
-    m = oracle.lower_factor(problem.h)
-    optimum = problem.optimum.T.astype(np.float32)
-    q, scale = np.empty((1, *optimum.shape), np.float32), np.empty((1, optimum.shape[1]), np.float32)
-    kernels.solve_small(
-        problem.h[None], (m / np.diag(m)[:, None]).astype(np.float32)[None], optimum[None], problem.scale.T.copy(),
-        problem.zero.T.copy(), grid.qmin, grid.qmax, SMALL_SCALE_CANDIDATES, q, scale,
-    )  # fmt: skip
-    return q[0].T, scale[0]
-
-
-@pytest.mark.parametrize(("bits", "n"), [(2, 1), (2, 2), (2, 4), (2, 5), (3, 1), (3, 2), (3, 4)])
-def test_few_inputs_are_solved_nearly_exactly(bits: int, n: int) -> None:
-    """Against the best of all codes, each at the best of all scales for it."""
-    grid, over = Grid(bits), []
-    for seed in range(20):
-        whole = few(seed, n, 4)
-        (scale,), (zero,) = fit_mse(whole.w[None], grid)
-        problem = Few(whole.h, whole.w, whole.pull, scale, zero.astype(np.float32), whole.block)
-        codes, scale = solve_small(problem, grid)
-        assert (scale > 0).all()
-        assert (grid.qmin <= codes).all()
-        assert (codes <= grid.qmax).all()
-        h, every = problem.h.astype(np.float64), oracle.every_code(grid.qmin, grid.qmax, n)
-        norm = np.einsum("ki,ij,kj->k", every, h, every)
-        for c, w in enumerate(problem.optimum):
-            nothing, slope = float(w @ h @ w), every @ h @ w
-            best = nothing - float((np.where(slope > 0, slope, 0) ** 2 / np.where(norm > 0, norm, 1)).max())
-            d = w - codes[c] * float(scale[c])
-            # the scale is a float32
-            assert d @ h @ d >= best - 1e-6 * nothing
-            for move in oracle.steps(n):
-                if grid.qmin <= (codes[c] + move).min() and (codes[c] + move).max() <= grid.qmax:
-                    moved = d - move * float(scale[c])
-                    # below 1e-6 of a code's curvature moves stop
-                    assert moved @ h @ moved >= d @ h @ d - 2e-6 * (np.diag(h) @ np.abs(move)) * float(scale[c]) ** 2
-            over.append((d @ h @ d - best) / nothing)
-    # a few have a better answer, at a scale that was not tried or beyond moves of one and two codes: 1 in 14 was found
-    assert np.mean(np.asarray(over) < 1e-6) > 0.85
-    # one of n = 1 in 160 lost all: what a mismatch leaves of its weight is far below the scale
-    assert np.mean(over) < 0.02
-
-
-def test_few_inputs_of_many_groups_are_solved_as_each_alone() -> None:
-    problems = [few(seed, 9, 5) for seed in range(3)]
-    alone = [solve_small(problem, Grid(3)) for problem in problems]
-    m = [oracle.lower_factor(p.h) for p in problems]
-    optimum = np.stack([p.optimum.T.astype(np.float32) for p in problems])
-    q, scale = np.empty_like(optimum), np.empty((3, 5), np.float32)
-    kernels.solve_small(
-        np.stack([p.h for p in problems]),
-        np.stack([(one / np.diag(one)[:, None]).astype(np.float32) for one in m]),
-        optimum, np.stack([p.scale[:, 0] for p in problems]), np.stack([p.zero[:, 0] for p in problems]),
-        -4, 3, SMALL_SCALE_CANDIDATES, q, scale,
-    )  # fmt: skip
-    for k, (codes, own) in enumerate(alone):
-        assert np.array_equal(q[k].T, codes)
-        assert np.array_equal(scale[k], own)
-
-
-def test_without_a_place_for_compiled_code_kernels_compile_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    def njit(cache: bool = False, **_: object) -> Callable[[object], object]:
-        asked.append(cache)
-        if cache:  # what numba says where neither the package nor the home directory can be written
-            raise RuntimeError("cannot cache function 'double': no locator available for file 'double.py'")
-        return lambda function: function
-
-    monkeypatch.setattr(kernels.numba, "njit", njit)
-    assert kernels._compiled(lambda x: 2 * x)(21) == 42
-    assert asked == [True, False]

@@ -1,4 +1,4 @@
-"""The authors' algorithm on the Gram: the slow one on the samples, and what its parameters do."""
+"""Test the authors' algorithm on the Gram against the slow one on the samples, and what its parameters do."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GRIDS = [
 
 
 def layer() -> tuple[np.ndarray, np.ndarray]:
-    """A weight [1, 6, 20] and rows [1, 120, 20]."""
+    """Make a weight [1, 6, 20] and rows [1, 120, 20]."""
     rng = np.random.default_rng(7)
     x = (rng.standard_normal((1, 120, 20)) * np.linspace(0.5, 2, 20) + 0.2).astype(np.float32)
     return rng.standard_normal((1, 6, 20)).astype(np.float32), x
@@ -40,15 +40,17 @@ def test_sweeps_and_shrink_are_those_of_the_slow_one(options: dict[str, Any]) ->
 
 
 def alike() -> tuple[np.ndarray, np.ndarray]:
-    """A weight [1, 24, 40] and rows [1, 100, 40] whose neighbouring inputs are alike: the second sweep still changes
-    a dozen codes."""
+    """Make a weight [1, 24, 40] and rows [1, 100, 40] whose neighbouring inputs are alike.
+
+    The second sweep still changes a dozen codes.
+    """
     x = walk(np.random.default_rng(0), 100, 40)
     return np.random.default_rng(0).standard_normal((1, 24, 40)).astype(np.float32), x
 
 
 def same_as_slow(weight: np.ndarray, x: np.ndarray, grid: Grid, order: str, **options: Any) -> None:
     codes, scale = oracle.paper(weight[0], x[0], grid, order, **options)
-    fast = solve_paper(weight, oracle.statistics(x), grid, order, **options)
+    fast = solve_paper(weight, oracle.moments_of(x), grid, order, **options)
     ours = fast.codes[0].astype(int) - fast.zero_point[0]
     # float32 and float64 round a number near a half apart: two codes may differ, by one step
     assert np.count_nonzero(ours != codes) <= 2
@@ -60,7 +62,7 @@ def same_as_slow(weight: np.ndarray, x: np.ndarray, grid: Grid, order: str, **op
 
 def test_the_methods_parameters_reach_the_solver() -> None:
     weight, x = layer()
-    moments = oracle.statistics(x)
+    moments = oracle.moments_of(x)
     method = Method("paper", order="cyclic", sweeps=1, shrink=0.8)
     same(method(weight, moments, Grid(4)), solve_paper(weight, moments, Grid(4), "cyclic", 1, 0.8))
     same(Method("paper")(weight, moments, Grid(3)), solve_paper(weight, moments, Grid(3), "greedy", SWEEPS, SHRINK[3]))
@@ -76,7 +78,7 @@ def same(first: QuantizedWeight, second: QuantizedWeight) -> None:
 @pytest.mark.parametrize(("bits", "shrink"), [(2, 0.65), (3, 0.8), (4, 1.0), (8, 1.0)])
 def test_few_bits_start_from_the_authors_smaller_span(bits: int, shrink: float) -> None:
     weight, x = alike()
-    grid, moments = Grid(bits, symmetric=False), oracle.statistics(x)
+    grid, moments = Grid(bits, symmetric=False), oracle.moments_of(x)
     found = solve_paper(weight, moments, grid)
     same(found, solve_paper(weight, moments, grid, shrink=shrink))
     assert (found.codes != solve_paper(weight, moments, grid, shrink=shrink + 0.01).codes).any()
@@ -86,15 +88,15 @@ def test_few_bits_start_from_the_authors_smaller_span(bits: int, shrink: float) 
 
 def test_orders_and_sweeps_make_a_difference() -> None:
     weight, x = alike()
-    found = [solve_paper(weight, oracle.statistics(x), Grid(4), order, k).codes for order in ORDERS for k in (1, 2)]
+    found = [solve_paper(weight, oracle.moments_of(x), Grid(4), order, k).codes for order in ORDERS for k in (1, 2)]
     assert all((a != b).any() for k, a in enumerate(found) for b in found[:k])
 
 
 def test_the_papers_variant_for_a_layer_has_one_scale() -> None:
     weight, x = layer()
-    found = solve_paper(weight, oracle.statistics(x), Grid(4, per_tensor=True))
+    found = solve_paper(weight, oracle.moments_of(x), Grid(4, per_tensor=True))
     assert np.unique(found.scale).size == 1
-    h = oracle.statistics(x).gram[0]
+    h = oracle.moments_of(x).gram[0]
     q = found.codes[0].astype(np.float64)
     # <q, G w> / <q, G q> summed over the channels; the sums are float32's
     best = np.einsum("ci,ij,cj->", q, h, weight[0]) / np.einsum("ci,ij,cj->", q, h, q)
@@ -103,10 +105,10 @@ def test_the_papers_variant_for_a_layer_has_one_scale() -> None:
 
 @pytest.mark.parametrize("block", [5, 8, 20])
 def test_each_blocks_scale_is_the_best_for_its_codes_in_turn(block: int) -> None:
-    """Not in the paper: block after block, the closed form with the others' part taken off."""
+    """Take block after block, the closed form without the others' part: this is not in the paper."""
     weight, x = layer()
-    grid, moments = Grid(3, block_size=block), oracle.statistics(x)
-    found, h = solve_paper(weight, moments, grid, sweeps=5), oracle.statistics(x).gram[0]
+    grid, moments = Grid(3, block_size=block), oracle.moments_of(x)
+    found, h = solve_paper(weight, moments, grid, sweeps=5), oracle.moments_of(x).gram[0]
     of, last = grid.block_of(20), grid.blocks(20) - 1
     q, values = found.codes[0].astype(np.float64), found.dequantize()[0].astype(np.float64)
     # the last block's is fitted after all others: it is the best for what the others leave
@@ -119,7 +121,7 @@ def test_each_blocks_scale_is_the_best_for_its_codes_in_turn(block: int) -> None
 def test_groups_and_parts_are_solved_as_each_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     x = np.concatenate([walk(rng, 100, 20) for _ in range(3)])
-    weight, moments = rng.standard_normal((3, 7, 20)).astype(np.float32), oracle.statistics(x)
+    weight, moments = rng.standard_normal((3, 7, 20)).astype(np.float32), oracle.moments_of(x)
     whole = solve_paper(weight, moments, Grid(4))
     for g in range(3):
         alone = solve_paper(weight[g : g + 1], moments.group(g), Grid(4))
@@ -133,7 +135,7 @@ def test_a_dead_input_is_rounded() -> None:
     weight, x = layer()
     x = x.copy()
     x[..., 3] = 0
-    found = solve_paper(weight, oracle.statistics(x), Grid(8), sweeps=1)
+    found = solve_paper(weight, oracle.moments_of(x), Grid(8), sweeps=1)
     (scale, _) = fit_minmax(weight, Grid(8))
     wanted = np.clip(np.rint(weight[..., 3] / scale[..., 0]), -128, 127)
     assert np.array_equal(found.codes[..., 3], wanted)

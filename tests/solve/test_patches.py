@@ -1,4 +1,4 @@
-"""The Gram of patches is that of a convolution's rows; the rows themselves are tested in test_ops.
+"""Test that the Gram of patches is that of a convolution's rows; the rows themselves are tested in test_operators.
 
 Inputs are small whole numbers where equality is asked for: then every sum is exact in float32 in whatever order.
 """
@@ -31,7 +31,7 @@ def normal(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def rows(x: np.ndarray, kernel: tuple[int, ...], pads: tuple[int, ...] = (0, 0, 0, 0)) -> np.ndarray:
-    """The rows [patches, in] of a convolution, built one and all."""
+    """Return the rows [patches, in] of a convolution, built one and all."""
     conv = Conv((1, x.shape[1], *kernel), 1, (1, 1), (1, 1), pads, "NOTSET")
     return np.asarray(conv.rows(x)[0])
 
@@ -42,7 +42,7 @@ def padded(x: np.ndarray, pads: tuple[int, ...]) -> np.ndarray:
 
 
 def assert_within_rounding(found: np.ndarray, a: np.ndarray, b: np.ndarray) -> None:
-    """A float32 sum of p products, in any order, is off by at most p + 1 roundings of the sum of their magnitudes."""
+    """Check a float32 sum of p products: in any order it is off by at most p + 1 roundings of the sum of magnitudes."""
     exact = a.T.astype(np.float64) @ b
     magnitudes = np.abs(a).T.astype(np.float64) @ np.abs(b)
     assert (np.abs(found - exact) <= (len(a) + 1) * np.finfo(np.float32).eps * magnitudes).all()
@@ -50,7 +50,7 @@ def assert_within_rounding(found: np.ndarray, a: np.ndarray, b: np.ndarray) -> N
 
 @st.composite
 def convolutions(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """An input's shape, pads (also more than the kernel reaches) and a kernel (also as large as the padded image)."""
+    """Draw an input's shape, pads (also beyond the kernel's reach) and a kernel (also as large as the padded image)."""
     n, channels = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     height, width = draw(st.integers(1, 7)), draw(st.integers(1, 7))
     pads = tuple(draw(st.lists(st.integers(0, 3), min_size=4, max_size=4)))
@@ -107,7 +107,7 @@ def test_kernels_of_any_shape_have_the_gram_of_their_rows(
 
 
 def test_zeros_at_the_border_are_seen_in_both_inputs() -> None:
-    """Quantization may leave zeros in one input where the other has none, as relu leaves whole lines of them."""
+    """Leave zeros in one input where the other has none, as quantization may and relu does."""
     rng = np.random.default_rng(0)
     a, b = whole(rng, (2, 3, 8, 8)), whole(rng, (2, 3, 8, 8))
     a[:, :, :2] = a[..., -1] = b[..., :3] = 0
@@ -135,7 +135,7 @@ def test_the_gram_of_an_input_with_itself_is_exactly_symmetric(kind: Kind, chann
 
 @pytest.mark.parametrize("budget", [1, 1000, 4000, 7000, 20_000])
 def test_how_an_input_is_parted_does_not_matter(monkeypatch: pytest.MonkeyPatch, budget: int) -> None:
-    """One row of patches at a time, bands of an image, single images and several: 3.1 kB an image, 4 images."""
+    """Part by rows of patches, bands of an image, single images and several: 3.1 kB an image, 4 images."""
     rng = np.random.default_rng(0)
     shape, kernel = (4, 6, 13, 10), (3, 5)
     a, b = whole(rng, shape), whole(rng, shape)
@@ -145,7 +145,7 @@ def test_how_an_input_is_parted_does_not_matter(monkeypatch: pytest.MonkeyPatch,
     assert np.array_equal(patch_gram(a, b, kernel), expected)
     assert np.array_equal(together, expected)
 
-    visited = [rows(a[part], kernel) for part in patches._parts(shape, kernel)]
+    visited = [rows(a[part], kernel) for part in patches.input_parts(shape, kernel)]
     assert len(visited) > 1 or budget == 20_000
     assert np.array_equal(np.concatenate(visited), rows(a, kernel))
 

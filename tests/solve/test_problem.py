@@ -1,4 +1,4 @@
-"""The problem that COMQ minimizes, against float64: its triangular factor, gradient, objective and optimum."""
+"""Test the problem that COMQ minimizes against float64: its triangular factor, gradient, objective and optimum."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ EPS = float(np.finfo(np.float32).eps)
 
 
 def gram(rng: np.random.Generator, n: int, ridge: float) -> np.ndarray:
-    """A Gram of fewer rows than inputs, with some ridge: float32 [n, n]."""
+    """Make a Gram of fewer rows than inputs, with a ridge: float32 [n, n]."""
     x = rng.standard_normal((max(n // 2, 1), n)) * np.geomspace(1, 10, n)
     g = x.T @ x / len(x)
     return (g + ridge * np.diag(g).mean() * np.eye(n)).astype(np.float32)
 
 
 def whole_factor(h: np.ndarray) -> np.ndarray:
-    """M in float64 from what `factor` gives."""
+    """Return M in float64 from what `factor` gives."""
     unit, root = factor(h)
     assert unit.dtype == root.dtype == np.float32
     assert (root > 0).all()
@@ -69,7 +69,7 @@ def test_where_float32_finds_no_factor_float64_does() -> None:
 
 
 def nearly_singular() -> np.ndarray:
-    """A matrix that is positive definite, but by less than float32 loses on the way to its factor."""
+    """Make a matrix that is positive definite, but by less than float32 loses on the way to its factor."""
     for seed in range(1000):
         rng = np.random.default_rng(seed)
         x = rng.standard_normal((6, 6)) * np.geomspace(1, 2e-4, 6)
@@ -94,8 +94,8 @@ def test_a_matrix_that_is_not_positive_definite_is_refused() -> None:
 
 
 def one_group(case: Case, ridge: float) -> tuple[Part, oracle.Objective, np.ndarray]:
-    """The first group's problem, the slow objective of it, and the order of the inputs."""
-    moments = case.statistics.group(0)
+    """Return the first group's channels, the slow objective of it, and the order of the inputs."""
+    moments = case.moments.group(0)
     problem = pose(arrange(moments), case.grid, ridge)
     blocks = case.grid.blocks(case.weight.shape[-1])
     zero = np.zeros((case.weight.shape[1], blocks), np.float32)
@@ -108,7 +108,7 @@ def one_group(case: Case, ridge: float) -> tuple[Part, oracle.Objective, np.ndar
 def test_the_inputs_come_by_decreasing_power_and_keep_their_blocks(case: Case, ridge: float) -> None:
     part, slow, order = one_group(case, ridge)
     assert sorted(order) == list(range(len(order)))
-    assert (np.diff(np.diag(case.statistics.gram[0])[order]) <= 0).all()
+    assert (np.diff(np.diag(case.moments.gram[0])[order]) <= 0).all()
     assert np.array_equal(part.problem.block, case.grid.block_of(len(order))[order])
     assert np.array_equal(part.w, case.weight[0][:, order])
     # float32 of float64 sums, and the ridge
@@ -128,7 +128,7 @@ def test_gradient_and_objective_are_those_of_float64(case: Case, ridge: float, s
     within = 2 * values.shape[-1] * EPS * slow.terms(values)[0]
     assert (np.abs(part.objective(codes, scale) - slow(values)[0]) <= within).all()
     d = np.abs(case.weight[:1] - values.astype(np.float64))
-    terms = (d @ np.abs(slow.h) + np.abs(case.weight[:1]) @ np.abs(mismatch(case.statistics)))[0][:, order]
+    terms = (d @ np.abs(slow.h) + np.abs(case.weight[:1]) @ np.abs(mismatch(case.moments)))[0][:, order]
     found = part.gradient(codes, scale)
     assert (np.abs(found - slow.gradient(values)[0][:, order]) <= 2 * values.shape[-1] * EPS * terms).all()
 
@@ -163,7 +163,7 @@ def test_the_wholes_blocks_do_not_change_it(monkeypatch: pytest.MonkeyPatch) -> 
     rng = np.random.default_rng(0)
     x = rows(rng, "white", 1, 90, 40)
     weight = rng.standard_normal((5, 40)).astype(np.float32)
-    moments = oracle.statistics(x, (x + 0.1 * rng.standard_normal(x.shape)).astype(np.float32))
+    moments = oracle.moments_of(x, (x + 0.1 * rng.standard_normal(x.shape)).astype(np.float32))
     part = take_part(pose(arrange(moments), Grid(4)), weight, np.zeros((5, 1), np.float32))
     whole = part.whole()
     monkeypatch.setattr("comq_onnx.solve.problem.BLOCK", 7)
@@ -172,10 +172,10 @@ def test_the_wholes_blocks_do_not_change_it(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_some_of_the_inputs_pose_a_problem_of_their_own() -> None:
-    """What choose_ridge asks for: every other input, each in its block."""
+    """Take every other input, as choose_ridge does, each in its block."""
     rng = np.random.default_rng(0)
     x = rows(rng, "white", 1, 90, 40)
-    moments, grid = oracle.statistics(x, x * np.float32(1.1)), Grid(4, block_size=16)
+    moments, grid = oracle.moments_of(x, x * np.float32(1.1)), Grid(4, block_size=16)
     order = np.asarray([30, 2, 17, 8])
     problem = pose(arrange(moments, order), grid)
     part = take_part(problem, rng.standard_normal((5, 40)).astype(np.float32), np.zeros((5, 3), np.float32))
@@ -205,7 +205,7 @@ def test_moments_that_are_off_by_more_than_the_ridge_get_a_larger_one() -> None:
 
 
 def test_what_centring_leaves_of_a_constant_input_does_not_count() -> None:
-    """A mean of 1000 squares to 1e6, of which float64 sums of float32 products keep a few parts in a million."""
+    """Square a mean of 1000 to 1e6, of which float64 sums of float32 products keep a few parts in a million."""
     left = np.full((1, 3, 3), -1e-2)
     problem = pose(arrange(Moments(left, np.full((1, 3), 1000.0), 10)), Grid(4))
     # -0.01 + 1e-6 * 3e6

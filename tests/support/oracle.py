@@ -1,4 +1,4 @@
-"""The slow truth: the layer objective and the solvers' steps, in float64 and as they are written in a paper."""
+"""Solve slowly: the layer objective and the solvers' steps, in float64 and as they are written in a paper."""
 
 from __future__ import annotations
 
@@ -14,14 +14,18 @@ from comq_onnx.solve.paper import SHRINK
 from comq_onnx.solve.problem import RIDGE
 
 
-def statistics(x: np.ndarray, x_hat: np.ndarray | None = None, halves: bool = False) -> Moments:
-    """The moments of rows x [groups, positions, in] of the float model and x_hat of the quantized one; halves: with
-    those of every other row beside them."""
+def moments_of(x: np.ndarray, x_hat: np.ndarray | None = None, halves: bool = False) -> Moments:
+    """Compute the moments of rows.
+
+    x: of the float model, [groups, positions, in]
+    x_hat: of the quantized model; None where they are equal
+    halves: with the moments of every other row beside them
+    """
     hat = (x if x_hat is None else x_hat).astype(np.float64)
     count = x.shape[1]
     half = None
     if halves and count > 1:
-        half = replace(statistics(x[:, ::2], None if x_hat is None else x_hat[:, ::2]), residue=None)
+        half = replace(moments_of(x[:, ::2], None if x_hat is None else x_hat[:, ::2]), residue=None)
 
     def moment(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return a.swapaxes(1, 2) @ b / count
@@ -39,7 +43,7 @@ def relative_error(
     x_hat: np.ndarray | None = None,
     shift: np.ndarray | None = None,
 ) -> float:
-    """||Wq X^ + shift - W X||^2 / ||W X||^2 of weights [groups, out, in], rows [groups, positions, in]."""
+    """Compute ||Wq X^ + shift - W X||^2 / ||W X||^2 of weights [groups, out, in], rows [groups, positions, in]."""
     hat = (x if x_hat is None else x_hat).astype(np.float64)
     wanted = x.astype(np.float64) @ weight.astype(np.float64).swapaxes(1, 2)
     got = hat @ quantized.astype(np.float64).swapaxes(1, 2)
@@ -54,7 +58,10 @@ def relative_error(
 def paper(
     weight: np.ndarray, x: np.ndarray, grid: Grid, order: str, sweeps: int = 3, shrink: float | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """COMQ on one matrix [out, in] and its rows [positions, in]: codes less the zero point, scales [out]."""
+    """Solve one matrix [out, in] on its rows [positions, in] as the paper does.
+
+    Returns the codes less the zero point [out, in], and the scales [out].
+    """
     w, x = weight.astype(np.float64), x.astype(np.float64)
     scale, zero = fit_minmax(weight[None], grid, SHRINK.get(grid.bits, 1.0) if shrink is None else shrink)
     scale, zero = scale[0, :, 0].astype(np.float64), zero[0, :, 0].astype(int)
@@ -78,8 +85,13 @@ def paper(
 
 
 def gptq(weight: np.ndarray, gram: np.ndarray, grid: Grid, group: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """GPTQ (arXiv 2210.17323, algorithm 1) as commonly written, of one group's matrix of weight [groups, out, in] with
-    its Gram [in, in], inputs in decreasing order of power: codes less the zero point, and how near each came to a tie.
+    """Solve one group's matrix of weight [groups, out, in] by GPTQ (arXiv 2210.17323, algorithm 1) as commonly written.
+
+    Inputs are visited in decreasing order of power.
+
+    gram: of this group, [in, in]
+
+    Returns the codes less the zero point, and how near each came to a tie.
     """
     scale, zero = (a[group].astype(np.float64) for a in fit_mse(weight, grid))
     order, block = np.argsort(-np.diag(gram), kind="stable"), grid.block_of(len(gram))
@@ -96,7 +108,7 @@ def gptq(weight: np.ndarray, gram: np.ndarray, grid: Grid, group: int = 0) -> tu
 
 
 def round_clipped(t: np.ndarray, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """clip(round(t)), and how far t is from where that becomes another number."""
+    """Return clip(round(t)), and how far t is from where that becomes another number."""
     q = np.clip(np.rint(t), low, high)
     return q, np.minimum(
         np.where(q < high, np.abs(q + 0.5 - t), np.inf), np.where(q > low, np.abs(t - q + 0.5), np.inf)
@@ -107,7 +119,7 @@ def round_clipped(t: np.ndarray, low: np.ndarray, high: np.ndarray) -> tuple[np.
 
 
 class Objective:
-    """What `solve_comq` minimizes, in float64: D H D^T + D E W^T for D = W - Wq, with the ridge in H."""
+    """Compute what `solve_comq` minimizes, in float64: D H D^T + D E W^T for D = W - Wq, with the ridge in H."""
 
     def __init__(self, weight: np.ndarray, moments: Moments, ridge: float = RIDGE) -> None:
         self.weight, n = weight.astype(np.float64), moments.gram.shape[1]
@@ -119,47 +131,51 @@ class Objective:
         self.pull = self.weight @ cross.swapaxes(1, 2)
 
     def __call__(self, quantized: np.ndarray) -> np.ndarray:
-        """The objective of each channel: [groups, out]."""
+        """Compute the objective of each channel: [groups, out]."""
         d = self.weight - quantized.astype(np.float64)
         return ((d @ self.h) * d + d * self.pull).sum(axis=-1)
 
     def gradient(self, quantized: np.ndarray) -> np.ndarray:
-        """V = D H + W E^T / 2: [groups, out, in]."""
+        """Compute V = D H + W E^T / 2: [groups, out, in]."""
         return (self.weight - quantized.astype(np.float64)) @ self.h + self.pull / 2
 
     def optimum(self) -> np.ndarray:
-        """The weight with the least objective: [groups, out, in]."""
+        """Return the weight with the least objective: [groups, out, in]."""
         return self.weight + np.linalg.solve(self.h, self.pull.swapaxes(1, 2) / 2).swapaxes(1, 2)
 
     def terms(self, quantized: np.ndarray) -> np.ndarray:
-        """The sizes of the terms that the objective adds up: what float32 may lose some eps of. [groups, out]."""
+        """Add up the sizes of the terms of the objective, of which float32 may lose some eps: [groups, out]."""
         d = np.abs(self.weight - quantized)
         return ((d @ np.abs(self.h)) * d + d * np.abs(self.pull)).sum(axis=-1)
 
     def after_one_step(self, quantized: np.ndarray, channel: tuple[int, int], i: int, by: float) -> float:
-        """What one channel's objective changes by when its input i's weight does."""
+        """Return by how much one channel's objective changes when the weight of its input i does."""
         moved = quantized.astype(np.float64)
         before = self(moved)[channel]
         moved[(*channel, i)] += by
         return float(self(moved)[channel] - before)
 
     def after_any_step(self, quantized: np.ndarray, step: np.ndarray) -> np.ndarray:
-        """The same for every input of every channel, a step down and a step up: [2, groups, out, in]."""
+        """Return the same for every input of every channel, a step down and a step up: [2, groups, out, in]."""
         slope = 2 * self.gradient(quantized)
         curved = step**2 * np.einsum("gii->gi", self.h)[:, None]
         return np.stack([curved + step * slope, curved - step * slope])
 
 
 def lower_factor(h: np.ndarray) -> np.ndarray:
-    """M, lower triangular, with H = M^T M."""
+    """Return M, lower triangular, with H = M^T M."""
     return np.linalg.cholesky(h.astype(np.float64)[::-1, ::-1]).T[::-1, ::-1]
 
 
 def babai(
     h: np.ndarray, optimum: np.ndarray, scale: np.ndarray, low: np.ndarray, high: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """q_i = clip(round(t_i / scale)), t_i = w*_i + sum_{k<i} M_ik / M_ii (w*_k - wq_k): codes [channels, in], and how
-    near each came to a tie. optimum, scale, low and high [channels, in]."""
+    """Round by Babai: q_i = clip(round(t_i / scale)), t_i = w*_i + sum_{k<i} M_ik / M_ii (w*_k - wq_k).
+
+    optimum, scale, low, high: [channels, in]
+
+    Returns the codes [channels, in], and how near each came to a tie.
+    """
     m = lower_factor(h)
     wanted = optimum.astype(np.float64)
     codes, near, gap = np.empty_like(wanted), np.empty_like(wanted), np.zeros_like(wanted)
@@ -173,8 +189,10 @@ def babai(
 def beam(
     h: np.ndarray, optimum: np.ndarray, scale: np.ndarray, low: np.ndarray, high: np.ndarray, width: int
 ) -> list[tuple[float, list[float]]]:
-    """The losses || M (w* - wq) ||^2 and codes of one channel's `width` roundings, the best first: each goes on with
-    the nearest code and the one on the other side of its target; the best `width` live on."""
+    """Return the losses || M (w* - wq) ||^2 and codes of one channel's `width` roundings, the best first.
+
+    Each rounding goes on with the nearest code and the one on the other side of its target; the best `width` live on.
+    """
     m = lower_factor(h)
     alive: list[tuple[float, list[float]]] = [(0.0, [])]
     for i in range(len(h)):
@@ -193,8 +211,10 @@ def beam(
 def sweep(
     h: np.ndarray, pull: np.ndarray, w: np.ndarray, q: np.ndarray, scale: np.ndarray, low: np.ndarray, high: np.ndarray
 ) -> tuple[np.ndarray, float]:
-    """One pass q_i <- clip(round(q_i + V_i / (scale H_ii))) over one channel's codes [in], V = H (w - wq) + b: the
-    codes, and how near one came to a tie."""
+    """Set q_i <- clip(round(q_i + V_i / (scale H_ii))) once over one channel's codes [in], V = H (w - wq) + b.
+
+    Returns the codes, and how near one came to a tie.
+    """
     q, near = q.astype(np.float64), np.inf
     for i in range(len(q)):
         v = h[i].astype(np.float64) @ (w - q * scale) + pull[i]
@@ -207,8 +227,12 @@ def best_first(
     h: np.ndarray, pull: np.ndarray, w: np.ndarray, q: np.ndarray, scale: np.ndarray, low: np.ndarray, high: np.ndarray,
     tolerance: float,
 ) -> tuple[np.ndarray, float]:  # fmt: skip
-    """Move one code by one, what lowers the objective most first, until that is less than `tolerance` of the code's
-    curvature: the codes, and the least margin of a decision over the next best, in the curvature's unit."""
+    """Move one code by one, the move first that lowers the objective most.
+
+    Moves end when the objective falls by less than `tolerance` of the code's curvature.
+
+    Returns the codes, and the least margin of a decision over the next best, in units of the curvature.
+    """
     q, near = q.astype(np.float64), np.inf
     own = np.diag(h).astype(np.float64) * scale**2
     while True:
@@ -230,8 +254,12 @@ def bit_planes(
     h: np.ndarray, pull: np.ndarray, w: np.ndarray, q: np.ndarray, scale: np.ndarray, low: np.ndarray, high: np.ndarray,
     count: int,
 ) -> tuple[np.ndarray, float]:  # fmt: skip
-    """One turn of each of the `count` bit planes of one channel's codes [in], the highest first: alpha_b <- alpha_b +
-    <t_b, V> / <t_b, H t_b>, then a sweep of the plane. The codes without the alphas, and how near one came to a tie."""
+    """Refine each of the `count` bit planes of one channel's codes [in] once, the highest first.
+
+    alpha_b <- alpha_b + <t_b, V> / <t_b, H t_b>, then a sweep of the plane.
+
+    Returns the codes without the alphas, and how near one came to a tie.
+    """
     h, near = h.astype(np.float64), np.inf
     planes = [np.sign(q) * (np.abs(q).astype(int) >> b & 1) for b in range(count)]
     values = [plane * 2.0**b * scale for b, plane in enumerate(planes)]
@@ -246,12 +274,12 @@ def bit_planes(
 
 
 def every_code(low: int, high: int, n: int) -> np.ndarray:
-    """All vectors of n codes: [(high - low + 1)^n, n]."""
+    """Return all vectors of n codes: [(high - low + 1)^n, n]."""
     return np.asarray(list(itertools.product(range(low, high + 1), repeat=n)), np.float64)
 
 
 def steps(n: int, pairs: bool = True) -> Iterator[np.ndarray]:
-    """All moves of one code by one, and of two codes by one each: [in]."""
+    """Yield all moves of one code by one, and of two codes by one each: [in]."""
     one = [(i, by) for i in range(n) for by in (-1, 1)]
     for k, (i, by) in enumerate(one):
         move = np.zeros(n)

@@ -50,7 +50,7 @@ from comq_onnx.samples import padding
 from comq_onnx.samples.dataset import Dataset
 from comq_onnx.samples.load import load_samples
 from comq_onnx.samples.samples import Samples
-from comq_onnx.solve.comq import EFFORTS
+from comq_onnx.solve.effort import EFFORTS
 from comq_onnx.solve.grid import Array, Grid
 from comq_onnx.solve.layer import METHODS, Method, error_db, solve
 from comq_onnx.solve.moments import Moments

@@ -32,12 +32,13 @@ import numba
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from comq_onnx.solve.comq import EFFORTS, ZERO_POINT_BITS, Effort, solve_comq
+from comq_onnx.solve.comq import solve_comq
+from comq_onnx.solve.effort import EFFORTS, Effort
 from comq_onnx.solve.grid import Grid, QuantizedWeight, fit_minmax, fit_mse
 from comq_onnx.solve.layer import Method, error_db, solve
-from comq_onnx.solve.moment_sums import MomentSums
-from comq_onnx.solve.moments import Moments
-from comq_onnx.solve.output_error import Judge
+from comq_onnx.solve.moments import Moments, MomentSums
+from comq_onnx.solve.output_error import OutputError
+from comq_onnx.solve.rounding import ZERO_POINT_BITS
 
 try:
     import torch
@@ -80,7 +81,7 @@ def make_layer(n: int, m: int, seed: int) -> Layer:
     for k in range(-(-POSITIONS * n // 1024)):
         seen.add((first if k == 0 else rows(1024))[None], None, half=k % 2)
         unseen.add(rows(1024)[None], None)
-    return Layer(weight, seen.statistics(), unseen.statistics(), np.concatenate([first, rows(1024)]))
+    return Layer(weight, seen.moments(), unseen.moments(), np.concatenate([first, rows(1024)]))
 
 
 def milliseconds(run: Callable[[], Any], runs: int) -> float:
@@ -157,12 +158,12 @@ def paper_seconds(layer: Layer, grid: Grid, sweeps: int = 3, channels: int = 64,
 
 def objective(layer: Layer, quantized: QuantizedWeight, centred: bool) -> float:
     """Compute the objective in dB on unseen rows; centred: after a shift of the bias by the mean error on seen rows."""
-    judge = Judge(layer.weight, layer.unseen.centred())
-    variance, offset = judge(quantized)
+    errors = OutputError(layer.weight, layer.unseen.centred())
+    variance, offset = errors.of(quantized)
     if centred:
         lost = layer.weight - quantized.dequantize()
         offset = offset - np.einsum("gmn,gn->gm", lost, layer.seen.mean)
-    return error_db(float((variance + offset**2).sum()) / float(judge.energy.sum()))
+    return error_db(float((variance + offset**2).sum()) / float(errors.energy.sum()))
 
 
 @dataclass

@@ -46,13 +46,12 @@ from comq_onnx.errors import ComqError
 from comq_onnx.runtime import device as devices
 from comq_onnx.runtime import session as runtime
 from comq_onnx.runtime.session import Session
-from comq_onnx.solve.comq import EFFORTS
+from comq_onnx.solve.effort import EFFORTS
 from comq_onnx.solve.gpu import solver as gpu
 from comq_onnx.solve.gpu import step
 from comq_onnx.solve.grid import Grid
 from comq_onnx.solve.layer import solve
-from comq_onnx.solve.moment_sums import MomentSums
-from comq_onnx.solve.moments import Moments
+from comq_onnx.solve.moments import Moments, MomentSums
 from comq_onnx.solve.patches import patch_gram
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,7 +62,6 @@ from bench.solve import SIZES, limit, make_layer, milliseconds  # noqa: E402
 TESTS = (
     "solve/test_gpu.py",
     "solve/test_moments.py",
-    "solve/test_moment_sums.py",
     "solve/test_patches.py",
     "calibrate/test_cut_tensors.py",
 )
@@ -111,7 +109,9 @@ class Check:
             "python": platform.python_version(), "numpy": np.__version__, "torch": torch.__version__,
             "ONNX Runtime": ", ".join(f"{k} {v}" for k, v in devices.installed().items()) or runtime.version(),
             "providers": ", ".join(runtime.providers()),
-            "Triton": "none: the step is torch's" if step._kernel() is None else importlib.metadata.version("triton"),
+            "Triton": (
+                "none: the step is torch's" if step.triton_kernel() is None else importlib.metadata.version("triton")
+            ),
         }  # fmt: skip
         if self.device.type == "cuda":
             card = torch.cuda.get_device_properties(self.device)
@@ -140,7 +140,7 @@ class Check:
         x = self.rng.standard_normal((1, self.scale.positions, 256)).astype(np.float32)
         sums = MomentSums()
         sums.add(torch.as_tensor(x, device=self.device), None)
-        off = _off(sums.statistics().on_host().gram[0] * x.shape[1], x[0].astype(np.float64).T @ x[0])
+        off = _off(sums.moments().on_host().gram[0] * x.shape[1], x[0].astype(np.float64).T @ x[0])
         # TF32 would give 3e-4
         yield self.wanted("Gram of rows, relative error", f"{off:.1e}", "2e-6", off < 2e-6)
         a = self.rng.standard_normal((4, 16, 30, 30)).astype(np.float32)
@@ -150,7 +150,7 @@ class Check:
 
     def kernel(self) -> Iterator[Row]:
         """Check the in-block step of Triton against torch's."""
-        if step._kernel() is None or (self.device.type != "cuda" and not step._interpreted()):
+        if step.triton_kernel() is None or (self.device.type != "cuda" and not step.is_interpreted()):
             yield Row("correct", "Triton kernel", "not run here")
             return
         random = torch.Generator(self.device).manual_seed(0)

@@ -1,4 +1,4 @@
-"""The in-block step of the solver on torch tensors, all that is no matrix product: Triton on CUDA, else torch.
+"""Take the in-block step of the solver, all but the matrix products: in Triton on CUDA, else in torch.
 
 Inputs are decided one after the other, all columns (channels of all scales and zero points) at once:
 
@@ -24,23 +24,25 @@ COLUMNS, WARPS = 32, 4
 def step(
     v: Tensor, a: Tensor, own: Tensor, scale: Tensor, low: Tensor, high: Tensor, block: Tensor, codes: Tensor
 ) -> Tensor:
-    """Decide the inputs of one block; returns by how much each weight changed, [groups, block, columns].
+    """Decide the inputs of one block; return by how much each weight changed, [groups, block, columns].
 
-    v [groups, block, columns] is left as each row was when its turn came; a [groups, block, block], read below the
-    diagonal; own [groups, block]; scale, low and high (the codes' bounds less the zero point) [groups, scales,
-    columns]; block [groups, block] the row of scale of each input; codes [groups, block, columns] change in place.
+    v: [groups, block, columns], left as each row was when its turn came
+    a: read below the diagonal, [groups, block, block]
+    own: [groups, block]
+    scale: [groups, scales, columns]
+    low, high: the codes' bounds less the zero point, [groups, scales, columns]
+    block: the row of scale of each input, [groups, block]
+    codes: less the zero point, changed in place, [groups, block, columns]
     """
-    if v.is_cuda or _interpreted():
-        kernel = _kernel()
-        if kernel is not None:
-            return _launched(kernel, v, a, own, scale, low, high, block, codes)
+    if (v.is_cuda or is_interpreted()) and triton_kernel() is not None:
+        return step_in_triton(v, a, own, scale, low, high, block, codes)
     return step_in_torch(v, a, own, scale, low, high, block, codes)
 
 
 def step_in_torch(
     v: Tensor, a: Tensor, own: Tensor, scale: Tensor, low: Tensor, high: Tensor, block: Tensor, codes: Tensor
 ) -> Tensor:
-    """`step` as a loop of torch's operators."""
+    """Take `step` as a loop of torch's operators."""
     change = torch.empty_like(v)
     for i in range(v.shape[1]):
         steps, least, most = (_row(rows, block[:, i]) for rows in (scale, low, high))
@@ -52,21 +54,27 @@ def step_in_torch(
     return change
 
 
-def _row(rows: Tensor, index: Tensor) -> Tensor:
-    """rows[g, index[g]] of [groups, scales, columns]."""
-    if rows.shape[1] == 1:
-        return rows[:, 0]
-    return torch.take_along_dim(rows, index[:, None, None], 1)[:, 0]
-
-
-def _interpreted() -> bool:
-    """Whether Triton interprets its kernels, on tensors of the CPU: for tests."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+def step_in_triton(
+    v: Tensor, a: Tensor, own: Tensor, scale: Tensor, low: Tensor, high: Tensor, block: Tensor, codes: Tensor
+) -> Tensor:
+    """Take `step` as a Triton kernel."""
+    groups, rows, columns = v.shape
+    assert v.stride(2) == codes.stride(2) == 1
+    change = torch.empty_like(v)
+    # a column of `a` is read at a time
+    by_column = a.mT.contiguous()
+    blocks, scales = block.to(torch.int32).contiguous(), scale.shape[1]
+    triton_kernel()[(-(-columns // COLUMNS), groups)](
+        v, by_column, own.contiguous(), scale.contiguous(), low.contiguous(), high.contiguous(), blocks, codes, change,
+        rows, columns, scales, *v.stride()[:2], *codes.stride()[:2],
+        ROWS=max(2, 1 << (rows - 1).bit_length()), COLUMNS=COLUMNS, num_warps=WARPS,
+    )  # fmt: skip
+    return change
 
 
 @functools.cache
-def _kernel() -> Any:
-    """The Triton kernel; None where Triton is not installed."""
+def triton_kernel() -> Any:
+    """Return the Triton kernel; None where Triton is not installed."""
     try:
         from comq_onnx.solve.gpu import triton_step
     except ImportError:
@@ -74,19 +82,13 @@ def _kernel() -> Any:
     return triton_step.kernel
 
 
-def _launched(
-    kernel: Any, v: Tensor, a: Tensor, own: Tensor, scale: Tensor, low: Tensor, high: Tensor, block: Tensor,
-    codes: Tensor,
-) -> Tensor:  # fmt: skip
-    groups, rows, columns = v.shape
-    assert v.stride(2) == codes.stride(2) == 1
-    change = torch.empty_like(v)
-    # a column of `a` is read at a time
-    by_column = a.mT.contiguous()
-    blocks, scales = block.to(torch.int32).contiguous(), scale.shape[1]
-    kernel[(-(-columns // COLUMNS), groups)](
-        v, by_column, own.contiguous(), scale.contiguous(), low.contiguous(), high.contiguous(), blocks, codes, change,
-        rows, columns, scales, *v.stride()[:2], *codes.stride()[:2],
-        ROWS=max(2, 1 << (rows - 1).bit_length()), COLUMNS=COLUMNS, num_warps=WARPS,
-    )  # fmt: skip
-    return change
+def is_interpreted() -> bool:
+    """Tell whether Triton interprets its kernels, on tensors of the CPU: for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _row(rows: Tensor, index: Tensor) -> Tensor:
+    """Return rows[g, index[g]] of [groups, scales, columns]."""
+    if rows.shape[1] == 1:
+        return rows[:, 0]
+    return torch.take_along_dim(rows, index[:, None, None], 1)[:, 0]

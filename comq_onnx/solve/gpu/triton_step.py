@@ -1,4 +1,4 @@
-"""The in-block step as a Triton kernel: one program for a tile of columns, its rows of v in registers all along.
+"""Take the in-block step in a Triton kernel: one program for a tile of columns, its rows of v in registers all along.
 
 The Gram block is the same for all programs of a group and read a column at a time: at 64 KB it stays in the L1 cache,
 the memory that shared memory is made of.
@@ -13,7 +13,7 @@ def kernel(  # type: ignore[no-untyped-def]
     v, a, own, scale, low, high, block, codes, change, rows, columns, scales, v_group, v_row, code_group, code_row,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """See step.step; v and change [groups, rows, columns], a [groups, rows, rows] transposed."""
+    """Take step.step; v and change [groups, rows, columns], a [groups, rows, rows] transposed."""
     group = tl.program_id(1).to(tl.int64)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < columns

@@ -1,0 +1,129 @@
+"""Solve problems of few inputs near-exactly, such as depthwise convolutions have: all groups and channels at once."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from comq_onnx.solve.compiled import compiled
+from comq_onnx.solve.grid import Array, Codes, Grid, QuantizedWeight
+from comq_onnx.solve.moments import Moments
+from comq_onnx.solve.problem import arrange, pose, take_part
+
+# problems of at most so many inputs are solved near-exactly
+FEW_INPUTS = 32
+SCALE_FACTORS = np.append(np.linspace(0.6, 1.3, 24), 1.0)
+
+
+def has_few_inputs(inputs: int, grid: Grid) -> bool:
+    """Tell whether a layer of so many inputs is solved here: few of them, and one scale a channel."""
+    return inputs <= FEW_INPUTS and not grid.per_tensor and grid.blocks(inputs) == 1
+
+
+def solve_few_inputs(
+    weight: Array, moments: Moments, grid: Grid, ridge: float, start_scale: Array, start_zero: Codes
+) -> QuantizedWeight:
+    """Quantize a weight [groups, out, in] of few inputs, from scales and zero points [groups, out, 1]."""
+    problems = [pose(arrange(moments.group(g)), grid, ridge) for g in range(len(weight))]
+    parts = [take_part(p, w, z.astype(np.float32)) for p, w, z in zip(problems, weight, start_zero, strict=True)]
+    optimum = np.stack([part.optimum().T for part in parts])
+    q, scale = np.empty_like(optimum), np.empty(start_scale.shape[:2], np.float32)
+    search_codes(
+        np.stack([p.h for p in problems]), np.stack([p.unit for p in problems]), optimum, start_scale[..., 0],
+        start_zero[..., 0].astype(np.float32), grid.qmin, grid.qmax, SCALE_FACTORS, q, scale,
+    )  # fmt: skip
+    codes = np.empty(weight.shape, np.float32)
+    orders = np.stack([p.order for p in problems])
+    np.put_along_axis(codes, np.broadcast_to(orders[:, None, :], codes.shape), q.swapaxes(1, 2), axis=2)
+    return QuantizedWeight((codes + start_zero).astype(np.int8), scale[..., None], start_zero, grid)
+
+
+@compiled
+def search_codes(h, unit, optimum, start, zero, qmin, qmax, factors, codes, scale):  # type: ignore[no-untyped-def]
+    """Find near-exact codes and the scale of every channel of problems with few inputs.
+
+    For each factor on the start scale: Babai rounding, then refits of the scale and moves of one and two codes in turn
+    until no move lowers the objective; the factor with the least objective wins.
+
+    h, unit: H and M over its diagonal, [groups, n, n]
+    optimum: the weight without a grid, [groups, n, m]
+    start, zero: scale and zero point to start from, [groups, m]
+    qmin, qmax: the lowest and the highest code
+    factors: multiples of the start scale
+    codes, scale: written; codes less the zero point [groups, n, m], scale [groups, m]
+    """
+    groups, n, columns = optimum.shape
+    for g in range(groups):
+        gap, q, kept, v = np.empty(n), np.empty(n), np.empty(n), np.empty(n)
+        for c in range(columns):
+            low, high = qmin - zero[g, c], qmax - zero[g, c]
+            best = np.inf
+            for factor in factors:
+                s = np.float64(start[g, c]) * factor
+                for i in range(n):
+                    t = np.float64(optimum[g, i, c])
+                    for k in range(i):
+                        t += unit[g, i, k] * gap[k]
+                    q[i] = min(max(np.rint(t / s), low), high)
+                    gap[i] = optimum[g, i, c] - q[i] * s
+                for _ in range(8):
+                    above, below = 0.0, 0.0
+                    for i in range(n):
+                        for k in range(n):
+                            above += q[i] * h[g, i, k] * optimum[g, k, c]
+                            below += q[i] * h[g, i, k] * q[k]
+                    if below > 0 and above > 0:
+                        # float32, or the codes would be judged at a scale that is not the one written
+                        s = np.float64(np.float32(above / below))
+                    if not _move_codes(h[g], optimum[g, :, c], s, low, high, q, v):
+                        break
+                loss = 0.0
+                for i in range(n):
+                    for k in range(n):
+                        loss += (optimum[g, i, c] - q[i] * s) * h[g, i, k] * (optimum[g, k, c] - q[k] * s)
+                if loss < best:
+                    best = loss
+                    scale[g, c] = s
+                    kept[:] = q
+            for i in range(n):
+                codes[g, i, c] = kept[i]
+
+
+@compiled
+def _move_codes(h, optimum, s, low, high, q, v):  # type: ignore[no-untyped-def]
+    """Move one code or two by one each, the best move first, until none lowers the objective; tell whether any did.
+
+    q, v: codes and gradient of one channel [n]; q changes in place, v is written.
+    """
+    n = q.size
+    for i in range(n):
+        v[i] = 0.0
+        for k in range(n):
+            v[i] += h[i, k] * (optimum[k] - q[k] * s)
+    any_moved = False
+    for _ in range(16 * n):
+        best, at, other, first, second = 0.0, -1, -1, 0.0, 0.0
+        for i in range(n):
+            for d in (-1.0, 1.0):
+                if q[i] + d < low or q[i] + d > high:
+                    continue
+                own = 2 * d * s * v[i] - h[i, i] * s * s
+                if own > best:
+                    best, at, other, first, second = own, i, -1, d, 0.0
+                for k in range(i):
+                    for e in (-1.0, 1.0):
+                        if q[k] + e < low or q[k] + e > high:
+                            continue
+                        both = own + 2 * e * s * v[k] - h[k, k] * s * s - 2 * d * e * s * s * h[i, k]
+                        if both > best:
+                            best, at, other, first, second = both, i, k, d, e
+        if at < 0 or best <= 1e-6 * h[at, at] * s * s:
+            break
+        any_moved = True
+        q[at] += first
+        for i in range(n):
+            v[i] -= h[i, at] * first * s
+        if other >= 0:
+            q[other] += second
+            for i in range(n):
+                v[i] -= h[i, other] * second * s
+    return any_moved

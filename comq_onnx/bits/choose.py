@@ -20,7 +20,6 @@ from comq_onnx.evaluate import compare_outputs, quantized_session
 from comq_onnx.metrics import Floats, lead_changes, leads, scores_among
 from comq_onnx.model.files import file_size, private_directory, to_bytes_or_file
 from comq_onnx.model.float_model import FloatModel
-from comq_onnx.model.operators import Gather
 from comq_onnx.options.budgets import Drop, parse_drop, parse_size
 from comq_onnx.plan.activation_grid import ActivationGrid
 from comq_onnx.plan.initial_bits import REFERENCE_BITS, has_explicit_bits
@@ -134,7 +133,7 @@ def has_choice(plan: Plan, context: Context) -> bool:
     options = context.options
     if options.fixed_bits is None or options.sensitivity:
         return True
-    free = [x.name for x in plan.layers if not (has_explicit_bits(x.name, options) or isinstance(x.kind, Gather))]
+    free = [x.name for x in plan.layers if not (has_explicit_bits(x.name, options) or x.kind.is_lookup)]
     return not options.uniform and any(plan.bits[name] < MAX_BITS for name in free)
 
 
@@ -143,7 +142,7 @@ def _widths(plan: Plan, name: str, members: Sequence[str], context: Context) -> 
     fixed = context.options.fixed_bits is not None
     layer = next(x for x in plan.layers if x.name == name)
     told = any(has_explicit_bits(member, context.options) for member in members)
-    if told or (fixed and isinstance(layer.kind, Gather)):
+    if told or (fixed and layer.kind.is_lookup):
         return (plan.bits[name],)
     return [bits for bits in BITS if not fixed or bits >= plan.bits[name]]
 

@@ -22,7 +22,6 @@ from comq_onnx.context import Context, Journal, silent
 from comq_onnx.metrics import lead_changes, scores_among, sqnr_of
 from comq_onnx.model.files import private_directory, to_bytes_or_file
 from comq_onnx.model.layers import Layer
-from comq_onnx.model.operators import Gather
 from comq_onnx.plan.initial_bits import REFERENCE_BITS
 from comq_onnx.plan.plan import Plan
 from comq_onnx.plan.solved import Solved
@@ -150,7 +149,7 @@ def _own_errors(
     quick = replace(context, options=options, journal=Journal(), progress=silent)
     solved = walk(plan, data, quick, observe, FEWER_POSITIONS)
     for layer in plan.layers:
-        if isinstance(layer.kind, Gather):
+        if layer.kind.is_lookup:
             sampled[layer.name] = _row_errors(plan, layer, context, widths)
     return solved, sampled
 

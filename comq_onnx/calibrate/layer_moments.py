@@ -14,7 +14,6 @@ from comq_onnx.calibrate.cut_tensors import Host
 from comq_onnx.calibrate.finite import LARGEST, SMALLEST, largest_magnitude
 from comq_onnx.errors import ModelError, SamplesError
 from comq_onnx.model.layers import Layer
-from comq_onnx.model.operators import Gemm, MatMul, MatMulLeft
 from comq_onnx.plan.activation_grid import ActivationGrid
 from comq_onnx.samples.padding import Mask, has_positions
 from comq_onnx.solve import moments
@@ -161,8 +160,8 @@ def _kept_positions(layer: Layer, batch: Any, kept: Mask | None) -> Indices | No
     if kept is None or layer.kind.groups != 1 or kept.all():
         return None
     total = layer.kind.positions(batch)
-    along = isinstance(layer.kind, MatMul) and has_positions(batch, kept, least_rank=3)
-    if along or (isinstance(layer.kind, Gemm) and total == kept.size):
+    along = layer.kind.has_leading_axes and has_positions(batch, kept, least_rank=3)
+    if along or (layer.kind.has_flat_rows and total == kept.size):
         return np.flatnonzero(np.repeat(kept.ravel(), total // kept.size))
     return None
 
@@ -173,7 +172,7 @@ def _kept_positions(layer: Layer, batch: Any, kept: Mask | None) -> Indices | No
 
 def in_groups(given: LayerInput, store: Host) -> LayerInput:
     """Put the arrays into groups of GROUP samples, where they have equal rows for each sample."""
-    if not _has_samples_first(given.layer) or not _can_regroup(given.x, given.counts):
+    if not given.layer.kind.rows_follow_samples or not _can_regroup(given.x, given.counts):
         return given
     x, counts = given.x, given.counts
     size = max(1, min(GROUP, moments.CHUNK_BYTES * counts[0] // max(x[0].nbytes, 1)))
@@ -208,15 +207,6 @@ class _Groups(Sequence[Any]):
             if start < last and first < end
         ]
         return found[0] if len(found) == 1 else arrays.concatenate(found)
-
-
-def _has_samples_first(layer: Layer) -> bool:
-    """Tell whether inputs of the layer one behind the other along the first axis give its rows in that order."""
-    if isinstance(layer.kind, Gemm):
-        return not layer.kind.trans_a
-    return not isinstance(layer.kind, (MatMul, MatMulLeft)) or (
-        isinstance(layer.kind, MatMul) and layer.kind.groups == 1
-    )
 
 
 def _can_regroup(given: Sequence[Any], counts: Sequence[int]) -> bool:

@@ -9,7 +9,6 @@ from dataclasses import replace
 
 from comq_onnx.calibrate.finite import finite_weight
 from comq_onnx.model.layers import Layer
-from comq_onnx.model.operators import Gather
 from comq_onnx.plan.plan import Plan
 from comq_onnx.solve.grid import Array
 from comq_onnx.solve.layer import Method, Solution, error_db, round_rows, solve_together
@@ -37,13 +36,13 @@ class LayerSolver:
     @property
     def count(self) -> int:
         """Count the solved layers that are calibrated."""
-        return sum(not isinstance(x.kind, Gather) for x in self._plan.walked.layers if x.name in self.solutions)
+        return sum(not x.kind.is_lookup for x in self._plan.walked.layers if x.name in self.solutions)
 
     def round_tables(self) -> float:
         """Round the embeddings, which need no calibration. Returns the seconds that it took."""
         start = time.perf_counter()
         for layer in self._plan.walked.layers:
-            if isinstance(layer.kind, Gather):
+            if layer.kind.is_lookup:
                 begun = time.perf_counter()
                 solution = round_rows(finite_weight(self._plan.walked, layer), self._plan.grids[layer.name])
                 self._keep(layer, solution)

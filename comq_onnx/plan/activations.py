@@ -20,7 +20,6 @@ import onnx_ir as ir
 
 from comq_onnx.model import graph as graphs
 from comq_onnx.model.layers import Layer, nodes_by_name
-from comq_onnx.model.operators import Gemm, MatMul, MatMulLeft
 from comq_onnx.targets.target import Target
 
 
@@ -108,11 +107,7 @@ def _share_scale(concat: ir.Node, values: dict[str, QuantizedValue]) -> None:
 
 def runs_in_integers(layer: Layer, target: Target) -> bool:
     """Whether the target has an integer kernel for the layer."""
-    if layer.op not in target.integer_layers or layer.kind.axis is None or isinstance(layer.kind, MatMulLeft):
-        return False
-    if isinstance(layer.kind, Gemm):
-        return not layer.kind.trans_a
-    return not isinstance(layer.kind, MatMul) or len(layer.weight_shape) == 2
+    return layer.op in target.integer_layers and layer.kind.has_integer_form
 
 
 def _in_order(model: ir.Model) -> Iterable[ir.Node]:

@@ -7,9 +7,7 @@ from enum import Enum
 
 import numpy as np
 
-from comq_onnx.model.convolutions import ConvTranspose
 from comq_onnx.model.layers import Layer
-from comq_onnx.model.operators import Gather, Gemm, MatMul
 from comq_onnx.plan.activations import ActivationPlan
 from comq_onnx.solve.grid import Grid
 from comq_onnx.targets.target import WIDTHS, Target
@@ -40,22 +38,18 @@ class WeightForm(Enum):
 
 def form_of(layer: Layer, activations: ActivationPlan) -> WeightForm:
     """Choose how the weight of a layer is written."""
-    if isinstance(layer.kind, Gather):
+    if layer.kind.is_lookup:
         return WeightForm.LOOKED_UP
     if layer.name in activations.integer_layers:
         return WeightForm.INTEGER
     if layer.nested:
         return WeightForm.FOLDED
-    if isinstance(layer.kind, MatMul) and len(layer.weight_shape) == 2:
-        return WeightForm.BLOCKED
-    if isinstance(layer.kind, Gemm) and not layer.kind.trans_a:
-        return WeightForm.BLOCKED
-    return WeightForm.FOLDED
+    return WeightForm.BLOCKED if layer.kind.is_matrix else WeightForm.FOLDED
 
 
 def may_add_bias(layer: Layer, activations: ActivationPlan) -> bool:
     """Tell whether a layer without a bias can be given one: a weight-only MatMul, whose kernel takes it in."""
-    return isinstance(layer.kind, MatMul) and form_of(layer, activations) is WeightForm.BLOCKED
+    return layer.kind.bias_index is None and form_of(layer, activations) is WeightForm.BLOCKED
 
 
 def container_of(
@@ -94,16 +88,15 @@ def supported_grid(layer: Layer, grid: Grid, target: Target) -> Grid:
     have no place the grid is symmetric.
     """
     kind = layer.kind
-    if isinstance(kind, Gather):
+    if kind.is_lookup:
         return Grid(grid.bits, symmetric=True)
-    matrix = isinstance(kind, (MatMul, Gemm)) and len(layer.weight_shape) == 2 and not layer.nested
-    matrix = matrix and not (isinstance(kind, Gemm) and kind.trans_a)
+    matrix = kind.is_matrix and not layer.nested
     if not (grid.symmetric or target.weight_zero_points):
         grid = replace(grid, symmetric=True)
     if grid.block_size is not None and (
         not matrix or grid.block_size >= kind.inputs or not target.takes_blocks(kind.inputs, grid.block_size)
     ):
         return Grid(grid.bits, grid.symmetric)
-    if isinstance(kind, ConvTranspose) and kind.group > 1:
+    if kind.needs_one_scale:
         return Grid(grid.bits, grid.symmetric, per_tensor=True)
     return grid

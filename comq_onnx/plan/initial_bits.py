@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from comq_onnx.context import Context
 from comq_onnx.errors import OptionError
 from comq_onnx.model.layers import Layer, compile_pattern, no_match
-from comq_onnx.model.operators import Gather
 from comq_onnx.options.options import Options
 from comq_onnx.plan.plan import Bits, Plan
 from comq_onnx.solve.grid import MAX_BITS
@@ -20,7 +19,7 @@ REFERENCE_BITS = 4
 def initial_bits(layers: Sequence[Layer], options: Options) -> Bits:
     """Return the bits that the options give each layer. Raises OptionError for a pattern that matches none."""
     usual = options.fixed_bits or REFERENCE_BITS
-    bits = {x.name: EMBEDDING_BITS if isinstance(x.kind, Gather) else usual for x in layers}
+    bits = {x.name: EMBEDDING_BITS if x.kind.is_lookup else usual for x in layers}
     for pattern, number in options.bits_for:
         expression = compile_pattern(pattern, "--bits-for")
         matching = [name for name in bits if expression.search(name)]
@@ -42,7 +41,7 @@ def fill_containers(plan: Plan, bits: Bits, context: Context) -> Bits:
         sharing.setdefault(layer.weight, []).append(layer)
     filled = dict(bits)
     for layers in sharing.values():
-        if not any(has_explicit_bits(x.name, context.options) or isinstance(x.kind, Gather) for x in layers):
+        if not any(has_explicit_bits(x.name, context.options) or x.kind.is_lookup for x in layers):
             most = min(most_bits_in_container(plan, layer, bits[layer.name]) for layer in layers)
             filled.update({layer.name: max(most, bits[layer.name]) for layer in layers})
     more = [name for name in bits if filled[name] > bits[name]]

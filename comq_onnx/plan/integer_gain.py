@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from comq_onnx.model.convolutions import Conv
 from comq_onnx.model.layers import Layer, Prepared
 from comq_onnx.plan.activations import ActivationPlan
 from comq_onnx.targets.costs import Costs
@@ -155,7 +154,7 @@ class CostModel:
 def is_measured(layer: Layer) -> bool:
     """Whether integers may cost the layer more than they win, as far as that was measured: a convolution of images. For
     others floats have no blocked layout, and are slow."""
-    return isinstance(layer.kind, Conv) and len(layer.weight_shape) == 4
+    return layer.kind.is_convolution and len(layer.weight_shape) == 4
 
 
 def _between(layer: Layer, node: ir.Node, plan: ActivationPlan) -> bool:
@@ -168,9 +167,9 @@ def _between(layer: Layer, node: ir.Node, plan: ActivationPlan) -> bool:
 
 
 def _kind(layer: Layer) -> str:
-    if not isinstance(layer.kind, Conv):
+    if not layer.kind.is_convolution:
         return "matrix"
-    if layer.kind.group > 1 and layer.weight_shape[1] == 1:
+    if layer.kind.is_depthwise:
         return "depthwise"
     return "pointwise" if np.prod(layer.kind.kernel) == 1 else "window"
 

@@ -22,7 +22,6 @@ import numpy as np
 import numpy.typing as npt
 
 from comq_onnx.model import graph as graphs
-from comq_onnx.model.convolutions import Conv
 from comq_onnx.model.layers import Layer, Prepared
 from comq_onnx.model.op_kind import OpKind
 from comq_onnx.plan.activation_grid import ActivationGrid, fit_range
@@ -136,7 +135,7 @@ class Readers:
     @property
     def axis(self) -> int:
         """The axis of the channels of what they read."""
-        return 1 if isinstance(self.layers[0].kind, Conv) else -1
+        return 1 if self.layers[0].kind.is_convolution else -1
 
 
 def readers(prepared: Prepared, plan: ActivationPlan) -> dict[str, Readers]:
@@ -153,9 +152,7 @@ def readers(prepared: Prepared, plan: ActivationPlan) -> dict[str, Readers]:
         while open_values:
             for node, _ in open_values.pop().uses():
                 layer = integer.get(str(node.name))
-                if layer is not None and (
-                    not layers or isinstance(layer.kind, Conv) == isinstance(layers[0].kind, Conv)
-                ):
+                if layer is not None and (not layers or layer.kind.is_convolution == layers[0].kind.is_convolution):
                     layers.append(layer)
                 elif node.op_type == "MaxPool" and str(node.outputs[0].name) in plan.values:
                     open_values.append(node.outputs[0])

@@ -20,7 +20,6 @@ import onnx_ir as ir
 
 from comq_onnx.model import graph as graphs
 from comq_onnx.model.layers import Layer, Prepared
-from comq_onnx.model.operators import Gemm, MatMul
 from comq_onnx.plan import ranges
 from comq_onnx.plan.activation_grid import fit_range
 from comq_onnx.plan.activations import ActivationPlan
@@ -53,7 +52,7 @@ def candidates(prepared: Prepared, plan: ActivationPlan) -> dict[str, list[Layer
         name: layers
         for name, layers in found.items()
         if not plan.values[name].everywhere
-        and all(isinstance(x.kind, (MatMul, Gemm)) and len(x.weight_shape) == 2 for x in layers)
+        and all(x.kind.is_matrix for x in layers)
         and all(len(initializers[x.weight].uses()) == 1 for x in layers)
     }
 

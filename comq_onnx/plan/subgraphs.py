@@ -11,7 +11,6 @@ import onnx_ir as ir
 from comq_onnx.context import Context
 from comq_onnx.model import graph as graphs
 from comq_onnx.model.layers import Layer, Prepared
-from comq_onnx.model.operators import Gather
 from comq_onnx.model.probe import probe
 from comq_onnx.samples.samples import Samples
 
@@ -64,7 +63,7 @@ def _probe_bodies(model: ir.Model, layers: Mapping[str, Layer]) -> dict[str, str
         stacked: dict[str, str] = {}
         for inner in list(body):
             layer = layers.get(str(inner.name))
-            if layer is None or layer.input not in made or isinstance(layer.kind, Gather):
+            if layer is None or layer.input not in made or layer.kind.is_lookup:
                 continue
             if layer.input not in stacked:
                 stacked[layer.input] = _add_scan_output(node, body, made[layer.input])

@@ -17,7 +17,6 @@ from comq_onnx.context import Context
 from comq_onnx.evaluate import Evaluation
 from comq_onnx.model.float_model import FloatModel
 from comq_onnx.model.layers import Layer, calibrated
-from comq_onnx.model.operators import Gather
 from comq_onnx.plan.solved import Solved
 from comq_onnx.report.inputs import describe
 from comq_onnx.report.report import ActivationReport, LayerReport, Report
@@ -128,7 +127,7 @@ def _activations(solved: Solved) -> list[ActivationReport]:
 
 
 def _granularity(layer: Layer, grid: Grid) -> str:
-    return "row" if isinstance(layer.kind, Gather) else grid.granularity
+    return "row" if layer.kind.is_lookup else grid.granularity
 
 
 def _peak_rss_mb() -> float:

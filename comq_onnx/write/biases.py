@@ -7,7 +7,6 @@ import onnx_ir as ir
 
 from comq_onnx.model import graph as graphs
 from comq_onnx.model.layers import Layer
-from comq_onnx.model.operators import Gemm
 from comq_onnx.solve.grid import Array, QuantizedWeight
 from comq_onnx.solve.layer import Solution
 
@@ -40,12 +39,11 @@ def add_bias(model: ir.Model, node: ir.Node, layer: Layer, bias: Array) -> ir.No
 
 def float_bias(model: ir.Model, layer: Layer, solution: Solution) -> Array | None:
     """The bias [out] with the solution's shift; None where there is neither."""
-    beta = layer.kind.beta if isinstance(layer.kind, Gemm) else 1.0
     bias = None
     if layer.bias is not None:
         tensor = model.graph.initializers[layer.bias].const_value
         assert tensor is not None
-        bias = np.asarray(tensor.numpy(), np.float32).reshape(-1) * np.float32(beta)
+        bias = np.asarray(tensor.numpy(), np.float32).reshape(-1) * np.float32(layer.kind.beta)
     if solution.shift is None:
         return bias
     # a Gemm's alpha is in the rows, and so in the shift

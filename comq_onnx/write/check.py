@@ -16,7 +16,6 @@ import onnx_ir as ir
 from comq_onnx.errors import InternalError
 from comq_onnx.model import graph as graphs
 from comq_onnx.model.layers import Layer, nodes_by_name
-from comq_onnx.model.operators import Gather
 from comq_onnx.plan.forms import WeightForm
 from comq_onnx.plan.solved import Solved
 from comq_onnx.solve.grid import QuantizedWeight
@@ -55,7 +54,7 @@ def missing(model: ir.Model, solved: Solved) -> list[str]:
     found = []
     for layer in solved.plan.layers:
         node = nodes.get(layer.name) or nodes.get(f"{layer.name}.matmul")
-        if isinstance(layer.kind, Gather):
+        if layer.kind.is_lookup:
             node = nodes.get(f"{layer.name}.rows")
         fault = "has no node" if node is None else _fault(node, layer, solved)
         if fault:

@@ -10,7 +10,6 @@ import onnx_ir as ir
 
 from comq_onnx.model import graph as graphs
 from comq_onnx.model.layers import Layer
-from comq_onnx.model.operators import Gemm, MatMul
 from comq_onnx.plan.activations import ActivationPlan
 from comq_onnx.plan.forms import WeightForm
 from comq_onnx.plan.solved import Solved
@@ -36,12 +35,12 @@ def emit_layer(model: ir.Model, nodes: dict[str, ir.Node], layer: Layer, solved:
         dequantized = _dequantize(model, node, layer, weight, solved)
         _set_weight(node, layer, dequantized)
         set_bias(model, nodes, layer, bias, dequantized if exact else None, grid.scale)
-        if isinstance(layer.kind, Gemm):
+        if layer.op == "Gemm":
             # alpha has gone into the scales
             node.attributes.pop("alpha", None)
         return
     if form is WeightForm.BLOCKED:
-        if isinstance(layer.kind, Gemm):
+        if layer.op == "Gemm":
             node = _gemm_as_matmul(model, node, layer, bias, solved.plan.activations)
         else:
             set_bias(model, nodes, layer, bias, None, None)
@@ -70,7 +69,7 @@ def _set_weight(node: ir.Node, layer: Layer, value: ir.Value, matmul: bool = Fal
 def channel_scale(layer: Layer, weight: QuantizedWeight) -> Array:
     """Scales as DequantizeLinear wants them: [channels] along the layer's axis, or rank 0 for one per tensor; with the
     alpha of a Gemm, whose emitted form has none."""
-    alpha = np.float32(layer.kind.alpha if isinstance(layer.kind, Gemm) else 1)
+    alpha = np.float32(layer.kind.alpha)
     if weight.grid.per_tensor:
         return np.asarray(weight.scale.flat[0] * alpha, np.float32)
     return np.asarray(weight.scale.reshape(-1) * alpha, np.float32)
@@ -137,14 +136,14 @@ def _dequantize_columns(
 
 
 def _alpha(layer: Layer) -> np.float32:
-    return np.float32(layer.kind.alpha if isinstance(layer.kind, Gemm) else 1)
+    return np.float32(layer.kind.alpha)
 
 
 def _unpack_at_load(model: ir.Model, node: ir.Node, layer: Layer, weight: QuantizedWeight, solved: Solved) -> ir.Value:
     """codes -> floats (-> Sub zero point) -> Mul scale, all constant: folded when the runtime loads the model."""
 
     # a stack of INT4 matrices times one number is what TensorRT fails to compile
-    single = weight.grid.per_tensor and not isinstance(layer.kind, MatMul)
+    single = weight.grid.per_tensor and layer.kind.takes_scalar_scale
 
     def spread(numbers: Numbers) -> Numbers:
         return np.asarray(numbers.flat[0]) if single else layer.kind.spread_scale(numbers[..., 0])
@@ -203,7 +202,6 @@ def _adding(node: ir.Node, plan: ActivationPlan) -> str:
 
 def _gemm_as_matmul(model: ir.Model, node: ir.Node, layer: Layer, bias: Array | None, plan: ActivationPlan) -> ir.Node:
     """x W + b instead of Gemm: with transB a Gemm never becomes MatMulNBits."""
-    assert isinstance(layer.kind, Gemm)
     third = node.inputs[2] if len(node.inputs) > 2 else None
     addend: ir.Value | None = None
     if bias is not None:

@@ -14,7 +14,7 @@ arrays by input name, or whatever yields them. A `Report` shows itself in a note
 from comq_onnx.errors import ComqError, ModelError, OptionError, OutOfMemory, RuntimeFailure, SamplesError
 from comq_onnx.evaluate import Comparison, compare
 from comq_onnx.metrics import OutputComparison
-from comq_onnx.options.samples import Recipe
+from comq_onnx.options.samples import SampleOptions
 from comq_onnx.pipeline import Options, inspect_samples, plan, quantize, version
 from comq_onnx.report.inputs import InputReport
 from comq_onnx.report.report import ActivationReport, LayerReport, Report
@@ -32,9 +32,9 @@ __all__ = [
     "Options",
     "OutOfMemory",
     "OutputComparison",
-    "Recipe",
     "Report",
     "RuntimeFailure",
+    "SampleOptions",
     "Samples",
     "SamplesError",
     "compare",

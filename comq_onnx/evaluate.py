@@ -17,7 +17,7 @@ from comq_onnx.errors import ModelError
 from comq_onnx.metrics import ComparisonSums, OutputComparison
 from comq_onnx.model.files import private_directory
 from comq_onnx.model.source import as_path, load_source
-from comq_onnx.options.samples import Recipe
+from comq_onnx.options.samples import SampleOptions
 from comq_onnx.runtime import device as devices
 from comq_onnx.runtime.session import Session
 from comq_onnx.samples.load import load_samples
@@ -78,7 +78,7 @@ def compare(
                 f"{paths[1]}: lacks output {missing[0]!r} of {paths[0]} (it has {', '.join(second.output_names)}); "
                 "compare a model with its quantized form"
             )
-        data = load_samples(samples, first.inputs, Recipe(preprocess=preprocess), count, seed)
+        data = load_samples(samples, first.inputs, SampleOptions(preprocess=preprocess), count, seed)
         data = data.take(np.arange(min(count, len(data))))
         times = latency([Session(path, device, threads=1) for path in paths], data, seconds)
         kernels = executed_kernels(paths[1], device)

@@ -35,7 +35,7 @@ from comq_onnx.model.prepare import HARDSWISH_OPSET, Unprepared, check_source, p
 from comq_onnx.model.source import as_path, load_source, read_model
 from comq_onnx.options import spelling
 from comq_onnx.options.budgets import Drop, parse_drop, parse_size
-from comq_onnx.options.samples import Recipe, Size
+from comq_onnx.options.samples import SampleOptions, Size
 from comq_onnx.options.spelling import command_line
 from comq_onnx.plan import integer_gain as gains
 from comq_onnx.plan import smoothing as smooth
@@ -175,9 +175,9 @@ class Options:
         return int(self.bits) if isinstance(self.bits, (int, float)) and self.bits == int(self.bits) else None
 
     @property
-    def recipe(self) -> Recipe:
+    def recipe(self) -> SampleOptions:
         """How samples are read, as the options say."""
-        return Recipe(**{f.name: getattr(self, f.name) for f in fields(Recipe)})
+        return SampleOptions(**{f.name: getattr(self, f.name) for f in fields(SampleOptions)})
 
     @property
     def method(self) -> Method:

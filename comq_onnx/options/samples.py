@@ -1,4 +1,4 @@
-"""How samples are read, as the caller says."""
+"""The options that say how samples are read."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ CHANNELS, LAYOUTS, DTYPES = ("rgb", "bgr", "grey"), ("nchw", "nhwc"), ("float32"
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """The options that say how samples are read; None where nothing is said.
+class SampleOptions:
+    """Hold the options that say how samples are read; None where nothing is said.
 
-    Pictures: preprocess (a preset or a JSON file), and mean, std, resize, crop, layout, channels, dtype over it. Text:
-    tokenizer (tokenizer.json or its folder), text_field (of JSON lines). Text and waveforms: length, in tokens or
-    points.
+    Pictures have preprocess (a preset or a JSON file), and mean, std, resize, crop, layout, channels and dtype over
+    it. Text has tokenizer (a tokenizer.json or its folder) and text_field (of JSON lines). Text and waveforms have
+    length, in tokens or points. Raises OptionError for values that cannot be.
     """
 
     preprocess: str | None = None
@@ -54,9 +54,9 @@ class Recipe:
             raise OptionError(f"--length {self.length}: must be 1 or more")
 
     def only(self, used: Iterable[str], what: str) -> None:
-        """Raise OptionError when something is said that samples of this kind (`what`) have no use for."""
+        """Raise OptionError where an option is given that samples of this kind (`what`) have no use for."""
         used = set(used)
-        for item in fields(self):
+        for item in fields(SampleOptions):
             if getattr(self, item.name) is not None and item.name not in used:
                 option = "--" + item.name.replace("_", "-")
                 kind = next(kind for kind, names in KINDS.items() if item.name in names)
@@ -69,9 +69,11 @@ KINDS = {"images": PICTURE_OPTIONS, "text": ("tokenizer", "text_field"), "text a
 
 
 def is_size(size: Any) -> bool:
+    """Tell whether a size is a whole number of pixels of 1 or more, or a pair (height, width) of them."""
     sides = size if isinstance(size, tuple) and len(size) == 2 else (size,)
     return all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in sides)
 
 
 def comma(numbers: Sequence[float]) -> str:
+    """Write numbers with commas between, four digits each."""
     return ",".join(f"{n:.4g}" for n in numbers)

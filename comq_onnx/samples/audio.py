@@ -13,7 +13,7 @@ from scipy.io import wavfile
 from scipy.signal import resample_poly
 
 from comq_onnx.errors import OptionError, SamplesError
-from comq_onnx.options.samples import Recipe
+from comq_onnx.options.samples import SampleOptions
 from comq_onnx.samples.beside import beside, parse_json
 from comq_onnx.samples.samples import AnyArray, Clues, ModelInput, names_of
 
@@ -22,7 +22,7 @@ WINDOW = 16_000  # points, where the model leaves the length free
 
 
 def read_sounds(
-    paths: Sequence[Path], inputs: Sequence[ModelInput], recipe: Recipe, clues: Clues, count: int, seed: int
+    paths: Sequence[Path], inputs: Sequence[ModelInput], options: SampleOptions, clues: Clues, count: int, seed: int
 ) -> tuple[dict[str, AnyArray], list[str]]:
     """Up to `count` windows of these files for the one input that takes a waveform, and what was decided.
 
@@ -35,11 +35,11 @@ def read_sounds(
     dims = info.dims or (None, None)
     rate, normalize, notes = _configured(clues)
     fixed = dims[-1]
-    if fixed is not None and recipe.length is not None and recipe.length != fixed:
-        raise OptionError(f"--length {recipe.length}: {info.name!r} has {fixed} points, always")
+    if fixed is not None and options.length is not None and options.length != fixed:
+        raise OptionError(f"--length {options.length}: {info.name!r} has {fixed} points, always")
     waves: list[AnyArray] = []
     rng = np.random.default_rng(seed)
-    enough = 2 * count * (fixed or recipe.length or WINDOW)  # points: a folder may hold more than memory does
+    enough = 2 * count * (fixed or options.length or WINDOW)  # points: a folder may hold more than memory does
     for i in sorted(rng.permutation(len(paths))[:count].tolist()):
         path = paths[i]
         if sum(map(len, waves)) >= enough:
@@ -49,7 +49,7 @@ def read_sounds(
             rate = found
             notes.append(f"sound taken at {found} Hz, the rate of {path.name}: no configuration lies beside the model")
         waves.append(wave[:enough])
-    length = fixed or recipe.length or min(WINDOW, *map(len, waves), WINDOW)
+    length = fixed or options.length or min(WINDOW, *map(len, waves), WINDOW)
     windows = [w[start : start + length] for w in waves for start in range(0, len(w) - length + 1, length)]
     if not windows:
         longest = max(map(len, waves))

@@ -1,8 +1,8 @@
 """Where calibration samples come from, one module for each kind: arrays, pictures, text, sound, Python, nothing.
 
-    load_samples(source, inputs, recipe, count, seed, clues) -> Samples
+    load_samples(source, inputs, options, count, seed, clues) -> Samples
 
-`Samples` is all that the pipeline sees; a `Recipe` is what the caller said of how to read them, `Clues` what the model
+`Samples` is all that the pipeline sees; `SampleOptions` is what the caller said of how to read them, `Clues` what the model
 tells.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from comq_onnx.errors import SamplesError
-from comq_onnx.options.samples import PICTURE_OPTIONS, TEXT_OPTIONS, Recipe
+from comq_onnx.options.samples import PICTURE_OPTIONS, TEXT_OPTIONS, SampleOptions
 from comq_onnx.samples.arrays import read_arrays, read_test_data
 from comq_onnx.samples.audio import AUDIO_SUFFIXES, read_sounds
 from comq_onnx.samples.images.files import IMAGE_SUFFIXES, read_images
@@ -43,7 +43,7 @@ WHAT = (
 def load_samples(
     source: Any,
     inputs: Sequence[ModelInput],
-    recipe: Recipe | None = None,
+    options: SampleOptions | None = None,
     count: int = 256,
     seed: int = 0,
     clues: Clues | None = None,
@@ -53,28 +53,28 @@ def load_samples(
     source: a path, a pattern such as photos/**/*.jpg, module:name or file.py:name of Python code that gives samples;
     arrays by input name; a callable, a CalibrationDataReader, a DataLoader, a dataset, or whatever yields samples; None
     for synthetic ones. count: how many to make or, where not all are in memory anyway, to read at the most. Raises
-    SamplesError, and OptionError where the recipe does not suit the source.
+    SamplesError, and OptionError where the options do not suit the source.
     """
-    recipe, clues = recipe or Recipe(), clues or Clues()
+    options, clues = options or SampleOptions(), clues or Clues()
     if isinstance(source, Samples):
         source = source.arrays
     arrays: Mapping[str, AnyArray]
     if source is None:
-        arrays, notes, warnings = synthesize(inputs, recipe, count, seed, clues)
+        arrays, notes, warnings = synthesize(inputs, options, count, seed, clues)
         return fit(arrays, inputs, "synthetic", notes, warnings)
     if isinstance(source, Mapping):
-        recipe.only((), "arrays")
+        options.only((), "arrays")
         return fit({k: np.asarray(v) for k, v in source.items()}, inputs, "arrays")
     if not isinstance(source, (str, os.PathLike)):
         what = type(source).__name__ if not callable(source) else getattr(source, "__name__", type(source).__name__)
-        arrays, notes = read_python(source, what, inputs, recipe, clues, count)
+        arrays, notes = read_python(source, what, inputs, options, clues, count)
         return fit(arrays, inputs, what, notes)
     path = Path(source)
     if not path.exists() and is_reader(str(source)):
-        arrays, notes = read_python(load_reader(str(source)), str(source), inputs, recipe, clues, count)
+        arrays, notes = read_python(load_reader(str(source)), str(source), inputs, options, clues, count)
         return fit(arrays, inputs, str(source), notes)
     kind, files, notes = _find(path)
-    arrays, more = _read(kind, files, str(path), inputs, recipe, clues, count, seed)
+    arrays, more = _read(kind, files, str(path), inputs, options, clues, count, seed)
     return fit(arrays, inputs, str(path), [*notes, *more])
 
 
@@ -103,23 +103,23 @@ def _find(path: Path) -> tuple[str, list[Path], list[str]]:
 
 
 def _read(
-    kind: str, files: list[Path], source: str, inputs: Sequence[ModelInput], recipe: Recipe, clues: Clues, count: int,
+    kind: str, files: list[Path], source: str, inputs: Sequence[ModelInput], options: SampleOptions, clues: Clues, count: int,
     seed: int,
 ) -> tuple[Mapping[str, AnyArray], list[str]]:  # fmt: skip
     match kind:
         case "images":
-            recipe.only(PICTURE_OPTIONS, f"images ({source})")
+            options.only(PICTURE_OPTIONS, f"images ({source})")
             if len(files) > count:
                 chosen = np.sort(np.random.default_rng(seed).permutation(len(files))[:count])
                 files = [files[i] for i in chosen]
-            return read_images(files, inputs, recipe, clues)
+            return read_images(files, inputs, options, clues)
         case "sound":
-            recipe.only(("length",), f"sound ({source})")
-            return read_sounds(files, inputs, recipe, clues, count, seed)
+            options.only(("length",), f"sound ({source})")
+            return read_sounds(files, inputs, options, clues, count, seed)
         case "text":
-            recipe.only(TEXT_OPTIONS, f"text ({source})")
-            lines = read_lines(files, recipe.text_field, texts_wanted(inputs, count), seed)
-            return tokenize(lines, inputs, recipe, clues, count)
+            options.only(TEXT_OPTIONS, f"text ({source})")
+            lines = read_lines(files, options.text_field, texts_wanted(inputs, count), seed)
+            return tokenize(lines, inputs, options, clues, count)
         case _:
-            recipe.only((), f"tensors ({source})")
+            options.only((), f"tensors ({source})")
             return (read_arrays if kind == "arrays" else read_test_data)(files, inputs), []

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from comq_onnx.errors import SamplesError
-from comq_onnx.options.samples import PICTURE_OPTIONS, TEXT_OPTIONS, Recipe
+from comq_onnx.options.samples import PICTURE_OPTIONS, TEXT_OPTIONS, SampleOptions
 from comq_onnx.samples.arrays import stack_feeds
 from comq_onnx.samples.images.files import read_images
 from comq_onnx.samples.samples import AnyArray, Clues, ModelInput, names_of
@@ -70,7 +70,7 @@ def _import_module(name: str) -> Any:
 
 
 def read_python(
-    source: Any, what: str, inputs: Sequence[ModelInput], recipe: Recipe, clues: Clues, count: int
+    source: Any, what: str, inputs: Sequence[ModelInput], options: SampleOptions, clues: Clues, count: int
 ) -> tuple[dict[str, AnyArray], list[str]]:
     """Up to `count` samples of `source`, the first that it gives, as arrays by input name, and what was decided.
 
@@ -84,17 +84,17 @@ def read_python(
         first = next(items)
     except StopIteration:
         raise SamplesError(f"{what}: gave no samples") from None
-    field = _content(first, inputs, recipe, what)
+    field = _content(first, inputs, options, what)
     if field is not None:
         is_text = isinstance(_take(first, field, what), str)
         wanted = texts_wanted(inputs, count) if is_text else count
         contents = [_take(item, field, what) for item in islice(_chain(first, items), wanted)]
         if is_text:
-            recipe.only(TEXT_OPTIONS, "text")
-            return tokenize([str(c) for c in contents], inputs, recipe, clues, count)
-        recipe.only(PICTURE_OPTIONS, "images")
-        return read_images(contents, inputs, recipe, clues)
-    recipe.only((), "tensors from Python")
+            options.only(TEXT_OPTIONS, "text")
+            return tokenize([str(c) for c in contents], inputs, options, clues, count)
+        options.only(PICTURE_OPTIONS, "images")
+        return read_images(contents, inputs, options, clues)
+    options.only((), "tensors from Python")
     feeds, gathered = [], 0
     for item in _chain(first, items):
         feed = _feed(item, inputs, what)
@@ -130,22 +130,22 @@ def _items(source: Any, what: str) -> Iterator[Any]:
         raise SamplesError(f"{what}: failed with {_said(error)}") from error
 
 
-def _content(item: Any, inputs: Sequence[ModelInput], recipe: Recipe, what: str) -> str | int | None:
+def _content(item: Any, inputs: Sequence[ModelInput], options: SampleOptions, what: str) -> str | int | None:
     """Where an item holds a picture or a text: its field, 0 for the item itself; None where it holds tensors."""
     if isinstance(item, (str, Image.Image)):
         return 0
     if not isinstance(item, Mapping) or {i.name for i in inputs} <= set(item):
         return None
     fields = [str(k) for k, v in item.items() if isinstance(v, (str, Image.Image))]
-    if recipe.text_field is not None and recipe.text_field not in fields:
-        raise SamplesError(f"{what}: no text in {recipe.text_field!r}; it has {names_of(fields)}")
-    if len(fields) > 1 and recipe.text_field is None:
+    if options.text_field is not None and options.text_field not in fields:
+        raise SamplesError(f"{what}: no text in {options.text_field!r}; it has {names_of(fields)}")
+    if len(fields) > 1 and options.text_field is None:
         pictures = [f for f in fields if isinstance(item[f], Image.Image)]
         preferred = pictures if len(pictures) == 1 else [f for f in fields if f == "text"]
         if not preferred:
             raise SamplesError(f"{what}: text in {names_of(fields)}; choose one with --text-field")
         return preferred[0]
-    return recipe.text_field or (fields[0] if fields else None)
+    return options.text_field or (fields[0] if fields else None)
 
 
 def _take(item: Any, field: str | int, what: str) -> Any:

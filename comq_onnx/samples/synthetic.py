@@ -11,7 +11,7 @@ from importlib import resources
 import numpy as np
 
 from comq_onnx.errors import ComqError
-from comq_onnx.options.samples import PICTURE_OPTIONS, Recipe
+from comq_onnx.options.samples import PICTURE_OPTIONS, SampleOptions
 from comq_onnx.samples.beside import beside
 from comq_onnx.samples.images.drawing import draw_pictures, one_over_f
 from comq_onnx.samples.images.guess import guess_preprocess, to_grey
@@ -50,31 +50,31 @@ NOISE_WARNING = (
 
 
 def synthesize(
-    inputs: Sequence[ModelInput], recipe: Recipe, count: int, seed: int, clues: Clues
+    inputs: Sequence[ModelInput], options: SampleOptions, count: int, seed: int, clues: Clues
 ) -> tuple[dict[str, AnyArray], list[str], list[str]]:
     """(arrays by input name, notes, warnings): `count` samples for a model of these inputs.
 
-    Pictures for inputs of 1 or 3 channels, preprocessed as the recipe or a configuration beside the model says, else as
+    Pictures for inputs of 1 or 3 channels, preprocessed as the options or a configuration beside the model say, else as
     suits the model best; text of a page for token ids where there is a tokenizer.json, else what a model that predicts
     tokens draws, else random ones; ones for masks; normal noise for the rest.
     """
-    pictures = [i for i in inputs if _takes_pictures(i, recipe, clues)]
+    pictures = [i for i in inputs if _takes_pictures(i, options, clues)]
     tokens = token_inputs(inputs)
     used = [*(PICTURE_OPTIONS if pictures else ()), *(("tokenizer", "length") if tokens else ())]
-    recipe.only(used, "synthetic samples of this model")
+    options.only(used, "synthetic samples of this model")
     notes: list[str] = []
     rng = np.random.default_rng(seed)
-    if tokens and not pictures and _has_tokenizer(recipe, clues):
-        arrays, found = tokenize(page_texts(texts_wanted(inputs, count), seed), inputs, recipe, clues, count)
+    if tokens and not pictures and _has_tokenizer(options, clues):
+        arrays, found = tokenize(page_texts(texts_wanted(inputs, count), seed), inputs, options, clues, count)
         return arrays, found, [TEXT_WARNING]
     made: dict[str, AnyArray] = {}
     batched = all(i.dims is not None and len(i.dims) > 0 and i.dims[0] in (None, 1) for i in inputs)
     language = {"mask", "segments", "positions", "past"} if tokens else set()
     for info in inputs:
-        dims = _guess_dims(info, recipe)
+        dims = _guess_dims(info, options)
         shape = (count, *dims[1:]) if batched else (count, *dims)
         if info in pictures:
-            made[info.name] = _pictures(info, shape, recipe, seed, clues, notes)
+            made[info.name] = _pictures(info, shape, options, seed, clues, notes)
         elif not (batched and role_of(info.name) in language):
             made[info.name] = _noise(info, shape, rng, clues.token_limits.get(info.name))
     if pictures:
@@ -95,7 +95,7 @@ def synthesize(
 # ----------------------------------------------------------------------------------------------------------
 
 
-def _takes_pictures(info: ModelInput, recipe: Recipe, clues: Clues) -> bool:
+def _takes_pictures(info: ModelInput, options: SampleOptions, clues: Clues) -> bool:
     """Whether an input is one of pictures: rank 4, 1 or 3 channels, sides of 8 pixels or more."""
     if (
         info.dims is None
@@ -104,17 +104,17 @@ def _takes_pictures(info: ModelInput, recipe: Recipe, clues: Clues) -> bool:
         or role_of(info.name) in ("past", "mask")
     ):
         return False
-    last = channels_last(info, recipe.layout, clues.channels_last.get(info.name))
+    last = channels_last(info, options.layout, clues.channels_last.get(info.name))
     channels, sides = (info.dims[3], info.dims[1:3]) if last else (info.dims[1], info.dims[2:])
     return channels in (None, 1, 3) and all(side is None or side >= 8 for side in sides)
 
 
 def _pictures(
-    info: ModelInput, shape: tuple[int, ...], recipe: Recipe, seed: int, clues: Clues, notes: list[str]
+    info: ModelInput, shape: tuple[int, ...], options: SampleOptions, seed: int, clues: Clues, notes: list[str]
 ) -> AnyArray:
     """Drawn pictures of this shape, batches and all, preprocessed."""
     last = clues.channels_last.get(info.name)
-    found = find_preprocess(recipe, clues.folder, info.dtype.kind in "iu")
+    found = find_preprocess(options, clues.folder, info.dtype.kind in "iu")
     _, _, _, (height, width) = geometry(info, found.how if found else Preprocess(), last)
     # where each sample is a batch, drawing them all would take minutes
     wanted = int(np.prod(shape[:-3]))
@@ -202,14 +202,14 @@ def _predicts_next(run: Callable[[Feeds], Feeds], fill: Callable[[AnyArray], Fee
     return None
 
 
-def _has_tokenizer(recipe: Recipe, clues: Clues) -> bool:
-    return recipe.tokenizer is not None or bool(clues.folder and beside(clues.folder, ("tokenizer.json",)))
+def _has_tokenizer(options: SampleOptions, clues: Clues) -> bool:
+    return options.tokenizer is not None or bool(clues.folder and beside(clues.folder, ("tokenizer.json",)))
 
 
-def _guess_dims(info: ModelInput, recipe: Recipe) -> tuple[int, ...]:
+def _guess_dims(info: ModelInput, options: SampleOptions) -> tuple[int, ...]:
     if info.dims is None:
         return (1, 3, SIDE, SIDE)
-    free = SIDE if len(info.dims) == 4 else recipe.length or FREE_TOKENS
+    free = SIDE if len(info.dims) == 4 else options.length or FREE_TOKENS
     return tuple(d if d is not None else (1 if axis == 0 else free) for axis, d in enumerate(info.dims))
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from comq_onnx.errors import OptionError, SamplesError
-from comq_onnx.options.samples import Recipe
+from comq_onnx.options.samples import SampleOptions
 from comq_onnx.samples.beside import beside, parse_json
 from comq_onnx.samples.samples import AnyArray, Clues, ModelInput, names_of
 
@@ -78,7 +78,7 @@ def token_inputs(inputs: Sequence[ModelInput]) -> list[ModelInput]:
 
 
 def tokenize(
-    texts: Sequence[str], inputs: Sequence[ModelInput], recipe: Recipe, clues: Clues, count: int
+    texts: Sequence[str], inputs: Sequence[ModelInput], options: SampleOptions, clues: Clues, count: int
 ) -> tuple[dict[str, AnyArray], list[str]]:
     """The arrays of all inputs for `count` samples of these texts, at the most, and what was decided.
 
@@ -93,14 +93,14 @@ def tokenize(
             f"text fits a model with an input of token ids [batch, tokens]; this one has "
             f"{names_of(i.name for i in inputs)}: give an .npz or a Python reader"
         )
-    tokenizer, path = find_tokenizer(recipe, clues)
-    notes = [] if recipe.tokenizer else [f"text tokenized with {path.name} beside the model"]
+    tokenizer, path = find_tokenizer(options, clues)
+    notes = [] if options.tokenizer else [f"text tokenized with {path.name} beside the model"]
     info = ids_inputs[0]
     fixed = info.dims[1] if info.dims is not None else None
     masked = any(role_of(i.name) == "mask" for i in inputs)
-    longest = fixed or min(recipe.length or TOKENS, (tokenizer.truncation or {}).get("max_length", 1 << 30))
-    if recipe.length is not None and fixed is not None and recipe.length != fixed:
-        raise OptionError(f"--length {recipe.length}: {info.name!r} has {fixed} tokens, always")
+    longest = fixed or min(options.length or TOKENS, (tokenizer.truncation or {}).get("max_length", 1 << 30))
+    if options.length is not None and fixed is not None and options.length != fixed:
+        raise OptionError(f"--length {options.length}: {info.name!r} has {fixed} tokens, always")
     ids, mask, kinds = (a[:count] for a in (_padded if masked else _packed)(tokenizer, texts, longest, fixed))
     for one in ids_inputs:
         limit = clues.token_limits.get(one.name)
@@ -112,13 +112,13 @@ def tokenize(
     return complete({i.name: ids for i in ids_inputs}, inputs, ids, mask, kinds), notes
 
 
-def find_tokenizer(recipe: Recipe, clues: Clues) -> tuple[Tokenizer, Path]:
-    """The tokenizer that the recipe names, or the one beside the model. Raises SamplesError."""
-    if recipe.tokenizer is not None:
-        path = Path(recipe.tokenizer)
+def find_tokenizer(options: SampleOptions, clues: Clues) -> tuple[Tokenizer, Path]:
+    """The tokenizer that the options name, or the one beside the model. Raises SamplesError."""
+    if options.tokenizer is not None:
+        path = Path(options.tokenizer)
         path = path / "tokenizer.json" if path.is_dir() else path
         if not path.is_file():
-            raise OptionError(f"--tokenizer {recipe.tokenizer}: no such file, nor a folder with a tokenizer.json")
+            raise OptionError(f"--tokenizer {options.tokenizer}: no such file, nor a folder with a tokenizer.json")
     else:
         found = beside(clues.folder, ("tokenizer.json",)) if clues.folder is not None else []
         if not found:

@@ -13,7 +13,7 @@ from scipy.io import wavfile
 from test_samples import Input, an_input
 
 import comq_onnx
-from comq_onnx.options.samples import Recipe
+from comq_onnx.options.samples import SampleOptions
 from comq_onnx.samples.load import load_samples
 from comq_onnx.samples.samples import Clues, Samples
 from models import build, weight
@@ -43,7 +43,7 @@ def wave_net() -> onnx.ModelProto:
 
 def load(folder: Path, inputs: list[Input] = WAVE, count: int = 256, **said: Any) -> Samples:
     """The .wav files of a folder, with the model there too."""
-    return load_samples(folder, inputs, Recipe(**said), count, clues=Clues(folder))
+    return load_samples(folder, inputs, SampleOptions(**said), count, clues=Clues(folder))
 
 
 @pytest.mark.parametrize(

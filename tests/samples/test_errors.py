@@ -20,7 +20,7 @@ from test_samples_text import BERT, IDS, MASK, a_tokenizer
 
 import comq_onnx.samples
 from comq_onnx.errors import ComqError, OptionError, SamplesError
-from comq_onnx.options.samples import Recipe
+from comq_onnx.options.samples import SampleOptions
 from comq_onnx.runtime import memory
 from comq_onnx.samples.load import load_samples
 from comq_onnx.samples.samples import Clues
@@ -58,7 +58,7 @@ def file(name: str, content: bytes | str | np.ndarray | dict[str, np.ndarray], i
 
     def act(folder: Path) -> Any:
         write(folder / name, content)
-        return load_samples(folder / name, inputs, Recipe(**said), clues=Clues(folder))
+        return load_samples(folder / name, inputs, SampleOptions(**said), clues=Clues(folder))
 
     return act
 
@@ -93,7 +93,7 @@ def photo(inputs: list[Any], clues: dict[str, Any] | None = None, **said: Any) -
 
     def act(folder: Path) -> Any:
         Image.new("RGB", (20, 20), "red").save(folder / "a.png")
-        return load_samples(folder / "a.png", inputs, Recipe(**said), clues=Clues(folder, **(clues or {})))
+        return load_samples(folder / "a.png", inputs, SampleOptions(**said), clues=Clues(folder, **(clues or {})))
 
     return act
 
@@ -115,7 +115,7 @@ def text(inputs: list[Any], lines: str = "the fox\nthe dog", limit: int | None =
         a_tokenizer().save(str(folder / "tokenizer.json"))
         (folder / "a.txt").write_text(lines)
         limits = {} if limit is None else {"input_ids": limit}
-        return load_samples(folder / "a.txt", inputs, Recipe(**said), clues=Clues(folder, limits))
+        return load_samples(folder / "a.txt", inputs, SampleOptions(**said), clues=Clues(folder, limits))
 
     return act
 
@@ -129,7 +129,7 @@ def sound(inputs: list[Any], points: int = 500, **said: Any) -> Act:
             out.setsampwidth(2)
             out.setframerate(8000)
             out.writeframes((normal(points) * 3000).astype("<i2").tobytes())
-        return load_samples(folder / "a.wav", inputs, Recipe(**said), clues=Clues(folder))
+        return load_samples(folder / "a.wav", inputs, SampleOptions(**said), clues=Clues(folder))
 
     return act
 
@@ -152,7 +152,7 @@ def python(code: str, name: str = "r", inputs: list[Any] = VECTOR, **said: Any) 
 
     def act(folder: Path) -> Any:
         (folder / "m.py").write_text("import numpy as np\nfrom PIL import Image\n" + code)
-        return load_samples(f"{folder / 'm.py'}:{name}", inputs, Recipe(**said))
+        return load_samples(f"{folder / 'm.py'}:{name}", inputs, SampleOptions(**said))
 
     return act
 
@@ -200,13 +200,13 @@ CASES: list[tuple[str, Act]] = [
     ("test_data_set_1: 'x' has shape (2, 32), in test_data_set_0 (1, 32); pad them to one shape",
      tensors(VECTOR, set0_0=normal(1, 32), set1_0=normal(2, 32))),
     # options
-    ("--layout nwhc: choose one of nchw, nhwc", lambda _: Recipe(layout="nwhc")),
-    ("--channels cmyk: choose one of rgb, bgr, grey", lambda _: Recipe(channels="cmyk")),
-    ("--dtype int4: choose one of float32, float16, uint8, int8", lambda _: Recipe(dtype="int4")),
-    ("--mean 1,2: one number, or three in the order of --channels", lambda _: Recipe(mean=(1.0, 2.0))),
-    ("--std 0: pixels are divided by it, so none may be 0", lambda _: Recipe(std=(0.0,))),
-    ("--resize 0: whole pixels of 1 or more, one number or HEIGHTxWIDTH", lambda _: Recipe(resize=0)),
-    ("--length 0: must be 1 or more", lambda _: Recipe(length=0)),
+    ("--layout nwhc: choose one of nchw, nhwc", lambda _: SampleOptions(layout="nwhc")),
+    ("--channels cmyk: choose one of rgb, bgr, grey", lambda _: SampleOptions(channels="cmyk")),
+    ("--dtype int4: choose one of float32, float16, uint8, int8", lambda _: SampleOptions(dtype="int4")),
+    ("--mean 1,2: one number, or three in the order of --channels", lambda _: SampleOptions(mean=(1.0, 2.0))),
+    ("--std 0: pixels are divided by it, so none may be 0", lambda _: SampleOptions(std=(0.0,))),
+    ("--resize 0: whole pixels of 1 or more, one number or HEIGHTxWIDTH", lambda _: SampleOptions(resize=0)),
+    ("--length 0: must be 1 or more", lambda _: SampleOptions(length=0)),
     ("--mean is for images, not for tensors (~/a.npz): leave it out, or give other samples",
      file("a.npz", {"x": normal(8, 32)}, VECTOR, mean=(0.5,))),
     ("--tokenizer is for text, not for images (~/a.png): leave it out, or give other samples",
@@ -216,9 +216,9 @@ CASES: list[tuple[str, Act]] = [
     ("--crop is for images, not for text (~/a.txt): leave it out, or give other samples", text(BERT, crop=3)),
     ("--std is for images, not for sound (~/a.wav): leave it out, or give other samples", sound(WAVE, std=(3.0,))),
     ("--preprocess is for images, not for arrays: leave it out, or give other samples",
-     lambda _: load_samples({"x": normal(8, 32)}, VECTOR, Recipe("raw"))),
+     lambda _: load_samples({"x": normal(8, 32)}, VECTOR, SampleOptions("raw"))),
     ("--preprocess is for images, not for synthetic samples of this model: leave it out, or give other samples",
-     lambda _: load_samples(None, VECTOR, Recipe("raw"))),
+     lambda _: load_samples(None, VECTOR, SampleOptions("raw"))),
     ("--preprocess is for images, not for tensors from Python: leave it out, or give other samples",
      python("r = np.zeros((1, 9, 32), np.float32)", preprocess="raw")),
     # preprocessing

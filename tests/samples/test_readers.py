@@ -16,7 +16,7 @@ from test_samples import NCHW, VECTOR, an_input, picture
 from test_samples_text import BERT, LINES, a_tokenizer
 
 import comq_onnx
-from comq_onnx.options.samples import Recipe
+from comq_onnx.options.samples import SampleOptions
 from comq_onnx.samples.load import load_samples
 from comq_onnx.samples.samples import Clues
 from models import mlp, normal, several_inputs
@@ -105,10 +105,10 @@ def test_feeds_whose_batch_is_anywhere_are_complete_feeds() -> None:
 def test_pictures_in_memory_are_preprocessed_like_files(tmp_path: Path) -> None:
     for i in range(3):
         picture(seed=i).save(tmp_path / f"{i}.png")
-    files = load_samples(tmp_path, NCHW, Recipe("imagenet")).arrays["image"]
+    files = load_samples(tmp_path, NCHW, SampleOptions("imagenet")).arrays["image"]
     rows = [{"img": picture(seed=i), "label": i, "name": 3} for i in range(3)]
     for source in (rows, [row["img"] for row in rows]):
-        np.testing.assert_array_equal(load_samples(source, NCHW, Recipe("imagenet")).arrays["image"], files)
+        np.testing.assert_array_equal(load_samples(source, NCHW, SampleOptions("imagenet")).arrays["image"], files)
 
 
 def test_texts_in_memory_are_tokenized_like_lines(tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_texts_in_memory_are_tokenized_like_lines(tmp_path: Path) -> None:
     for source in (LINES, rows, [{"sentence": line, "label": 1} for line in LINES]):
         made = load_samples(source, BERT, clues=Clues(tmp_path)).arrays["input_ids"]
         np.testing.assert_array_equal(made, files)
-    other = load_samples(rows, BERT, Recipe(text_field="title"), clues=Clues(tmp_path)).arrays["input_ids"]
+    other = load_samples(rows, BERT, SampleOptions(text_field="title"), clues=Clues(tmp_path)).arrays["input_ids"]
     assert other.shape == (len(LINES), 4)
 
 

@@ -16,7 +16,7 @@ from test_samples_text import BERT, a_tokenizer
 import comq_onnx
 from comq_onnx import pipeline
 from comq_onnx.errors import SamplesError
-from comq_onnx.options.samples import Recipe
+from comq_onnx.options.samples import SampleOptions
 from comq_onnx.samples.images.drawing import draw_pictures
 from comq_onnx.samples.images.guess import CENTRED, CENTRED_NAME
 from comq_onnx.samples.images.preprocess import PREPROCESS
@@ -133,7 +133,7 @@ def test_where_nothing_tells_it_is_a_guess_and_said() -> None:
 
 def test_options_and_configurations_count_for_synthetic_pictures_too(tmp_path: Path) -> None:
     low, high = 100 / 255, 1.0
-    given = load_samples(None, NCHW, Recipe("0-1"), 8).arrays["image"]
+    given = load_samples(None, NCHW, SampleOptions("0-1"), 8).arrays["image"]
     assert given.min() >= 0
     assert low < given.max() <= high
     onnx.save(cnn(), tmp_path / "model.onnx")
@@ -177,19 +177,19 @@ def test_the_page_gives_texts_of_all_lengths() -> None:
 
 def test_with_a_tokenizer_synthetic_tokens_are_text(tmp_path: Path) -> None:
     a_tokenizer().save(str(tmp_path / "tokenizer.json"))
-    made = load_samples(None, BERT, Recipe(), 40, 0, Clues(tmp_path)).arrays
+    made = load_samples(None, BERT, SampleOptions(), 40, 0, Clues(tmp_path)).arrays
     assert len(made["input_ids"]) == 40
     assert (made["input_ids"][:, 0] == 1).all()  # [CLS]
     assert 0 < made["attention_mask"].mean() < 1
     the = a_tokenizer().token_to_id("the")
     assert (made["input_ids"] == the).sum() > 20
-    named = load_samples(None, BERT, Recipe(tokenizer=str(tmp_path)), 40).arrays
+    named = load_samples(None, BERT, SampleOptions(tokenizer=str(tmp_path)), 40).arrays
     np.testing.assert_array_equal(named["input_ids"], made["input_ids"])
 
 
 def test_a_model_without_a_mask_gets_as_many_samples_of_text(tmp_path: Path) -> None:
     a_tokenizer().save(str(tmp_path / "tokenizer.json"))
-    assert len(load_samples(None, BERT[:1], Recipe(), 40, 0, Clues(tmp_path))) == 40
+    assert len(load_samples(None, BERT[:1], SampleOptions(), 40, 0, Clues(tmp_path))) == 40
 
 
 def chain(ahead: bool = False) -> onnx.ModelProto:

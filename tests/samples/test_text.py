@@ -14,7 +14,7 @@ from test_samples import Input, an_input
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import comq_onnx
-from comq_onnx.options.samples import Recipe
+from comq_onnx.options.samples import SampleOptions
 from comq_onnx.samples.load import load_samples
 from comq_onnx.samples.samples import Clues
 from models import decoder, encoder, tokens
@@ -52,7 +52,7 @@ def folder(tmp_path: Path) -> Path:
 
 def load(folder: Path, inputs: list[Input], source: str = "lines.txt", **options: Any) -> dict[str, np.ndarray]:
     """Arrays of a text in the folder, with the model there too."""
-    return load_samples(folder / source, inputs, Recipe(**options), clues=Clues(folder)).arrays
+    return load_samples(folder / source, inputs, SampleOptions(**options), clues=Clues(folder)).arrays
 
 
 def test_a_line_becomes_its_tokens_padded_and_masked(folder: Path) -> None:
@@ -107,7 +107,9 @@ def test_without_a_mask_texts_are_joined_and_nothing_is_padded(folder: Path) -> 
 
 def test_the_seed_chooses_among_more_lines_than_wanted(folder: Path) -> None:
     def some(seed: int) -> np.ndarray:
-        return load_samples(folder / "lines.txt", [IDS, MASK], Recipe(), 10, seed, Clues(folder)).arrays["input_ids"]
+        return load_samples(folder / "lines.txt", [IDS, MASK], SampleOptions(), 10, seed, Clues(folder)).arrays[
+            "input_ids"
+        ]
 
     assert len(some(0)) == 10
     np.testing.assert_array_equal(some(0), some(0))

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from comq_onnx.errors import SamplesError
-from comq_onnx.options.samples import Recipe
+from comq_onnx.options.samples import SampleOptions
 from comq_onnx.samples.images.guess import TRIED, guess_preprocess
 from comq_onnx.samples.images.pixels import geometry, to_input
 from comq_onnx.samples.images.preprocess import PREPROCESS, Preprocess, find_preprocess
@@ -21,11 +21,11 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".
 
 
 def read_images(
-    pictures: Sequence[Path | Image.Image], inputs: Sequence[ModelInput], recipe: Recipe, clues: Clues
+    pictures: Sequence[Path | Image.Image], inputs: Sequence[ModelInput], options: SampleOptions, clues: Clues
 ) -> tuple[dict[str, AnyArray], list[str]]:
     """The one input's array of all these pictures, and what was decided. Raises SamplesError and OptionError."""
     info = picture_input(inputs)
-    found = find_preprocess(recipe, clues.folder, info.dtype.kind in "iu")
+    found = find_preprocess(options, clues.folder, info.dtype.kind in "iu")
     last = clues.channels_last.get(info.name)
     names = [str(p) if isinstance(p, Path) else f"picture {i}" for i, p in enumerate(pictures)]
     if found is None:

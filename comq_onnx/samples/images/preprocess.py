@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from comq_onnx.errors import OptionError, SamplesError
-from comq_onnx.options.samples import CHANNELS, DTYPES, LAYOUTS, PICTURE_OPTIONS, Recipe, Size, comma, is_size
+from comq_onnx.options.samples import CHANNELS, DTYPES, LAYOUTS, PICTURE_OPTIONS, SampleOptions, Size, comma, is_size
 from comq_onnx.samples.beside import beside, parse_json
 
 
@@ -85,12 +85,12 @@ class Found:
     note: str | None = None
 
 
-def find_preprocess(recipe: Recipe, folder: Path | None, whole_numbers: bool = False) -> Found | None:
+def find_preprocess(options: SampleOptions, folder: Path | None, whole_numbers: bool = False) -> Found | None:
     """How pictures become the model's input: what the options say, over a preset, a file, or a configuration beside
     the model (in `folder`); None where nothing tells. whole_numbers: the model takes pixels as they are. Raises
     OptionError, and SamplesError for a configuration that cannot be used."""
-    found = _base(recipe, folder, whole_numbers)
-    said = {n: getattr(recipe, n) for n in PICTURE_OPTIONS[1:] if getattr(recipe, n) is not None}
+    found = _base(options, folder, whole_numbers)
+    said = {n: getattr(options, n) for n in PICTURE_OPTIONS[1:] if getattr(options, n) is not None}
     if found is None:
         if not {"mean", "std"} & set(said):
             return None
@@ -104,8 +104,8 @@ def find_preprocess(recipe: Recipe, folder: Path | None, whole_numbers: bool = F
     return replace(found, how=how)
 
 
-def _base(recipe: Recipe, folder: Path | None, whole_numbers: bool) -> Found | None:
-    name = recipe.preprocess
+def _base(options: SampleOptions, folder: Path | None, whole_numbers: bool) -> Found | None:
+    name = options.preprocess
     if name is None:
         if whole_numbers:
             return Found(PREPROCESS["raw"], "raw")

@@ -13,10 +13,10 @@ from unittest import mock
 import numpy as np
 import onnx
 import pytest
+from inputs import BERT, GREY, IDS, MASK, NCHW, VECTOR, an_input
 from onnx import numpy_helper
 from PIL import Image
-from test_samples import GREY, NCHW, VECTOR, an_input
-from test_samples_text import BERT, IDS, MASK, a_tokenizer
+from texts import a_tokenizer
 
 import comq_onnx.samples
 from comq_onnx.errors import ComqError, OptionError, SamplesError
@@ -352,7 +352,7 @@ def test_the_whole_line(tmp_path: Path, line: str, act: Act) -> None:
 
 def raised() -> Iterator[tuple[str, int]]:
     """File and line of each place in the package that raises one of the two errors."""
-    for path in sorted(Path(comq_onnx.samples.__file__).parent.glob("*.py")):
+    for path in sorted(Path(comq_onnx.samples.__file__).parent.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             called = node.exc.func if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) else None
             if getattr(called, "id", "") in ("SamplesError", "OptionError"):

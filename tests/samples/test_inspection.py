@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from pictures import norm_net, picture, pixels
 from PIL import Image
-from test_samples import picture
-from test_synthetic import norm_net, pixels
 
 from comq_onnx import pipeline
 from comq_onnx.errors import ModelError

@@ -9,13 +9,14 @@ import struct
 import tracemalloc
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+from inputs import GREY, NCHW, NHWC, VECTOR, Input, an_input
+from pictures import picture
 from PIL import Image
 
 import comq_onnx
@@ -28,23 +29,6 @@ from comq_onnx.samples.samples import Clues, Samples
 from models import Arrays, build, cnn, infer, mlp, normal, samples_for, several_inputs, tokens, weight
 
 Run = Callable[..., Any]
-
-
-@dataclass(frozen=True)
-class Input:
-    """A model's input, as a runtime tells it."""
-
-    name: str
-    dtype: np.dtype[Any]
-    dims: tuple[int | None, ...] | None
-
-
-def an_input(*dims: int | None, name: str = "x", dtype: Any = np.float32) -> Input:
-    """An input of these dimensions, None where free."""
-    return Input(name, np.dtype(dtype), dims)
-
-
-VECTOR = [an_input(None, 32)]
 
 
 # Files of arrays
@@ -446,17 +430,6 @@ def test_at_most_the_samples_asked_for_are_used(tmp_path: Path) -> None:
 
 
 # Images
-
-
-def picture(width: int = 40, height: int = 30, seed: int = 0) -> Image.Image:
-    """A smooth random picture: resizing it in different ways gives nearly the same."""
-    noise = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), np.uint8)
-    return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
-
-
-NCHW = [an_input(None, 3, 16, 16, name="image")]
-NHWC = [an_input(None, 16, 16, 3, name="image")]
-GREY = [an_input(None, 1, 16, 16, name="image")]
 
 
 @pytest.fixture

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from inputs import NCHW, Input, an_input
+from pictures import picture
 from PIL import Image
-from test_samples import NCHW, Input, an_input, picture
 
 import comq_onnx
 from comq_onnx.model.source import read_model

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from inputs import BERT, NCHW, VECTOR, an_input
 from onnxruntime.quantization import CalibrationDataReader
-from test_samples import NCHW, VECTOR, an_input, picture
-from test_samples_text import BERT, LINES, a_tokenizer
+from pictures import picture
+from texts import LINES, a_tokenizer
 
 import comq_onnx
 from comq_onnx.options.samples import SampleOptions

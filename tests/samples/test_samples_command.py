@@ -1,6 +1,6 @@
 """Samples from the command line: options, what is shown, and what is refused."""
 
-# the fixtures of test_cli serve here too
+# fixtures are imported by their names
 # ruff: noqa: F401, F811
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from command import Said, files, run
+from pictures import picture
 from PIL import Image
 from scipy.io import wavfile
-from test_cli import Said, files, run
-from test_samples import picture
-from test_samples_sound import tone, wave_net
-from test_samples_text import LINES, a_tokenizer
+from sounds import tone, wave_net
+from texts import LINES, a_tokenizer
 
 from comq_onnx.cli import command as cli
 from models import infer, tokens

@@ -10,23 +10,21 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from test_samples import NCHW, an_input, picture
-from test_samples_text import BERT, a_tokenizer
+from inputs import BERT, NCHW, an_input
+from pictures import folded, norm_net, picture
+from texts import a_tokenizer
 
 import comq_onnx
 from comq_onnx import pipeline
 from comq_onnx.errors import SamplesError
 from comq_onnx.options.samples import SampleOptions
 from comq_onnx.samples.images.drawing import draw_pictures
-from comq_onnx.samples.images.guess import CENTRED, CENTRED_NAME
+from comq_onnx.samples.images.guess import CENTRED_NAME
 from comq_onnx.samples.images.preprocess import PREPROCESS
 from comq_onnx.samples.load import load_samples
 from comq_onnx.samples.samples import Clues
 from comq_onnx.samples.synthetic import page_texts
-from models import Arrays, build, cnn, decoder, encoder, infer, normal, weight
-
-PHOTOS = np.stack([np.asarray(picture(32, 32, seed=i)) for i in range(16)])
-
+from models import Arrays, build, cnn, decoder, encoder, weight
 
 # Pictures
 
@@ -52,43 +50,6 @@ def test_pictures_depend_on_the_seed_alone_and_differ() -> None:
     assert (first != other).any()
     assert len({p.tobytes() for p in first}) == 4
     assert first.shape == (4, 16, 20, 3)
-
-
-def pixels(name: str) -> np.ndarray:
-    """The photos as this preset makes them, NCHW."""
-    how = {**PREPROCESS, CENTRED_NAME: CENTRED}[name]
-    return np.float32((PHOTOS * how.scale - np.array(how.mean)) / np.array(how.std)).transpose(0, 3, 1, 2)
-
-
-def norm_net(name: str) -> onnx.ModelProto:
-    """Conv and BatchNormalization as if trained on the photos of this preset."""
-    w = weight(16, 3, 3, 3, fan=27)
-    text = """g (float[batch, 3, 32, 32] image) => (float[batch, 16, 30, 30] y) {
-        [conv] y = Conv <kernel_shape = [3, 3]> (image, w)
-    }"""
-
-    seen = infer(build(text, {"w": w}), {"image": pixels(name)})["y"]
-    moments = {"mean": seen.mean(axis=(0, 2, 3)), "var": seen.var(axis=(0, 2, 3))}
-    scales = {"scale": np.ones(16, np.float32), "shift": normal(16)}
-    return build(
-        """g (float[batch, 3, 32, 32] image) => (float[batch, 16, 30, 30] y) {
-            [conv] c = Conv <kernel_shape = [3, 3]> (image, w)
-            y = BatchNormalization (c, scale, shift, mean, var)
-        }""",
-        {"w": w, **scales, **moments},
-    )
-
-
-def folded(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The same without its BatchNormalization."""
-    w, scale, shift, mean, var = (onnx.numpy_helper.to_array(i) for i in model.graph.initializer)
-    gain = scale / np.sqrt(var)
-    return build(
-        """g (float[batch, 3, 32, 32] image) => (float[batch, 16, 30, 30] y) {
-            [conv] y = Conv <kernel_shape = [3, 3]> (image, w, b)
-        }""",
-        {"w": w * gain[:, None, None, None], "b": np.float32(shift - mean * gain)},
-    )
 
 
 def note_of(model: onnx.ModelProto, **options: Any) -> str:

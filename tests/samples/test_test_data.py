@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from inputs import an_input
 from onnx import numpy_helper
-from test_samples import an_input
 
 import comq_onnx
 from comq_onnx.samples.load import load_samples

@@ -1,6 +1,6 @@
-"""Made-up samples for a model without any: procedural pictures, text of a bundled page, sound-like noise.
+"""Make samples for a model that has none: procedural pictures, text of a bundled page, tokens, noise.
 
-What each costs against real samples is measured by tools/bench_synthetic.py, and said in the warning.
+tools/bench_synthetic.py measures what each kind costs against real samples; the warnings say its figures.
 """
 
 from __future__ import annotations
@@ -12,17 +12,20 @@ import numpy as np
 
 from comq_onnx.errors import ComqError
 from comq_onnx.options.samples import PICTURE_OPTIONS, SampleOptions
-from comq_onnx.samples.beside import beside
 from comq_onnx.samples.images.drawing import draw_pictures, one_over_f
 from comq_onnx.samples.images.guess import guess_preprocess, to_grey
 from comq_onnx.samples.images.pixels import channels_last, geometry, to_input
 from comq_onnx.samples.images.preprocess import Preprocess, find_preprocess
+from comq_onnx.samples.language_inputs import complete, role_of, token_inputs
+from comq_onnx.samples.model_folder import find_beside
 from comq_onnx.samples.samples import AnyArray, Clues, Feeds, ModelInput
-from comq_onnx.samples.text import complete, role_of, texts_wanted, token_inputs, tokenize
+from comq_onnx.samples.text import texts_wanted, tokenize
 
-SIDE, FREE_TOKENS, MOST_DRAWN = 224, 32, 512
+# where the model leaves them free: the sides of pictures, the length of texts
+SIDE, FREE_TOKENS = 224, 32
+MOST_DRAWN = 512  # pictures; beyond these they are used again
 MOST_TEXTS = 72  # drawn from a model: each takes as many runs as it has tokens
-LEAST_VOCABULARY = 32
+LEAST_VOCABULARY = 32  # outputs of fewer scores are not logits over tokens
 # the figures of tools/bench_synthetic.py: EfficientNet-Lite0 and MiniLM, 128 samples of each kind, measured on real
 # ones; of SmolLM2: effort fast, 24 samples of 32 tokens, measured on 8 texts of 64
 TELL = "the comparison is made on them too; give real samples with --calib"
@@ -52,11 +55,11 @@ NOISE_WARNING = (
 def synthesize(
     inputs: Sequence[ModelInput], options: SampleOptions, count: int, seed: int, clues: Clues
 ) -> tuple[dict[str, AnyArray], list[str], list[str]]:
-    """(arrays by input name, notes, warnings): `count` samples for a model of these inputs.
+    """Make `count` samples for a model of these inputs: (arrays by input name, notes, warnings).
 
-    Pictures for inputs of 1 or 3 channels, preprocessed as the options or a configuration beside the model say, else as
-    suits the model best; text of a page for token ids where there is a tokenizer.json, else what a model that predicts
-    tokens draws, else random ones; ones for masks; normal noise for the rest.
+    Inputs of 1 or 3 channels get pictures, preprocessed as the options or a configuration beside the model say, else as
+    suits the model best. Token ids get text of a page where there is a tokenizer.json, else tokens that the model
+    itself predicts, where it predicts any, else random ones. Masks get ones, all other inputs normal noise.
     """
     pictures = [i for i in inputs if _takes_pictures(i, options, clues)]
     tokens = token_inputs(inputs)
@@ -78,17 +81,13 @@ def synthesize(
         elif not (batched and role_of(info.name) in language):
             made[info.name] = _noise(info, shape, rng, clues.token_limits.get(info.name))
     if pictures:
-        warning = PICTURE_WARNING
-    elif not tokens:
-        warning = NOISE_WARNING
-    else:
-        warning = TOKEN_WARNING
-        if batched:
-            made, drawn = _fill_tokens(made, tokens, inputs, clues, rng)
-            if drawn:
-                notes.append("synthetic tokens drawn from the model's own predictions of the next one")
-                warning = DRAWN_WARNING
-    return made, notes, [warning]
+        return made, notes, [PICTURE_WARNING]
+    if not tokens:
+        return made, notes, [NOISE_WARNING]
+    made, drawn = _fill_tokens(made, tokens, inputs, clues, rng) if batched else (made, False)
+    if not drawn:
+        return made, notes, [TOKEN_WARNING]
+    return made, [*notes, "synthetic tokens drawn from the model's own predictions of the next one"], [DRAWN_WARNING]
 
 
 # Pictures
@@ -96,7 +95,7 @@ def synthesize(
 
 
 def _takes_pictures(info: ModelInput, options: SampleOptions, clues: Clues) -> bool:
-    """Whether an input is one of pictures: rank 4, 1 or 3 channels, sides of 8 pixels or more."""
+    """Tell whether an input takes pictures: rank 4, 1 or 3 channels, sides of 8 pixels or more."""
     if (
         info.dims is None
         or len(info.dims) != 4
@@ -112,18 +111,18 @@ def _takes_pictures(info: ModelInput, options: SampleOptions, clues: Clues) -> b
 def _pictures(
     info: ModelInput, shape: tuple[int, ...], options: SampleOptions, seed: int, clues: Clues, notes: list[str]
 ) -> AnyArray:
-    """Drawn pictures of this shape, batches and all, preprocessed."""
+    """Draw pictures and preprocess them to an array of this shape [..., channels and sides]; adds to `notes`."""
     last = clues.channels_last.get(info.name)
     found = find_preprocess(options, clues.folder, info.dtype.kind in "iu")
-    _, _, _, (height, width) = geometry(info, found.how if found else Preprocess(), last)
-    # where each sample is a batch, drawing them all would take minutes
+    _, _, _, (height, width) = geometry(info, found.preprocess if found else Preprocess(), last)
+    # where each sample is a batch it would take minutes to draw them all
     wanted = int(np.prod(shape[:-3]))
     drawn = draw_pictures(min(wanted, MOST_DRAWN), height, width, seed)
     if found is None:
         found = guess_preprocess(drawn, info, last, clues)
     if found.note:
         notes.append(found.note)
-    values = np.stack([to_input(to_grey(p, info, found.how, last), info, found.how, last) for p in drawn])
+    values = np.stack([to_input(to_grey(p, info, found.preprocess, last), info, found.preprocess, last) for p in drawn])
     return np.resize(values, (*shape[:-3], *values.shape[1:]))
 
 
@@ -132,11 +131,11 @@ def _pictures(
 
 
 def page_texts(count: int, seed: int) -> list[str]:
-    """`count` stretches of 4 to 90 words, drawn with `seed` from a page.
+    """Draw with `seed` `count` stretches of 4 to 90 words from a page.
 
-    Of works in the public domain (Carroll 1865, Austen 1813, Darwin 1859, the Declaration of Independence, Lincoln
-    1863, Melville 1851, Conan Doyle 1891, Wells 1895, Dickens 1843 and 1859, Proust 1913, Goethe 1808, Cervantes
-    1605), and a few sentences made for it.
+    The page is of works in the public domain (Carroll 1865, Austen 1813, Darwin 1859, the Declaration of Independence,
+    Lincoln 1863, Melville 1851, Conan Doyle 1891, Wells 1895, Dickens 1843 and 1859, Proust 1913, Goethe 1808,
+    Cervantes 1605), with a few sentences made for it.
     """
     page = resources.files("comq_onnx.samples").joinpath("page.txt").read_text(encoding="utf-8")
     words = page.split()
@@ -153,7 +152,10 @@ def _fill_tokens(
     clues: Clues,
     rng: np.random.Generator,
 ) -> tuple[dict[str, AnyArray], bool]:
-    """All inputs of a language model around its random tokens, or those that the model draws; and whether it does."""
+    """Make all inputs of a language model: (arrays, whether the model drew the tokens itself).
+
+    made: the arrays so far, with random tokens, which stay where the model draws none
+    """
 
     def fill(ids: AnyArray) -> dict[str, AnyArray]:
         given = {name: array[: len(ids)] for name, array in made.items()}
@@ -168,10 +170,12 @@ def _fill_tokens(
 def _draw_tokens(
     run: Callable[[Feeds], Feeds], fill: Callable[[AnyArray], Feeds], ids: AnyArray, rng: np.random.Generator
 ) -> AnyArray | None:
-    """Token ids [n, tokens] that a model which predicts the next token finds likely, from random ones; None for another
-    model.
+    """Draw tokens that a model finds likely; None where the model does not predict the next token.
 
-    One token after another, each from the model's prediction for what stands before it.
+    run: the model
+    fill: makes all inputs from token ids
+    ids: random tokens [n, tokens]; the first of each text stays, and each later one is drawn from the prediction of
+        the model for those before it
     """
     try:
         name = _predicts_next(run, fill, ids[:2])
@@ -184,13 +188,13 @@ def _draw_tokens(
                 logits = np.asarray(run(fill(part[:, :width]))[name], np.float64)[:, -1]
                 # the greatest of logits with Gumbel noise is a draw from their softmax
                 part[:, width] = (logits + rng.gumbel(size=logits.shape)).argmax(axis=-1)
-    except ComqError:  # a model of other feeds than these
+    except ComqError:  # the model takes other feeds than these
         return None
     return ids
 
 
 def _predicts_next(run: Callable[[Feeds], Feeds], fill: Callable[[AnyArray], Feeds], ids: AnyArray) -> str | None:
-    """The output of logits over the vocabulary of a model that does not look ahead; None where there is none."""
+    """Find the output of logits over the vocabulary that does not depend on later tokens; None where there is none."""
     changed = ids.copy()
     changed[:, -1] = ids[:, 0]
     before, after = run(fill(ids)), run(fill(changed))
@@ -203,10 +207,11 @@ def _predicts_next(run: Callable[[Feeds], Feeds], fill: Callable[[AnyArray], Fee
 
 
 def _has_tokenizer(options: SampleOptions, clues: Clues) -> bool:
-    return options.tokenizer is not None or bool(clues.folder and beside(clues.folder, ("tokenizer.json",)))
+    return options.tokenizer is not None or bool(clues.folder and find_beside(clues.folder, ("tokenizer.json",)))
 
 
 def _guess_dims(info: ModelInput, options: SampleOptions) -> tuple[int, ...]:
+    """Return the dimensions of an input with a guess for each that is free."""
     if info.dims is None:
         return (1, 3, SIDE, SIDE)
     free = SIDE if len(info.dims) == 4 else options.length or FREE_TOKENS
@@ -214,6 +219,7 @@ def _guess_dims(info: ModelInput, options: SampleOptions) -> tuple[int, ...]:
 
 
 def _noise(info: ModelInput, shape: tuple[int, ...], rng: np.random.Generator, limit: int | None) -> AnyArray:
+    """Make noise for an input by its name and type; limit: whole numbers stay below it, below 2 where it is None."""
     if info.dtype == object:
         return np.full(shape, "text", dtype=object)
     if info.dtype == np.bool_ or "mask" in info.name.lower():

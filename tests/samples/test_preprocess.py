@@ -43,7 +43,7 @@ def found(folder: Path, name: str, config: dict[str, Any], **said: Any) -> Prepr
     (folder / name).write_text(json.dumps(config))
     result = find_preprocess(SampleOptions(**said), folder)
     assert result is not None
-    return result.how
+    return result.preprocess
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def test_options_win_over_a_configuration_and_over_a_preset(tmp_path: Path) -> N
     assert said == replace(plain, mean=(0.4,), crop=12, channels="bgr")
     chosen = find_preprocess(SampleOptions("clip", std=(0.25,)), tmp_path)
     assert chosen is not None
-    assert chosen.how == replace(PREPROCESS["clip"], std=(0.25,))
+    assert chosen.preprocess == replace(PREPROCESS["clip"], std=(0.25,))
     assert chosen.note is None
 
 
@@ -124,7 +124,7 @@ def test_a_configuration_named_by_an_option_is_read(tmp_path: Path) -> None:
     (tmp_path / "my.json").write_text(json.dumps(TIMM))
     named = find_preprocess(SampleOptions(str(tmp_path / "my.json")), None)
     assert named is not None
-    assert named.how == found(tmp_path, "config.json", TIMM)
+    assert named.preprocess == found(tmp_path, "config.json", TIMM)
 
 
 def test_mean_and_deviation_alone_are_of_pixels_from_0_to_1(photo: Path) -> None:

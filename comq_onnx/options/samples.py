@@ -1,4 +1,4 @@
-"""The options that say how samples are read."""
+"""Declare the options that say how samples are read."""
 
 from __future__ import annotations
 

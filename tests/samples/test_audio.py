@@ -1,4 +1,4 @@
-"""Sound as samples: .wav files of every kind as windows of one rate."""
+"""Test that .wav files of every kind are read as windows of one rate."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WAVE = [an_input(None, 400, name="wave")]
 
 
 def load(folder: Path, inputs: list[Input] = WAVE, count: int = 256, **said: Any) -> Samples:
-    """The .wav files of a folder, with the model there too."""
+    """Load the .wav files of a folder, with the model there too."""
     return load_samples(folder, inputs, SampleOptions(**said), count, clues=Clues(folder))
 
 

@@ -1,4 +1,4 @@
-"""Every message of the samples package, whole: what was found, what was expected, what to do, in one line."""
+"""Test every message of the samples package, whole: what was found, what was expected, what to do, in one line."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ BESIDE = "lies beside the model and cannot be"
 
 
 def unpacking_to_much(folder: Path) -> Any:
-    """Arrays where hardly any memory is free."""
+    """Load arrays where hardly any memory is free."""
     np.savez(folder / "a.npz", x=normal(4, 32))
     with mock.patch.object(memory, "free", return_value=100):
         return load_samples(folder / "a.npz", VECTOR)
@@ -64,7 +64,7 @@ def file(name: str, content: bytes | str | np.ndarray | dict[str, np.ndarray], i
 
 
 def write(path: Path, content: bytes | str | np.ndarray | dict[str, np.ndarray]) -> None:
-    """A file of this content."""
+    """Write a file of this content, as numpy does where it is arrays."""
     path.parent.mkdir(exist_ok=True, parents=True)
     match content:
         case bytes():
@@ -89,7 +89,7 @@ def files(inputs: list[Any], **content: Any) -> Act:
 
 
 def photo(inputs: list[Any], clues: dict[str, Any] | None = None, **said: Any) -> Act:
-    """One picture of 20 x 20 pixels."""
+    """Load one picture of 20 x 20 pixels."""
 
     def act(folder: Path) -> Any:
         Image.new("RGB", (20, 20), "red").save(folder / "a.png")
@@ -99,7 +99,7 @@ def photo(inputs: list[Any], clues: dict[str, Any] | None = None, **said: Any) -
 
 
 def beside(name: str, content: str, act: Act) -> Act:
-    """The same with another file there."""
+    """Do the same with another file in the folder."""
 
     def both(folder: Path) -> Any:
         (folder / name).write_text(content)
@@ -109,7 +109,7 @@ def beside(name: str, content: str, act: Act) -> Act:
 
 
 def text(inputs: list[Any], lines: str = "the fox\nthe dog", limit: int | None = None, **said: Any) -> Act:
-    """A text with a tokenizer beside it."""
+    """Load a text with a tokenizer beside it."""
 
     def act(folder: Path) -> Any:
         a_tokenizer().save(str(folder / "tokenizer.json"))
@@ -121,7 +121,7 @@ def text(inputs: list[Any], lines: str = "the fox\nthe dog", limit: int | None =
 
 
 def sound(inputs: list[Any], points: int = 500, **said: Any) -> Act:
-    """A .wav file of 16 bits."""
+    """Load a .wav file of 16 bits."""
 
     def act(folder: Path) -> Any:
         with wave.open(str(folder / "a.wav"), "wb") as out:
@@ -135,7 +135,7 @@ def sound(inputs: list[Any], points: int = 500, **said: Any) -> Act:
 
 
 def tensors(inputs: list[Any], **sets: np.ndarray) -> Act:
-    """Test data sets: set0_1 is input_1.pb of test_data_set_0."""
+    """Load test data sets: set0_1 is input_1.pb of test_data_set_0."""
 
     def act(folder: Path) -> Any:
         for name, array in sets.items():
@@ -148,7 +148,7 @@ def tensors(inputs: list[Any], **sets: np.ndarray) -> Act:
 
 
 def python(code: str, name: str = "r", inputs: list[Any] = VECTOR, **said: Any) -> Act:
-    """Python source in m.py."""
+    """Load samples from Python source in m.py."""
 
     def act(folder: Path) -> Any:
         (folder / "m.py").write_text("import numpy as np\nfrom PIL import Image\n" + code)
@@ -158,7 +158,7 @@ def python(code: str, name: str = "r", inputs: list[Any] = VECTOR, **said: Any) 
 
 
 def external_tensor() -> bytes:
-    """A tensor whose data lie in a file of its choice."""
+    """Make a tensor whose data lie in a file of its choice."""
     tensor = onnx.TensorProto(name="x", data_type=1, dims=[4], data_location=onnx.TensorProto.EXTERNAL)
     tensor.external_data.add(key="location", value="/etc/hostname")
     return bytes(tensor.SerializeToString())
@@ -325,7 +325,7 @@ CASES: list[tuple[str, Act]] = [
 
 
 def unreadable(path: Path) -> Path:
-    """A file that cannot be opened, whoever runs the tests."""
+    """Make a file that cannot be opened, whoever runs the tests."""
     path.write_text("text")
 
     class Locked(type(path)):  # type: ignore[misc]
@@ -351,7 +351,7 @@ def test_the_whole_line(tmp_path: Path, line: str, act: Act) -> None:
 
 
 def raised() -> Iterator[tuple[str, int]]:
-    """File and line of each place in the package that raises one of the two errors."""
+    """Yield file and line of each place in the package that raises one of the two errors."""
     for path in sorted(Path(comq_onnx.samples.__file__).parent.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             called = node.exc.func if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) else None

@@ -1,4 +1,4 @@
-"""What the model is fed, shown: ranges and means, the sheet of pictures, and doubts about the preprocessing."""
+"""Test what a person is shown of samples: ranges and means, the sheet of pictures, doubts about the preprocessing."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_what_holds_no_pictures_has_no_sheet() -> None:
 
 
 def confident(samples: int = 16, classes: int = 100) -> np.ndarray:
-    """Logits of a class for each sample."""
+    """Make logits that are sure of one class for each sample."""
     return normal(samples, classes) + 12 * np.eye(classes, dtype=np.float32)[np.arange(samples) % classes]
 
 

@@ -1,4 +1,4 @@
-"""How pictures become an input: options over presets, and the configurations that lie beside models."""
+"""Test how pictures become an input: options over presets, and the configurations that lie beside models."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ TIMM = {
 
 
 def found(folder: Path, name: str, config: dict[str, Any], **said: Any) -> Preprocess:
-    """What the configuration of this name beside the model says, with options over it."""
+    """Return what the configuration of this name beside the model says, with options over it."""
     (folder / name).write_text(json.dumps(config))
     result = find_preprocess(SampleOptions(**said), folder)
     assert result is not None
@@ -48,14 +48,14 @@ def found(folder: Path, name: str, config: dict[str, Any], **said: Any) -> Prepr
 
 @pytest.fixture
 def photo(tmp_path: Path) -> Path:
-    """A picture that is wider than high, in a folder without a model."""
+    """Make a picture that is wider than high, in a folder without a model."""
     (tmp_path / "photos").mkdir()
     picture(40, 30).save(tmp_path / "photos" / "a.png")
     return tmp_path / "photos"
 
 
 def shown(source: Path, inputs: list[Input], folder: Path | None = None, **said: Any) -> np.ndarray:
-    """The array of the pictures, with the model in `folder`."""
+    """Load the array of the pictures, with the model in `folder`."""
     return load_samples(source, inputs, SampleOptions(**said), clues=Clues(folder)).arrays["image"]
 
 

@@ -1,4 +1,4 @@
-"""Samples from Python: callables, readers, loaders and datasets, batches and single samples, pictures and texts."""
+"""Test samples from Python: callables, readers, loaders and datasets, batches and single samples, pictures, texts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ X = normal(24, 32)
 
 
 class Reader(CalibrationDataReader):
-    """What a user of onnxruntime.quantization has already."""
+    """Stand for the reader that a user of onnxruntime.quantization has already."""
 
     def __init__(self) -> None:
         self.feeds = iter([{"x": X[i : i + 1]} for i in range(24)])
@@ -36,7 +36,7 @@ class Reader(CalibrationDataReader):
 
 
 class Tensor:
-    """As much of a tensor of PyTorch as is used; numpy alone cannot read it."""
+    """Stand for a tensor of PyTorch, with as much of it as is used; numpy alone cannot read it."""
 
     def __init__(self, array: np.ndarray) -> None:
         self.array = array
@@ -52,7 +52,7 @@ class Tensor:
 
 
 class Loader:
-    """What a DataLoader gives: lists of a batch of inputs and one of labels, again on each pass."""
+    """Give what a DataLoader gives: lists of a batch of inputs and one of labels, again on each pass."""
 
     def __iter__(self) -> Iterator[list[Any]]:
         for i in range(0, 24, 5):
@@ -60,7 +60,7 @@ class Loader:
 
 
 class Indexed:
-    """A map-style dataset of PyTorch: no iteration, no end but its length."""
+    """Stand for a map-style dataset of PyTorch: no iteration, no end but its length."""
 
     def __len__(self) -> int:
         return 24
@@ -70,7 +70,7 @@ class Indexed:
 
 
 def single() -> Iterator[np.ndarray]:
-    """Samples one at a time, without a batch axis."""
+    """Yield samples one at a time, without a batch axis."""
     yield from X
 
 
@@ -136,7 +136,7 @@ CODE = """
 
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A module in the current folder that imports one beside it."""
+    """Write a module in the current folder that imports one beside it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.dont_write_bytecode", True)
     (tmp_path / "my_samples.py").write_text(textwrap.dedent(CODE))

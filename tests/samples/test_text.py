@@ -1,4 +1,4 @@
-"""Text as samples: lines through a tokenizer, padded, masked and completed as the model's inputs ask."""
+"""Test text as samples: lines through a tokenizer, padded, masked and completed as the inputs of the model ask."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ Run = Callable[..., Any]
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder with a tokenizer.json and lines.txt."""
+    """Make a folder with a tokenizer.json and lines.txt."""
     a_tokenizer().save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "lines.txt").write_text("\n".join(LINES) + "\n\n")
     return tmp_path
 
 
 def load(folder: Path, inputs: list[Input], source: str = "lines.txt", **options: Any) -> dict[str, np.ndarray]:
-    """Arrays of a text in the folder, with the model there too."""
+    """Load the arrays of a text in the folder, with the model there too."""
     return load_samples(folder / source, inputs, SampleOptions(**options), clues=Clues(folder)).arrays
 
 

@@ -60,15 +60,15 @@ def errors(name: str, layers: Sequence[LayerReport], size: tuple[float, float] =
     """Draw the error of each layer in graph order, beside that of plain rounding."""
     solved = [(i, x) for i, x in enumerate(layers) if x.error_db is not None and x.rtn_error_db is not None]
     places = [i for i, _ in solved]
-    said = [
+    titles = [
         f"{x.name}\n{x.error_db:.1f} dB, plain rounding {x.rtn_error_db:.1f} dB\n{x.op}, {x.bits} bits"
         for _, x in solved
     ]
     return points(
         name,
         [
-            Marks("plain rounding", places, [x.rtn_error_db or 0.0 for _, x in solved], said, "soft"),
-            Marks("as quantized", places, [x.error_db or 0.0 for _, x in solved], said),
+            Marks("plain rounding", places, [x.rtn_error_db or 0.0 for _, x in solved], titles, "soft"),
+            Marks("as quantized", places, [x.error_db or 0.0 for _, x in solved], titles),
         ],
         ("layer, in graph order", "error, dB"), size, joined=True,
     )  # fmt: skip
@@ -78,12 +78,12 @@ def frontier(name: str, found: Sequence[FrontierPoint], size: tuple[float, float
     """Draw predicted SQNR against the size of the file, and the allocation that was chosen."""
 
     def marks(label: str, some: Sequence[FrontierPoint], colour: str) -> Marks:
-        said = [
+        titles = [
             f"{p.size / 1e6:,.2f} MB, {p.mean_bits:.2f} bits in the mean\npredicted {p.sqnr_db:.1f} dB"
             + ("" if p.top1_agreement is None else f", {p.top1_agreement:.1%} agreement")
             for p in some
         ]
-        return Marks(label, [p.size / 1e6 for p in some], [p.sqnr_db for p in some], said, colour)
+        return Marks(label, [p.size / 1e6 for p in some], [p.sqnr_db for p in some], titles, colour)
 
     others, chosen = [p for p in found if not p.chosen], [p for p in found if p.chosen]
     return points(
@@ -95,7 +95,7 @@ def frontier(name: str, found: Sequence[FrontierPoint], size: tuple[float, float
 def sizes(name: str, layers: Sequence[LayerReport], size: tuple[float, float] = WIDE) -> str:
     """Draw the bytes of the weight of each layer, before and after."""
     known = [(i, x) for i, x in enumerate(layers) if x.bytes_before and x.bytes_after is not None]
-    said = [
+    titles = [
         f"{x.name}\n{(x.bytes_before or 0) / 1e3:,.1f} kB -> {(x.bytes_after or 0) / 1e3:,.1f} kB\n{x.bits} bits, "
         f"{' x '.join(map(str, x.weight_shape))}"
         for _, x in known
@@ -108,7 +108,7 @@ def sizes(name: str, layers: Sequence[LayerReport], size: tuple[float, float] = 
     base = [min(after) / 2] * len(known) if uneven else None
     return bars(
         name,
-        [Marks("before", places, before, said, "soft", base), Marks("after", places, after, said, "accent", base)],
+        [Marks("before", places, before, titles, "soft", base), Marks("after", places, after, titles, "accent", base)],
         ("layer, in graph order", "weight, kB" + (", logarithmic" if uneven else "")), size,
         _logarithmic if uneven else None,
     )  # fmt: skip
@@ -122,8 +122,8 @@ def _logarithmic(axes: Axes) -> None:
 
 def bits(name: str, layers: Sequence[LayerReport], size: tuple[float, float] = WIDE) -> str:
     """Draw the bits of the weight of each layer."""
-    said = [f"{x.name}\n{x.bits} bits, a scale per {x.granularity}" for x in layers]
-    marks = Marks("bits", list(range(len(layers))), [x.bits for x in layers], said)
+    titles = [f"{x.name}\n{x.bits} bits, a scale per {x.granularity}" for x in layers]
+    marks = Marks("bits", list(range(len(layers))), [x.bits for x in layers], titles)
     return bars(name, [marks], ("layer, in graph order", "bits"), (size[0], size[1] * 0.72), whole=True)
 
 
@@ -132,7 +132,7 @@ def ranges(name: str, activations: Sequence[ActivationReport], size: tuple[float
 
     Where ranges differ much the axis is logarithmic beyond the smallest of them.
     """
-    said = [
+    titles = [
         f"{a.name}\n{a.low:.4g} to {a.high:.4g}\n99.9% in {a.typical_low:.4g} to {a.typical_high:.4g}\n"
         f"scale {a.scale:.3g}, zero point {a.zero_point}"
         for a in activations
@@ -151,8 +151,8 @@ def ranges(name: str, activations: Sequence[ActivationReport], size: tuple[float
     return bars(
         name,
         [
-            Marks("all values", places, [a.high for a in activations], said, "soft", [a.low for a in activations]),
-            Marks("99.9% of them", places, [a.typical_high for a in activations], said, "accent",
+            Marks("all values", places, [a.high for a in activations], titles, "soft", [a.low for a in activations]),
+            Marks("99.9% of them", places, [a.typical_high for a in activations], titles, "accent",
                   [a.typical_low for a in activations]),
         ],
         ("quantized activation, in graph order", "value" + (", logarithmic" if uneven else "")), size, adjust,

@@ -84,7 +84,7 @@ def read_python(
     the inputs in their order: tuples of a DataLoader have labels behind them. Raises SamplesError, and OptionError for
     options that are for samples of another kind.
     """
-    items = _items(source, what)
+    items = _iterate(source, what)
     try:
         first = next(items)
     except StopIteration:
@@ -104,7 +104,7 @@ def read_python(
     return read_images(contents, inputs, options, clues)
 
 
-def _items(source: Any, what: str) -> Iterator[Any]:
+def _iterate(source: Any, what: str) -> Iterator[Any]:
     """Yield the items of a source. Raises SamplesError, also for whatever the code of the caller raises."""
     try:
         if isinstance(source, type) or (callable(source) and not hasattr(source, "get_next")):
@@ -164,7 +164,7 @@ def _gather_feeds(
     """Take items as feeds until they hold `count` samples."""
     feeds, gathered = [], 0
     for item in items:
-        feed = _feed(item, inputs, what)
+        feed = _as_feed(item, inputs, what)
         feeds.append(feed)
         gathered += _count_samples(feed, inputs)
         if gathered >= count:
@@ -172,7 +172,7 @@ def _gather_feeds(
     return feeds
 
 
-def _feed(item: Any, inputs: Sequence[ModelInput], what: str) -> dict[str, AnyArray]:
+def _as_feed(item: Any, inputs: Sequence[ModelInput], what: str) -> dict[str, AnyArray]:
     """Return the arrays of an item by input name. Raises SamplesError."""
     names = [i.name for i in inputs]
     if isinstance(item, Mapping):
@@ -191,10 +191,10 @@ def _feed(item: Any, inputs: Sequence[ModelInput], what: str) -> dict[str, AnyAr
             f"{what}: an item is {_type_of(item)}; the model has {len(names)} inputs ({names_of(names)}): give "
             "mappings by name"
         )
-    return {name: _array(value, name, what) for name, value in zip(names, values, strict=True)}
+    return {name: _as_array(value, name, what) for name, value in zip(names, values, strict=True)}
 
 
-def _array(value: Any, name: str, what: str) -> AnyArray:
+def _as_array(value: Any, name: str, what: str) -> AnyArray:
     """Return a value as an array of numbers or strings. Raises SamplesError."""
     if hasattr(value, "detach"):  # a tensor of PyTorch
         value = value.detach().cpu().numpy()

@@ -77,9 +77,9 @@ def synthesize(
         dims = _guess_dims(info, options)
         shape = (count, *dims[1:]) if batched else (count, *dims)
         if info in pictures:
-            made[info.name] = _pictures(info, shape, options, seed, clues, notes)
+            made[info.name] = _make_pictures(info, shape, options, seed, clues, notes)
         elif not (batched and role_of(info.name) in language):
-            made[info.name] = _noise(info, shape, rng, clues.token_limits.get(info.name))
+            made[info.name] = _make_noise(info, shape, rng, clues.token_limits.get(info.name))
     if pictures:
         return made, notes, [PICTURE_WARNING]
     if not tokens:
@@ -108,7 +108,7 @@ def _takes_pictures(info: ModelInput, options: SampleOptions, clues: Clues) -> b
     return channels in (None, 1, 3) and all(side is None or side >= 8 for side in sides)
 
 
-def _pictures(
+def _make_pictures(
     info: ModelInput, shape: tuple[int, ...], options: SampleOptions, seed: int, clues: Clues, notes: list[str]
 ) -> AnyArray:
     """Draw pictures and preprocess them to an array of this shape [..., channels and sides]; adds to `notes`."""
@@ -178,7 +178,7 @@ def _draw_tokens(
         the model for those before it
     """
     try:
-        name = _predicts_next(run, fill, ids[:2])
+        name = _find_logits(run, fill, ids[:2])
         if name is None:
             return None
         ids = ids.copy()
@@ -193,7 +193,7 @@ def _draw_tokens(
     return ids
 
 
-def _predicts_next(run: Callable[[Feeds], Feeds], fill: Callable[[AnyArray], Feeds], ids: AnyArray) -> str | None:
+def _find_logits(run: Callable[[Feeds], Feeds], fill: Callable[[AnyArray], Feeds], ids: AnyArray) -> str | None:
     """Find the output of logits over the vocabulary that does not depend on later tokens; None where there is none."""
     changed = ids.copy()
     changed[:, -1] = ids[:, 0]
@@ -218,7 +218,7 @@ def _guess_dims(info: ModelInput, options: SampleOptions) -> tuple[int, ...]:
     return tuple(d if d is not None else (1 if axis == 0 else free) for axis, d in enumerate(info.dims))
 
 
-def _noise(info: ModelInput, shape: tuple[int, ...], rng: np.random.Generator, limit: int | None) -> AnyArray:
+def _make_noise(info: ModelInput, shape: tuple[int, ...], rng: np.random.Generator, limit: int | None) -> AnyArray:
     """Make noise for an input by its name and type; limit: whole numbers stay below it, below 2 where it is None."""
     if info.dtype == object:
         return np.full(shape, "text", dtype=object)

@@ -31,7 +31,7 @@ def read_lines(paths: Sequence[Path], field: str | None, count: int, seed: int) 
     rng = np.random.default_rng(seed)
     kept: list[tuple[int, str]] = []
     # a reservoir, so that a file of any length takes the memory of `count` lines
-    for number, line in enumerate(line for path in paths for line in _lines(path, field or "text")):
+    for number, line in enumerate(line for path in paths for line in _read_texts(path, field or "text")):
         if number < count:
             kept.append((number, line))
         elif (place := int(rng.integers(number + 1))) < count:
@@ -41,14 +41,15 @@ def read_lines(paths: Sequence[Path], field: str | None, count: int, seed: int) 
     return [line for _, line in sorted(kept)]
 
 
-def _lines(path: Path, field: str) -> Iterator[str]:
+def _read_texts(path: Path, field: str) -> Iterator[str]:
+    """Yield the texts of a file. Raises SamplesError, with the line."""
     number = 0
     try:
         with path.open(encoding="utf-8-sig") as file:
             for line in file:
                 number += 1
                 if line.strip():
-                    yield _field(line, field) if path.suffix.lower() == ".jsonl" else line.strip()
+                    yield _take_field(line, field) if path.suffix.lower() == ".jsonl" else line.strip()
     except UnicodeDecodeError as error:
         raise SamplesError(f"{path}: after line {number}: not UTF-8 ({error.reason}); convert it") from error
     except ValueError as error:
@@ -57,7 +58,8 @@ def _lines(path: Path, field: str) -> Iterator[str]:
         raise SamplesError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def _field(line: str, field: str) -> str:
+def _take_field(line: str, field: str) -> str:
+    """Return the text in a field of a JSON line. Raises ValueError."""
     try:
         value = parse_json(line)
     except ValueError as error:
@@ -83,7 +85,7 @@ def tokenize(
     for a --length that the model does not take.
     """
     if [i for i in inputs if i.dtype == object]:
-        return _strings(texts, inputs), []
+        return _as_strings(texts, inputs), []
     ids_inputs = token_inputs(inputs)
     if not ids_inputs:
         raise SamplesError(
@@ -174,7 +176,7 @@ def _join_texts(tokenizer: Tokenizer, texts: Sequence[str], longest: int, fixed:
     return ids, np.ones_like(ids), np.zeros_like(ids)
 
 
-def _strings(texts: Sequence[str], inputs: Sequence[ModelInput]) -> dict[str, AnyArray]:
+def _as_strings(texts: Sequence[str], inputs: Sequence[ModelInput]) -> dict[str, AnyArray]:
     """Return the texts themselves, for a model that tokenizes by itself. Raises SamplesError where it takes no text."""
     if len(inputs) != 1 or len(inputs[0].dims or (None,)) > 2:
         raise SamplesError(

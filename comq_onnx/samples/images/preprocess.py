@@ -105,13 +105,13 @@ def find_preprocess(options: SampleOptions, folder: Path | None, whole_numbers: 
     Returns None where nothing tells. Raises OptionError, and SamplesError for a configuration that cannot be used.
     """
     found = _base(options, folder, whole_numbers)
-    said = {n: getattr(options, n) for n in PICTURE_OPTIONS[1:] if getattr(options, n) is not None}
+    given = {n: getattr(options, n) for n in PICTURE_OPTIONS[1:] if getattr(options, n) is not None}
     if found is None:
-        if not {"mean", "std"} & set(said):
+        if not {"mean", "std"} & set(given):
             return None
         found = Found(Preprocess(), "--mean and --std")
-    preprocess = replace(found.preprocess, **said)
-    if "mean" in said and preprocess.scale < 1 and max(map(abs, preprocess.mean)) > 1:
+    preprocess = replace(found.preprocess, **given)
+    if "mean" in given and preprocess.scale < 1 and max(map(abs, preprocess.mean)) > 1:
         raise OptionError(
             f"--mean {comma(preprocess.mean)}: pixels are 0..1 here; give a mean of that range, or add --preprocess "
             "raw for pixels 0..255"

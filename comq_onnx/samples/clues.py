@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from comq_onnx.errors import ComqError, ModelError
-from comq_onnx.model.files import private_directory, to_bytes_or_file
+from comq_onnx.errors import ComqError
+from comq_onnx.model.probe import probe
 from comq_onnx.runtime.session import Session
 from comq_onnx.samples.samples import Clues, Feeds
 
@@ -170,16 +170,7 @@ def _channel_statistics(
     names = [str(value.name) for value in values]
 
     def observe(feeds: Feeds) -> list[tuple[Floats, Floats]]:
-        try:
-            part = ir.Model(
-                ir.convenience.extract(model.graph, list(model.graph.inputs), values), ir_version=model.ir_version
-            )
-        except ValueError as error:
-            raise ModelError(f"the first layers cannot be taken out: {error}") from error
-        part.graph.opset_imports.update(model.graph.opset_imports)
-        with private_directory() as work:
-            session = Session(to_bytes_or_file(part, work, "first"), device, what="the model's first layers")
-            outputs = session.run({i.name: feeds[i.name] for i in session.inputs}, names)
+        (outputs,) = probe(model, names, [feeds], device, "the model's first layers")
         arrays = [np.moveaxis(np.asarray(outputs[name], np.float64), 1, 0) for name in names]
         return [(a.mean(axis=tuple(range(1, a.ndim))), a.var(axis=tuple(range(1, a.ndim)))) for a in arrays]
 

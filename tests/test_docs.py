@@ -39,7 +39,7 @@ BLOCK = re.compile(
 # set-up has been done where tests run, and the tests are running
 SET_UP = (
     "pip install", "python -m pip", "python -m venv", "git clone", "source ", ". ", "cd ", "#", "pytest", "bash .ci",
-    "ruff", "mypy", "lint-imports",
+    "ruff", "mypy", "lint-imports", "make ",
 )  # fmt: skip
 
 
@@ -204,6 +204,14 @@ def test_the_option_reference_is_that_of_the_code() -> None:
     stored = (ROOT / "docs" / "options.md").read_text()
     assert done.stdout == stored, "python tools/option_reference.py > docs/options.md"
     assert all(f"--{name}" in done.stdout for name in cli.by_long_name(cli.command))
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/command-line.md"])
+def test_every_option_that_is_named_exists(page: str) -> None:
+    known = {name for parameter in cli.command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+    named = set(re.findall(r"`(--[a-z][a-z-]+)", (ROOT / page).read_text()))
+    assert len(named) > 12
+    assert named <= known
 
 
 def test_every_option_has_its_group() -> None:

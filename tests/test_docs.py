@@ -1,5 +1,5 @@
-"""README.md, CONTRIBUTING.md and docs/: every command block runs, every link leads somewhere, the option reference is
-that of the code.
+"""Test README.md, CONTRIBUTING.md and docs/: every command block runs, every link leads somewhere, the option reference
+is that of the code.
 
 A block behind `<!-- needs: NAME -->` runs only where NAME is there: a file below the repository, such as zoo/minilm
 (what tools/export_zoo.py makes; COMQ_ZOO names such a folder elsewhere), or a module.
@@ -45,7 +45,7 @@ SET_UP = (
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block of a page: its language, its text, and what it needs."""
+    """Describe a fenced block of a page: its language, its text, and what it needs."""
 
     language: str
     text: str
@@ -53,7 +53,7 @@ class Block:
 
 
 def blocks(page: Path) -> list[Block]:
-    """Every fenced block of a page, in order."""
+    """Return every fenced block of a page, in order."""
     return [
         Block(found["language"], re.sub(rf"^{found['indent']}", "", found["text"], flags=re.MULTILINE), found["need"])
         for found in BLOCK.finditer(page.read_text())
@@ -61,7 +61,7 @@ def blocks(page: Path) -> list[Block]:
 
 
 def commands(language: str, text: str) -> list[str]:
-    """The commands of a shell block: the lines after `$ ` of a console, else all, with their continuations."""
+    """Return the commands of a shell block: the lines after `$ ` of a console, else all, with their continuations."""
     lines = text.replace("\\\n", " ").splitlines()
     if language == "console":
         lines = [line[2:] for line in lines if line.startswith("$ ")]
@@ -70,7 +70,7 @@ def commands(language: str, text: str) -> list[str]:
 
 
 def steps(found: Iterable[Block]) -> list[list[str]]:
-    """What running some blocks takes: command lines in order."""
+    """Return the command lines that run some blocks, in order."""
     made: list[list[str]] = []
     for block in found:
         if block.language == "python":
@@ -81,7 +81,7 @@ def steps(found: Iterable[Block]) -> list[list[str]]:
 
 
 def there(need: str) -> bool:
-    """Whether what a block needs is there."""
+    """Tell whether what a block needs is there."""
     if need.startswith("zoo/"):
         return (ZOO / need.removeprefix("zoo/")).exists()
     return find_spec(need) is not None
@@ -155,7 +155,7 @@ def test_every_configuration_file_shown_is_one(tmp_path: Path, page: Path) -> No
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors of a page's headings, as GitHub makes them."""
+    """Return the anchors of a page's headings, as GitHub makes them."""
     text = re.sub(r"^ *```.*?^ *```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}

@@ -202,7 +202,10 @@ CASES: list[tuple[str, Act]] = [
     # options
     ("--layout nwhc: choose one of nchw, nhwc; did you mean nhwc?", lambda _: SampleOptions(layout="nwhc")),
     ("--channels cmyk: choose one of rgb, bgr, grey", lambda _: SampleOptions(channels="cmyk")),
-    ("--dtype int4: choose one of float32, float16, uint8, int8; did you mean int8?", lambda _: SampleOptions(dtype="int4")),
+    (
+        "--dtype int4: choose one of float32, float16, uint8, int8; did you mean int8?",
+        lambda _: SampleOptions(dtype="int4"),
+    ),
     ("--mean 1,2: one number, or three in the order of --channels", lambda _: SampleOptions(mean=(1.0, 2.0))),
     ("--std 0: pixels are divided by it, so none may be 0", lambda _: SampleOptions(std=(0.0,))),
     ("--resize 0: whole pixels of 1 or more, one number or HEIGHTxWIDTH", lambda _: SampleOptions(resize=0)),

@@ -151,8 +151,11 @@ def test_activations_are_rounded_on_the_device_as_on_the_host(dtype: str) -> Non
     assert np.array_equal(on_host(found), grid.fake_quantize(x))
 
 
-def test_too_little_memory_of_a_gpu_is_told_as_such_and_other_errors_are_not(tmp_path: Path) -> None:
+def test_too_little_memory_of_a_gpu_is_told_as_such_and_other_errors_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     name = str(torch_device())
+    monkeypatch.setattr(cuts, "uses_tensors", lambda _device: True)
     with pytest.raises(OutOfMemory, match=f"no memory on {name}: CUDA out of memory"), \
             cuts.opened(name, 0, tmp_path):  # fmt: skip
         raise RuntimeError("CUDA out of memory.\nTried to allocate 2 GiB")

@@ -1,5 +1,8 @@
 """The command line: exit codes, one line for every foreseen error, and what is printed where."""
 
+# fixtures are imported by their names
+# ruff: noqa: F401, F811
+
 from __future__ import annotations
 
 import errno
@@ -12,13 +15,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import click
 import numpy as np
 import onnx
 import pytest
+from command import Said, files, run
 from onnx import helper
 from PIL import Image
 
@@ -31,42 +34,6 @@ from models import attention, build, cnn, codes, infer, mlp, normal, samples_for
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "COLUMNS"} | {"OMP_NUM_THREADS": "1"}
-
-
-@dataclass(frozen=True)
-class Said:
-    """What a run of the command left: its exit code, stdout and stderr."""
-
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
-    """`main` in this process with these arguments."""
-
-    def call(*arguments: object) -> Said:
-        monkeypatch.setattr(sys, "argv", ["comq-onnx", *map(str, arguments)])
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        return Said(code, *capsys.readouterr())
-
-    return call
-
-
-@pytest.fixture
-def files(tmp_path: Path) -> Path:
-    """A directory with mlp.onnx, cnn.onnx and the samples of both."""
-    onnx.save(mlp(), tmp_path / "mlp.onnx")
-    onnx.save(cnn(), tmp_path / "cnn.onnx")
-    np.savez(tmp_path / "mlp.npz", **samples_for(mlp()))
-    np.savez(tmp_path / "cnn.npz", **samples_for(cnn()))
-    return tmp_path
 
 
 def module(*arguments: object) -> subprocess.CompletedProcess[str]:

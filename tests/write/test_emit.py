@@ -216,13 +216,13 @@ def holds_the_solution(written: Written, bits: int, forms: dict[str, str], plane
     planes: 3 bits are bit planes of 2 and 1, but where MatMulNBits wants 4.
     """
     solved = written.solved
-    assert {n: written.solved.plan.form(layer).value for n, layer in written.layers.items()} == forms
+    assert {n: solved.plan.form(layer).value for n, layer in written.layers.items()} == forms
     for name, layer in written.layers.items():
-        solved = solved.solutions[name].weight
+        weight = solved.solutions[name].weight
         # embeddings keep 8 bits unless told otherwise
         width = 8 if isinstance(layer.kind, Gather) else bits
-        assert solved.grid.bits == width
-        wanted = layer.kind.from_matrix(solved.dequantize())
+        assert weight.grid.bits == width
+        wanted = layer.kind.from_matrix(weight.dequantize())
         if isinstance(layer.kind, Gather):
             rows = np.arange(20).reshape(4, 5)
             found = written.value("gather", {"ids": rows}).reshape(20, 16)

@@ -53,7 +53,7 @@ def net(channels: int, size: int, middle: str = "b = HardSwish (a)") -> onnx.Mod
 
 def chosen(model: onnx.ModelProto) -> frozenset[str]:
     prepared, shapes = opened(model, samples_for(model))
-    return gains.choose(prepared, prepared.layers, planner(prepared), shapes, ORT_CPU_COSTS).integer_layers
+    return gains.choose(prepared, prepared.layers, planner(prepared), shapes, ORT_CPU).integer_layers
 
 
 def test_large_layers_gain_and_small_ones_do_not() -> None:
@@ -96,7 +96,7 @@ def test_no_float_layer_is_left_between_quantized_values() -> None:
     )
     assert chosen(model) == {"wide", "deep", "last"}
     prepared, shapes = opened(model, samples_for(model))
-    clock = CostModel(prepared, shapes, ORT_CPU_COSTS)
+    clock = CostModel(prepared, shapes, ORT_CPU)
     outer = [layer for layer in prepared.layers if layer.name != "deep"]
     assert clock.time(planner(prepared)(outer)) > gains.FORBIDDEN_US
 
@@ -104,7 +104,7 @@ def test_no_float_layer_is_left_between_quantized_values() -> None:
 def test_the_time_is_the_sum_of_its_lines() -> None:
     model = net(8, 10)
     prepared, shapes = opened(model, samples_for(model))
-    clock, plan = CostModel(prepared, shapes, ORT_CPU_COSTS), planner(prepared)
+    clock, plan = CostModel(prepared, shapes, ORT_CPU), planner(prepared)
     number, products = 8 * 10 * 10, 8 * 10 * 10 * 8 * 9
     costs = ORT_CPU_COSTS
 
@@ -123,8 +123,8 @@ def test_the_time_is_the_sum_of_its_lines() -> None:
 def test_a_choice_is_never_predicted_slower_than_all_or_none() -> None:
     model = cnn(size=32)
     prepared, shapes = opened(model, samples_for(model))
-    clock, plan = CostModel(prepared, shapes, ORT_CPU_COSTS), planner(prepared)
-    best = gains.choose(prepared, prepared.layers, plan, shapes, ORT_CPU_COSTS)
+    clock, plan = CostModel(prepared, shapes, ORT_CPU), planner(prepared)
+    best = gains.choose(prepared, prepared.layers, plan, shapes, ORT_CPU)
     matrices = [layer for layer in prepared.layers if not isinstance(layer.kind, Conv)]
     assert clock.time(best) <= min(clock.time(plan(prepared.layers)), clock.time(plan(matrices)) * (1 + gains.WORTH))
 

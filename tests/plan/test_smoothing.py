@@ -72,11 +72,12 @@ def opened(model: onnx.ModelProto) -> tuple[Prepared, ActivationPlan, dict[str, 
 
 def factors_of(model: onnx.ModelProto, samples: Arrays, bits: int = 8) -> tuple[Prepared, smooth.Factors]:
     prepared, plan, grids = opened(model)
-    names = list(smooth.candidates(prepared, plan))
+    among = smooth.candidates(prepared, plan)
+    names = list(among)
     part = ir.to_proto(smooth.graphs.with_outputs(prepared.model, names))
     values: Iterator[Mapping[str, np.ndarray]] = iter([infer(part, samples)] if names else [])
     grids = {name: Grid(bits) for name in grids}
-    return prepared, smooth.find_factors(prepared, plan, grids, values, [None] * bool(names))
+    return prepared, smooth.find_factors(prepared, among, plan.dtype, grids, values, [None] * bool(names))
 
 
 @pytest.mark.parametrize(("model", "nodes"), [(NORM, 0), (AFFINE, 0), (BRANCHED, 1), (FED, 1)])

@@ -24,7 +24,6 @@ import yaml
 
 import comq_onnx
 from comq_onnx.cli import command as cli
-from comq_onnx.cli.config_file import load_config
 from comq_onnx.cli.parameters import by_long_name, grouped, read_by_parameter
 
 ROOT = Path(__file__).parents[1]

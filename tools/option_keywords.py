@@ -40,7 +40,7 @@ def keyword(field: dataclasses.Field[object], meaning: str) -> str:
 
 @click.command()
 def main() -> None:
-    """Print the module of keywords."""
+    """Print the options as typed keywords, a module made from the fields of Options."""
     meanings = {name: option.help for name, option in options_of(Options).items()}
     click.echo(HEAD + "\n".join(keyword(field, meanings[field.name]) for field in dataclasses.fields(Options)))
 

@@ -112,18 +112,16 @@ def compare(
         sizes = [load_source(path)[1].size for path in paths]
         first, second = (Session(path, device, what=str(path)) for path in paths)
         _check_outputs(first, second, paths)
-        data = load_samples(samples, first.inputs, SampleOptions(preprocess=preprocess), count, seed)
-        data = data.take(np.arange(min(count, len(data))))
+        found = load_samples(samples, first.inputs, SampleOptions(preprocess=preprocess), count, seed)
+        data = found.take(np.arange(min(count, len(found))))
         times = latency([Session(path, device, threads=1) for path in paths], data, seconds)
         kernels = executed_kernels(paths[1], device)
         return Comparison(
             outputs=compare_outputs(first, second, data, batch_size),
             size={"before": sizes[0], "after": sizes[1]},
             latency_ms={"before": times[0], "after": times[1]},
-            kernels=kernels.integer,
-            float_kernels=kernels.floating,
-            samples=len(data),
-        )
+            kernels=kernels.integer, float_kernels=kernels.floating, samples=len(data),
+        )  # fmt: skip
 
 
 def _check_outputs(first: Session, second: Session, paths: Sequence[Path]) -> None:

@@ -100,7 +100,7 @@ def compare(
     before, after, samples, preprocess: as `quantize` takes them
     count: the most samples
     batch_size: how many samples run at once
-    seed: of the choice of samples
+    seed: the seed for choosing samples
     device: as `quantize` takes it, or tensorrt
     seconds: for about how long both models are timed
 

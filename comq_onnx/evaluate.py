@@ -74,8 +74,8 @@ class Evaluation:
     """Hold the comparison of a quantized model with its source on the samples held back.
 
     outputs: how near each output is
-    latency_ms: the median milliseconds of both, before and after; empty where ONNX Runtime has not the target's device
-    kernels: the operators that run on the target's device; None where ONNX Runtime has not that device
+    latency_ms: the median milliseconds of both, before and after; empty where ONNX Runtime lacks the target's device
+    kernels: the operators that run on the target's device; None where ONNX Runtime lacks that device
     """
 
     outputs: list[OutputComparison]

@@ -18,7 +18,7 @@ def long_name(field: str) -> str:
 
 
 def spell(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Spell values by field as TOML has them, by long name. None is left out.
+    """Spell values by field as TOML has them, by long name. Those that are None are left out.
 
     Several numbers of one option become one word; pairs of a pattern and bits become RE=N.
     """

@@ -24,8 +24,7 @@ import yaml
 
 import comq_onnx
 from comq_onnx.cli import command as cli
-from comq_onnx.cli.config_file import load_config
-from comq_onnx.cli.parameters import by_long_name, grouped
+from comq_onnx.cli.parameters import by_long_name, grouped, read_by_parameter
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -153,7 +152,7 @@ def test_every_configuration_file_shown_is_one(tmp_path: Path, page: Path) -> No
         if block.language == "toml":
             (tmp_path / "quant.toml").write_text(block.text)
             path = tmp_path / "quant.toml"
-            assert cli._by_parameter(load_config(path), path, cli.command)
+            assert read_by_parameter(path, cli.command)
 
 
 def anchors(page: Path) -> set[str]:

@@ -1,4 +1,4 @@
-"""What every stage of a run may ask for, and the one thing that changes: the journal."""
+"""Define what every stage of a run may use, and the one thing that changes: the journal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from comq_onnx.runtime import memory
 from comq_onnx.targets.catalog import TARGETS
 from comq_onnx.targets.target import Target
 
-# called with what is done, how much of it, and of how much
+# called with the name of a step, how much of it is done, and how much there is
 Progress = Callable[[str, int, int], None]
 
 
@@ -23,10 +23,12 @@ def silent(_what: str, _done: int, _total: int) -> None:
 
 @dataclass
 class Journal:
-    """Take down what a run decided, what a user should know, and where the time went.
+    """Record what a run decided, what a user should know, and where the time went.
 
-    notes, warnings: lines for the report
-    seconds: by stage
+    notes: lines of the report about what was decided
+    warnings: lines of the report about what may be wrong
+    seconds: the seconds that each stage took, by its name
+    started: when the run began, in seconds of time.perf_counter
     """
 
     notes: list[str] = field(default_factory=list)
@@ -36,7 +38,7 @@ class Journal:
 
     @contextlib.contextmanager
     def timed(self, stage: str) -> Iterator[None]:
-        """Add the seconds that the block takes to those of a stage."""
+        """Add the seconds that a `with` block takes to those of a stage."""
         start = time.perf_counter()
         try:
             yield
@@ -46,11 +48,14 @@ class Journal:
 
 @dataclass(frozen=True)
 class Context:
-    """Hold what a run was asked for and where it runs.
+    """Hold what was asked of a run, and where it runs.
 
-    device: where the model is calibrated, `cpu` or `cuda:N`, shown to work
-    memory: bytes for tensors that are kept between stages
-    progress: called with a stage, what is done of it and all of it
+    options: what was asked
+    target: the runtime that the model is written for
+    device: where the model is calibrated, `cpu` or `cuda:N`; it was tried and works
+    memory: the bytes for tensors that are kept between stages
+    journal: notes, warnings and times of the run
+    progress: called with the name of a step, how much of it is done, and how much there is
     """
 
     options: Options
@@ -62,7 +67,10 @@ class Context:
 
     @classmethod
     def of(cls, options: Options, progress: Progress = silent) -> Context:
-        """Choose the device and the memory that the options ask for. Raises RuntimeFailure for a device that fails."""
+        """Make the context of a run: the device and the memory that its options ask for.
+
+        Raises RuntimeFailure for a device that fails.
+        """
         journal = Journal()
         chosen = devices.choose(options.device)
         if chosen.why is not None:

@@ -1,4 +1,4 @@
-"""Run two models on the same samples: how near the outputs are, how fast each runs, what the runtime made of them."""
+"""Run two models on the same samples: compare outputs and times, and count the kernels that the runtime executes."""
 
 from __future__ import annotations
 
@@ -26,35 +26,39 @@ from comq_onnx.samples.dataset import Dataset
 from comq_onnx.samples.load import load_samples
 from comq_onnx.samples.samples import Samples
 
+# op types of matrix products and convolutions in integers, in graphs that ONNX Runtime has optimized
 INTEGER_PRODUCTS = frozenset(
     {
         "QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "MatMulInteger", "MatMulNBits", "ConvInteger",
     }
 )  # fmt: skip
+# those in floats
 FLOAT_PRODUCTS = frozenset({"Conv", "FusedConv", "MatMul", "Gemm", "FusedMatMul"})
+# all op types that run in integers
 INTEGER_KERNELS = INTEGER_PRODUCTS | frozenset(
     {
         "QLinearAdd", "QLinearMul", "QLinearConcat", "QLinearAveragePool", "QLinearGlobalAveragePool",
         "QLinearSigmoid", "QLinearLeakyRelu", "QLinearSoftmax",
     }
 )  # fmt: skip
-
-
-# what is timed for about so long, both models in turn
+# models are timed for about so long, in turn
 TIMED_SECONDS = 2.0
-# below this an output is more noise than a user would put up with; it may be what few bits cost, but never silently
+# an output with a lower SQNR is hardly of use; few bits may cost that much, but never without a warning
 LEAST_DB = 5.0
-# a model that takes so many times its source's time is warned about
+# a model that takes so many times as long as its source gets a warning
 SLOWER = 1.05
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Hold how two models compare on the same samples.
+    """Hold the comparison of two models on the same samples.
 
-    outputs: how near each output is; size: bytes of both files
-    latency_ms: median milliseconds of both for one sample on one thread
-    kernels, float_kernels: operators by type in the graph of the second as ONNX Runtime runs it (see `Kernels`)
+    outputs: how near each output of the second model is to that of the first
+    size: the bytes of both files, before and after
+    latency_ms: the median milliseconds of both for one sample on one thread, before and after
+    kernels, float_kernels: the integer operators of the second and all others, by type, as ONNX Runtime runs it (see
+        `Kernels`)
+    samples: how many samples were compared
     """
 
     outputs: list[OutputComparison]
@@ -67,9 +71,11 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Hold how a quantized model compares with its source on the samples held back.
+    """Hold the comparison of a quantized model with its source on the samples held back.
 
-    latency_ms, kernels: of the target's own device; None where ONNX Runtime has no such device here
+    outputs: how near each output is
+    latency_ms: the median milliseconds of both, before and after; empty where ONNX Runtime lacks the target's device
+    kernels: the operators that run on the target's device; None where ONNX Runtime lacks that device
     """
 
     outputs: list[OutputComparison]
@@ -89,40 +95,49 @@ def compare(
     device: str = "auto",
     seconds: float = TIMED_SECONDS,
 ) -> Comparison:
-    """Run two models on the same samples, at most `count`, and say how near the second is to the first.
+    """Run two models on the same samples, and tell how near the second is to the first.
 
-    Models, samples and preprocess are given as to `quantize`; device: as there, or tensorrt; seconds: how long to time
-    both. Raises ComqError.
+    before, after, samples, preprocess: as `quantize` takes them
+    count: the most samples
+    batch_size: how many samples run at once
+    seed: the seed for choosing samples
+    device: as `quantize` takes it, or tensorrt
+    seconds: for about how long both models are timed
+
+    Raises ComqError: see comq_onnx.errors.
     """
     device = devices.choose(device, ("tensorrt",)).device
     with private_directory() as work:
         paths = [as_path(model, work) for model in (before, after)]
         sizes = [load_source(path)[1].size for path in paths]
         first, second = (Session(path, device, what=str(path)) for path in paths)
-        missing = [name for name in first.output_names if name not in second.output_names]
-        if missing:
-            raise ModelError(
-                f"{paths[1]}: lacks output {missing[0]!r} of {paths[0]} (it has {', '.join(second.output_names)}); "
-                "compare a model with its quantized form"
-            )
-        data = load_samples(samples, first.inputs, SampleOptions(preprocess=preprocess), count, seed)
-        data = data.take(np.arange(min(count, len(data))))
+        _check_outputs(first, second, paths)
+        found = load_samples(samples, first.inputs, SampleOptions(preprocess=preprocess), count, seed)
+        data = found.take(np.arange(min(count, len(found))))
         times = latency([Session(path, device, threads=1) for path in paths], data, seconds)
         kernels = executed_kernels(paths[1], device)
         return Comparison(
             outputs=compare_outputs(first, second, data, batch_size),
             size={"before": sizes[0], "after": sizes[1]},
             latency_ms={"before": times[0], "after": times[1]},
-            kernels=kernels.integer,
-            float_kernels=kernels.floating,
-            samples=len(data),
+            kernels=kernels.integer, float_kernels=kernels.floating, samples=len(data),
+        )  # fmt: skip
+
+
+def _check_outputs(first: Session, second: Session, paths: Sequence[Path]) -> None:
+    """Raise ModelError where the second model lacks an output of the first."""
+    missing = [name for name in first.output_names if name not in second.output_names]
+    if missing:
+        raise ModelError(
+            f"{paths[1]}: lacks output {missing[0]!r} of {paths[0]} (it has {', '.join(second.output_names)}); "
+            "compare a model with its quantized form"
         )
 
 
 def evaluate(source: FloatModel, path: Path, data: Dataset, context: Context) -> Evaluation:
     """Compare the quantized model at `path` with its source on the samples held back.
 
-    Warns where an output is mostly noise, or the model slower than its source. Releases the source's session.
+    Warns where an output is mostly noise, or where the model is slower than its source. Closes the source's session.
     """
     journal = context.journal
     outputs = compare_outputs(
@@ -154,8 +169,8 @@ def evaluate(source: FloatModel, path: Path, data: Dataset, context: Context) ->
 
 
 def quantized_session(model: Path | bytes | str, context: Context) -> Session:
-    """Load a quantized model as its target would compute it, as far as ONNX Runtime can."""
-    # ONNX Runtime's CPU alone rounds the activations of weight-only products
+    """Load a quantized model to compute what its target would, as far as ONNX Runtime can."""
+    # only ONNX Runtime on a CPU rounds the activations of weight-only products
     return Session(
         model, context.device, what="the quantized model", float_matmul_nbits=context.device != context.target.device,
         disable_qdq_fusion=context.target.runs_outside_ort,
@@ -169,9 +184,9 @@ def compare_outputs(
     batch_size: int,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> list[OutputComparison]:
-    """Run both models on `samples` and compare every floating-point output that they share.
+    """Run both models on `samples` and compare every floating-point output that they have in common.
 
-    progress: called with the samples done and all of them.
+    progress: called with the number of samples that are done, and of all
     """
     done = 0
     sums: dict[str, ComparisonSums] = {}
@@ -192,9 +207,12 @@ def compare_outputs(
 def latency(
     sessions: Sequence[Session], samples: Samples, seconds: float | None = None, most: int = 200
 ) -> list[float]:
-    """Return the median milliseconds of each model for one sample (or one fixed batch).
+    """Return the median milliseconds of each model for one sample (or one batch of fixed size).
 
-    The models run in turn, at most `most` times each; seconds: for about how long, None for TIMED_SECONDS.
+    The models run in turn.
+
+    seconds: for about how long; None for TIMED_SECONDS
+    most: how often each model runs at most
     """
     seconds = TIMED_SECONDS if seconds is None else seconds
     feeds = next(samples.batches(1))
@@ -208,12 +226,12 @@ def latency(
     return [float(np.median(t)) for t in times]
 
 
-# where the scale of the weight stands among the inputs of an integer product
+# the index of the weight's scale among the inputs of an integer product
 _SCALE_INPUT = {"QLinearConv": 4, "QGemm": 4, "QLinearMatMul": 4, "MatMulIntegerToFloat": 3, "MatMulNBits": 2}
 
 
 def _layers_of(node: onnx.NodeProto) -> list[str]:
-    """Return the layers whose constants a product of an optimized graph reads, by the names that write/ gives those."""
+    """Return the layers whose constants a product of an optimized graph reads, by the names that write/ gives them."""
     if node.op_type in _SCALE_INPUT:
         names, ends = node.input[_SCALE_INPUT[node.op_type] :][:1], ("scale", "scale_T")
     elif node.op_type in FLOAT_PRODUCTS | {"ConvTranspose"}:
@@ -228,9 +246,9 @@ def _layers_of(node: onnx.NodeProto) -> list[str]:
 class Kernels:
     """Describe the graph that ONNX Runtime executes.
 
-    counts: nodes by op type
-    float_behind_dequantize: the float products left behind a dequantization
-    of_layer: the op type of the product that reads each layer's constants, by the layer's name
+    counts: the number of nodes by op type
+    float_behind_dequantize: how many float products still read a dequantized value
+    of_layer: the op type of the product that reads a layer's constants, by the name of the layer
     """
 
     counts: dict[str, int]
@@ -239,17 +257,17 @@ class Kernels:
 
     @property
     def integer(self) -> dict[str, int]:
-        """Return the integer kernels among them."""
+        """Return the number of integer kernels by op type."""
         return {op: n for op, n in sorted(self.counts.items()) if op in INTEGER_KERNELS}
 
     @property
     def floating(self) -> dict[str, int]:
-        """Return all others, those that only convert between integers and floats included."""
+        """Return the number of all other nodes by op type, with those that only convert between integers and floats."""
         return {op: n for op, n in sorted(self.counts.items()) if op not in INTEGER_KERNELS}
 
 
 def executed_kernels(path: Path, device: str = "cpu") -> Kernels:
-    """Let ONNX Runtime optimize the model at `path` and count what came out, subgraphs included."""
+    """Let ONNX Runtime optimize the model at `path`, and count the nodes of the result, with those in subgraphs."""
     with private_directory() as work:
         optimized = work / "optimized.onnx"
         Session(path, device, threads=1, optimized=optimized)

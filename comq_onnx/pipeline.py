@@ -1,4 +1,4 @@
-"""The whole way: open the model, load samples, plan, choose bits and solve, write, evaluate, report."""
+"""Quantize a model from the start to the end: open, load samples, plan, choose bits, solve, write, evaluate, report."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from comq_onnx.samples.samples import Samples
 
 logger = logging.getLogger(__name__)
 
-# how much smaller batches get when memory does not suffice: each try begins anew
+# batches get so many times smaller where memory does not suffice; each try starts from the beginning
 SMALLER = 4
 
 Model = str | os.PathLike[str] | onnx.ModelProto | Any
@@ -50,16 +50,18 @@ def quantize(
 ) -> Report:
     """Quantize a model with COMQ and write the QDQ model.
 
-    model: a path (a directory with one .onnx file too), an onnx.ModelProto or an onnx-graphsurgeon Graph; it is never
-        modified
+    model: a path (of a file, or of a directory with one .onnx file), an onnx.ModelProto or an onnx-graphsurgeon Graph;
+        it is never modified
     out: where the result is written; None keeps it in memory, for `Report.onnx_model`
-    samples: a path, `Samples`, or arrays by input name, samples along the first axis; a callable, a
-        CalibrationDataReader, a DataLoader, a dataset or what else yields samples; None for synthetic ones
+    samples: a path, `Samples`, or arrays by input name, with the samples along the first axis; or a callable, a
+        CalibrationDataReader, a DataLoader, a dataset or anything else that yields samples; None for synthetic ones
     progress: called with (what, done, total), where what is prepare, sensitivity, stages, samples (within a stage),
         layers or compare
     options: the fields of `Options`
 
-    Where memory does not suffice, smaller batches are tried. Raises ComqError: see comq_onnx.errors.
+    Where memory does not suffice, smaller batches are tried.
+
+    Raises ComqError: see comq_onnx.errors.
     """
     chosen = Options(**options)
     with private_directory() as work:
@@ -79,7 +81,11 @@ def quantize(
 def plan(model: Model, samples: SampleSource = None, **options: Unpack[OptionKeywords]) -> Report:
     """Return the layers, grids and stages that `quantize` would use, without calibrating.
 
-    model, samples, options: as `quantize` takes them. The report has no errors and no outputs. Raises ComqError.
+    The report has no errors and no outputs.
+
+    model, samples, options: as `quantize` takes them
+
+    Raises ComqError: see comq_onnx.errors.
     """
     chosen = Options(**options)
     with private_directory() as work:
@@ -88,9 +94,11 @@ def plan(model: Model, samples: SampleSource = None, **options: Unpack[OptionKey
 
 
 def inspect_samples(model: Model, samples: SampleSource = None, **options: Unpack[OptionKeywords]) -> Inspection:
-    """Return what `quantize` would feed to the model and what the float model answers, without calibrating.
+    """Return what `quantize` would feed to the model, and what the float model gives for it, without calibrating.
 
-    model, samples, options: as `quantize` takes them. Raises ComqError.
+    model, samples, options: as `quantize` takes them
+
+    Raises ComqError: see comq_onnx.errors.
     """
     with private_directory() as work:
         context = Context.of(Options(**options))
@@ -109,7 +117,7 @@ def _run(path: Path, out: Path, samples: SampleSource, context: Context) -> Repo
         planned = make_plan(source, prepare_faithfully(source, data, context), data, context)
     context.progress("prepare", 1, 1)
     quantized = choose_and_solve(planned, source, data, context)
-    # what does not load or run never gets the output's name
+    # a file that does not load or run never gets the name of the output
     with written(quantized.emitted.model, out) as (file, size), context.journal.timed("compare"):
         evaluation = evaluate(source, file, data, context)
     return build_report(quantized, evaluation, source, data, context, out, size)
@@ -132,12 +140,12 @@ def _plan(path: Path, samples: SampleSource, context: Context) -> Report:
     return build_plan_report(choose_bits(planned, tradeoff, source, context), source, data, context)
 
 
-# Less memory
+# With less memory
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 def _quantize(path: Path, out: Path, samples: SampleSource, asked: Options, progress: Progress) -> Report:
-    """Quantize with what memory there is: where it does not suffice, begin anew with less."""
+    """Quantize the model at `path` to `out`; where memory does not suffice, start again with options that take less."""
     options = asked
     while True:
         context = Context.of(options, progress)
@@ -169,17 +177,17 @@ def _with_less_memory(options: Options, error: Exception, on_gpu: bool) -> Optio
     return replace(options, batch_size=max(1, options.batch_size // SMALLER))
 
 
-# What a report says of the call
+# The call in the report
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 def _named(report: Report, model: Model) -> Report:
-    """Name a model that was handed over in memory, whose file is gone."""
+    """Give the report a name for a model that was passed in memory: the file that it was written to is gone."""
     return report if isinstance(model, (str, os.PathLike)) else replace(report, model="a model in memory")
 
 
 def _command(model: Model, out: Any, samples: SampleSource, options: Options) -> str:
-    """Return the command line that does the same; MODEL, SAMPLES for what was handed over in memory."""
+    """Return the command line that does the same, with MODEL and SAMPLES for what was passed in memory."""
     paths = (str, os.PathLike)
     calib = None if samples is None else str(samples) if isinstance(samples, paths) else "SAMPLES"
     return command_line(

@@ -1,8 +1,8 @@
 """Choose the bits of each layer under a budget.
 
-choose: chooses the bits, solves the layers, and tries again until an accuracy is kept
-survey: measures what it costs to quantize each layer
-tradeoff: finds the best allocation of bits under a budget of bytes, of mean bits or of noise
-knapsack: solves the multiple-choice knapsack behind that
-drop_check: checks whether a model keeps the accuracy that is asked for
+choose: choose the bits, solve the layers, and try again until an accuracy is kept
+survey: measure what it costs to quantize each layer
+tradeoff: find the best allocation of bits under a budget of bytes, of mean bits or of noise
+knapsack: solve the multiple-choice knapsack behind that
+drop_check: check whether a model keeps the accuracy that is asked for
 """

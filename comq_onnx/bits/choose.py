@@ -1,4 +1,4 @@
-"""Choose the bits of each layer, solve them, and where an accuracy is to be kept try again until it is."""
+"""Choose the bits of each layer and solve them; where an accuracy is to be kept, try again until it is."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ from comq_onnx.write.check import check_emitted
 from comq_onnx.write.emit import Emitted, emit_model
 from comq_onnx.write.provenance import provenance
 
-# models that are made to keep an accuracy, the noise of the next over what should do, and the size that is worth it
+# how many models are made at most to keep an accuracy; the noise of the next one over the noise that should just do;
+# and the share of the best size so far that another model must get below to be worth making
 MOST_ATTEMPTS, NEXT_ATTEMPT, WORTHWHILE = 5, 0.9, 0.97
 
 
@@ -40,8 +41,8 @@ MOST_ATTEMPTS, NEXT_ATTEMPT, WORTHWHILE = 5, 0.9, 0.97
 class Chosen:
     """Hold a plan with the bits that were chosen for it.
 
-    tradeoff: what was surveyed to choose by; None where nothing was
-    allocation: what was chosen of it
+    tradeoff: the costs of all allocations; None where nothing was to be chosen
+    allocation: the allocation that was chosen; None where none was
     """
 
     plan: Plan
@@ -51,7 +52,11 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Quantized:
-    """Hold the model that was made of a choice."""
+    """Hold the model that was made of a choice.
+
+    chosen: the plan with its bits
+    emitted: the quantized model
+    """
 
     chosen: Chosen
     emitted: Emitted
@@ -69,7 +74,7 @@ def choose_and_solve(plan: Plan, source: FloatModel, data: Dataset, context: Con
 
 
 def choose_bits(plan: Plan, tradeoff: Tradeoff | None, source: FloatModel, context: Context) -> Chosen:
-    """Choose the bits that the budget gives; with a fixed number of bits, more for the layers that gain most."""
+    """Choose the bits under the budget; with a fixed number of bits, more for the layers that gain most."""
     options = context.options
     if tradeoff is None:
         return Chosen(plan)
@@ -99,12 +104,12 @@ def _solve(chosen: Chosen, source: FloatModel, data: Dataset, context: Context) 
     return Quantized(chosen, emitted)
 
 
-# The tradeoff
+# What there is to choose
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 def make_tradeoff(plan: Plan, source: FloatModel, data: Dataset, context: Context) -> Tradeoff | None:
-    """Survey what every width of every layer costs, in accuracy and bytes; None where nothing is to be chosen."""
+    """Measure what every number of bits costs each layer in accuracy and bytes; None where nothing is to be chosen."""
     with context.journal.timed("survey"):
         if not has_choice(plan, context):
             return None
@@ -129,7 +134,7 @@ def make_tradeoff(plan: Plan, source: FloatModel, data: Dataset, context: Contex
 
 
 def has_choice(plan: Plan, context: Context) -> bool:
-    """Tell whether the bits of some layer are to be chosen, or the layers ranked."""
+    """Tell whether the bits of any layer are to be chosen, or the layers to be ranked."""
     options = context.options
     if options.fixed_bits is None or options.sensitivity:
         return True
@@ -138,17 +143,17 @@ def has_choice(plan: Plan, context: Context) -> bool:
 
 
 def _widths(plan: Plan, name: str, members: Sequence[str], context: Context) -> Sequence[int]:
-    """Return the bits that a group of layers may get."""
+    """Return the numbers of bits that a group of layers may get; members: its layers, `name` the first of them."""
     fixed = context.options.fixed_bits is not None
     layer = next(x for x in plan.layers if x.name == name)
-    told = any(has_explicit_bits(member, context.options) for member in members)
-    if told or (fixed and layer.kind.is_lookup):
+    explicit = any(has_explicit_bits(member, context.options) for member in members)
+    if explicit or (fixed and layer.kind.is_lookup):
         return (plan.bits[name],)
     return [bits for bits in BITS if not fixed or bits >= plan.bits[name]]
 
 
 def file_size_at(plan: Plan, bits: Bits, source: FloatModel, data: Dataset, context: Context) -> int:
-    """Return the bytes of the file with these bits: it is made, with codes of nothing."""
+    """Return the bytes of the file with these bits: the model is made, with empty codes."""
     plan = plan.with_bits(bits, context.options)
     solutions = {x.name: blank(plan.written.weight(x), plan.grids[x.name]) for x in plan.layers}
     one = ActivationGrid(np.float32(1), 0, plan.activations.dtype)
@@ -167,7 +172,7 @@ def _leads(source: FloatModel, data: Dataset, context: Context) -> Floats | None
     return np.concatenate([leads(source.session.run(feeds, [name])[name]) for feeds in batches])
 
 
-# An accuracy that is kept
+# Keeping an accuracy
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -176,8 +181,10 @@ def _within_drop(
 ) -> Quantized:
     """Make the smallest model that keeps the accuracy asked for on the samples held back.
 
-    What each model measures tells which to try next: as far off as the prediction was, and between one that keeps it
-    and one that does not once there are both. Raises OptionError where even the most bits lose more.
+    Each model that is measured tells which to try next: corrected by how far off the prediction was; or, once there are
+    both, between a model that keeps the accuracy and one that does not.
+
+    Raises OptionError where even the most bits lose more.
     """
     noise = max_noise(drop, tradeoff.leads)
     passed: float | None = None
@@ -198,11 +205,7 @@ def _within_drop(
         if check.enough:
             best, passed = quantized, predicted
         elif allocation.size >= most.size:
-            raise OptionError(
-                f"--max-drop {context.options.max_drop}: not reached. At {mean:.1f} bits in the mean {check.said} on "
-                f"{len(data.held_back)} samples held back; allow more, or try --activations 16 or none, or more "
-                "calibration samples"
-            )
+            raise _not_reached(mean, check, data, context)
         else:
             failed = predicted
         if passed is None or failed is None:
@@ -213,7 +216,17 @@ def _within_drop(
     return best
 
 
+def _not_reached(mean: float, check: DropCheck, data: Dataset, context: Context) -> OptionError:
+    """Return the error for an accuracy that even the most bits do not keep; mean: their mean over all weights."""
+    return OptionError(
+        f"--max-drop {context.options.max_drop}: not reached. At {mean:.1f} bits in the mean {check.said} on "
+        f"{len(data.held_back)} samples held back; allow more, or try --activations 16 or none, or more "
+        "calibration samples"
+    )
+
+
 def _allocated_size(quantized: Quantized) -> int:
+    """Return the bytes of the allocation that a model was made with."""
     allocation = quantized.chosen.allocation
     assert allocation is not None
     return allocation.size

@@ -1,4 +1,4 @@
-"""The accuracy that a user wants kept, against what a model measures."""
+"""Check whether a model keeps the accuracy that a user wants, by what is measured on it."""
 
 from __future__ import annotations
 
@@ -11,16 +11,19 @@ from comq_onnx.errors import OptionError
 from comq_onnx.metrics import Floats, OutputComparison, deviation_for, expected_agreement
 from comq_onnx.options.budgets import Drop
 
-# of an accepted drop the expected one is to be the first share, and may be the second: a count on some hundred fresh
-# samples varies as much
+# the expected drop is to be the first share of the accepted one, and may be the second: a count on some hundred new
+# samples varies that much
 DROP_SHARE, ENOUGH_SHARE = 0.5, 0.75
 SQNR_RESERVE_DB = 0.5
 
 
 def max_noise(drop: Drop, leads: Floats | None) -> float:
-    """Return the noise at which a drop is just kept, with some reserve.
+    """Return the most noise with which a drop is kept, with some reserve.
 
-    It is relative for an SQNR, and the variance of the leads for points. leads: of the float model on many samples.
+    It is relative noise where the drop is an SQNR, and the variance of the leads where it is points of agreement.
+
+    leads: those of the float model on many samples; None where it gives no class scores
+
     Raises OptionError where points are asked for and there are no class scores.
     """
     if drop.sqnr_db is not None:
@@ -36,10 +39,11 @@ def max_noise(drop: Drop, leads: Floats | None) -> float:
 
 @dataclass(frozen=True)
 class DropCheck:
-    """Hold whether a model keeps the accuracy asked for.
+    """Hold the result of a check.
 
+    enough: whether the model keeps the accuracy that is asked for
     said: what was measured, in words
-    ratio: the noise that it may have over the noise that it has
+    ratio: the noise that the model may have over the noise that it has
     """
 
     enough: bool
@@ -50,10 +54,11 @@ class DropCheck:
 def check_drop(
     drop: Drop, leads: Floats | None, outputs: Sequence[OutputComparison], changes: Floats | None
 ) -> DropCheck:
-    """Check whether a model keeps the accuracy asked for.
+    """Check whether a model keeps the accuracy that is asked for.
 
-    leads: of the float model on many samples; outputs: both models compared on samples held back
-    changes: of the leads there, for points of agreement
+    leads: those of the float model on many samples; None where it gives no class scores
+    outputs: the outputs of both models, compared on the samples held back
+    changes: the changes of the leads on these samples; None where the drop is an SQNR
     """
     if drop.sqnr_db is not None:
         worst = min((output.sqnr_db for output in outputs), default=np.inf)
@@ -67,5 +72,5 @@ def check_drop(
     ratio = max_noise(drop, leads) / max(variance, 1e-30)
     said = f"{counted:.1f} points of agreement are lost ({expected:.2f} expected)"
     enough = counted <= drop.points and expected <= ENOUGH_SHARE * drop.points
-    # a class may change by chance, whatever the noise
+    # a class may change by chance, even with little noise
     return DropCheck(enough, said, ratio if enough else min(ratio, DROP_SHARE))

@@ -1,11 +1,11 @@
-"""Which layer gets how many bits: the least damage under a budget of bytes, a multiple-choice knapsack.
+"""Choose the bits of each layer with the least damage under a budget of bytes: a multiple-choice knapsack.
 
 Every layer (or set of layers that share a weight) has choices, each with its bytes in the file and its damage: the
 noise that it brings to the model's output, relative to that output. Independent noises add up.
 
-Solved by dynamic programming over the bytes beyond the smallest choices, in at most STEPS steps: exact where a step is
-a byte. Otherwise bytes are rounded up, and what is left over is spent at the end. A price for bytes (the Lagrangian
-dual) bounds what any allocation could reach.
+It is solved by dynamic programming over the bytes beyond the smallest choices, in at most STEPS steps: exactly where a
+step is one byte. Otherwise bytes are rounded up to steps, and the bytes that are left are spent at the end. A price for
+bytes (the Lagrangian dual) gives a lower bound of the damage of any allocation.
 """
 
 from __future__ import annotations
@@ -21,8 +21,12 @@ STEPS = 20_000
 
 @dataclass(frozen=True)
 class Choice:
-    """One width of a layer: its bytes in the file, and the noise that it brings to the output over that output's
-    energy."""
+    """Describe one choice of a layer.
+
+    bits: the bits of its weight
+    size: its bytes in the file
+    damage: the noise that it brings to the output, over the energy of that output
+    """
 
     bits: int
     size: int
@@ -31,7 +35,13 @@ class Choice:
 
 @dataclass(frozen=True)
 class Allocation:
-    """The choice of each layer, by its place, and the sums of them; bound: no allocation has less damage."""
+    """Describe a choice for each layer.
+
+    picked: the index of each layer's choice
+    size: the bytes of all choices
+    damage: the damage of all choices
+    bound: no allocation within the budget has less damage
+    """
 
     picked: tuple[int, ...]
     size: int
@@ -40,8 +50,12 @@ class Allocation:
 
 
 def allocate(layers: Sequence[Sequence[Choice]], budget: int) -> Allocation:
-    """The choices of least damage in all that take at most `budget` bytes. Raises ValueError where not even the
-    smallest choices fit."""
+    """Find the choices with the least damage in total that take at most `budget` bytes.
+
+    layers: the choices of each layer
+
+    Raises ValueError where not even the smallest choices fit.
+    """
     least = sum(min(choice.size for choice in choices) for choices in layers)
     if least > budget:
         raise ValueError(f"{budget} bytes are asked for; the least is {least}")
@@ -55,7 +69,12 @@ def allocate(layers: Sequence[Sequence[Choice]], budget: int) -> Allocation:
 
 
 def _solve(layers: Sequence[Sequence[Choice]], steps: int, step: float) -> list[int]:
-    """The choices of least damage whose bytes beyond the smallest make at most `steps` steps, each rounded up."""
+    """Find the choices with the least damage whose bytes beyond the smallest choices make at most `steps` steps.
+
+    step: the bytes of a step; the bytes of each choice are rounded up to steps
+
+    Returns the index of each layer's choice.
+    """
     best = np.zeros(steps + 1)
     taken = np.zeros((len(layers), steps + 1), np.int16)
     beyond = []
@@ -79,7 +98,7 @@ def _solve(layers: Sequence[Sequence[Choice]], steps: int, step: float) -> list[
 
 
 def _bound(layers: Sequence[Sequence[Choice]], budget: int) -> float:
-    """The highest sum of damages and bytes at a price, less the budget at that price, over all prices."""
+    """Return a lower bound of the damage: the Lagrangian dual at the best price of a byte."""
     most = max(len(choices) for choices in layers)
     damage, size = np.full((len(layers), most), np.inf), np.zeros((len(layers), most))
     for at, choices in enumerate(layers):
@@ -96,7 +115,7 @@ def _bound(layers: Sequence[Sequence[Choice]], budget: int) -> float:
 
 
 def _spend(layers: Sequence[Sequence[Choice]], picked: Sequence[int], budget: int) -> list[int]:
-    """The choices after spending what is left of the budget, each time on what takes most damage away."""
+    """Spend what is left of the budget, each time on the choice that removes most damage. Returns the new indices."""
     now = list(picked)
     left = budget - sum(choices[k].size for choices, k in zip(layers, now, strict=True))
     while True:

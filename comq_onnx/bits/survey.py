@@ -1,8 +1,9 @@
-"""What quantizing each layer costs: its own error at every width, and how that error is carried to the output.
+"""Measure what it costs to quantize each layer: its own error at each number of bits, and the effect on the outputs.
 
-One pass of the float model over some samples gives every layer's moments, and from them its relative error at each
-width, solved for some of its channels. Then each layer alone is quantized at one width, and the noise at the model's
-outputs on a few other samples is measured: what a unit of its relative error does there. No labels, no gradients.
+One pass of the float model over some samples gives the moments of every layer, and from them its relative error at each
+number of bits, solved for some of its channels. Then each layer alone is quantized at one number of bits, and the noise
+in the model's outputs is measured on a few other samples: the effect of one unit of the layer's relative error. It
+needs no labels and no gradients.
 """
 
 from __future__ import annotations
@@ -34,38 +35,41 @@ from comq_onnx.solve.moments import Moments
 from comq_onnx.write.emit import emit
 from comq_onnx.write.expose import expose, exposed
 
-# samples that give the moments, at most, and others on which layers are quantized one by one: at most, and a share
+# the most samples that give the moments, and the most others on which layers are quantized one by one: of all samples
+# no more than one in PERTURBED_SHARE
 SURVEYED, PERTURBED, PERTURBED_SHARE = 64, 8, 8
-# the moments are only to tell how errors compare
+# one in so many positions gives moments: they only serve to compare errors
 FEWER_POSITIONS = 4
+# the number of channels of a layer, and of rows of an embedding, whose errors are measured
 CHANNELS = 64
 ROWS = 512
-# the leads of the best class over so many others: more numbers to tell their noise from than one lead has
+# the leads of the best class over so many other classes: more numbers to measure noise with than one lead
 RIVALS = 4
 BITS = (2, 3, 4, 5, 6, 7, 8)
 FAST = Method(effort="fast")
-# outputs that have nothing to do with the float model's, or another shape
+# the noise of outputs that are nothing like the float model's, or have another shape
 MOST_NOISE = 10.0
+# in place of 0, to divide by
 TINY = 1e-30
 
 Tensors = dict[str, Any]
-# by group: the relative error at each number of bits
+# the relative error at each number of bits, by group
 Errors = Mapping[str, Mapping[int, float]]
 
-# what quantization does to the outputs, [2]: the noise over their energy, the worst of them; and the variance of the
-# leads of the best class (metrics.py), 0 where there are no class scores
+# the effect of quantization on the outputs, [2]: the noise of the worst output over its energy; and the variance of the
+# changes of the best class's leads (metrics.py), 0 where there are no class scores
 Noise = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Hold what the survey found.
+    """Hold the result of the survey.
 
-    groups: names of layers that share a weight, and so their codes, by the first of them
-    errors: for each group and number of bits the relative squared error of the layer's output
-    gains: the noise at the model's output for a unit of that error
+    groups: the names of the layers that share a weight, and so their codes, by the name of the first of them
+    errors: the relative squared error of the layer's output, by group and number of bits
+    gains: the noise in the model's outputs for one unit of that error, by group
     base: the noise of quantized activations alone
-    together: the noise of all layers at REFERENCE_BITS with them
+    together: the noise of quantized activations and all layers at REFERENCE_BITS
     """
 
     groups: dict[str, list[str]]
@@ -75,36 +79,41 @@ class Sensitivity:
     together: Noise
 
     def cost(self, layer: str, bits: int) -> float:
-        """Return the relative noise that the group of a layer alone brings to the output at some bits."""
+        """Return the relative noise that the group of a layer alone brings to the outputs at `bits` bits."""
         name = next(name for name, members in self.groups.items() if layer in members)
         return float(self.gains[name][0] * self.errors[name][bits])
 
     def damage(self, name: str, bits: int) -> float:
-        """Return what a group at some bits does, in parts of what all groups do at REFERENCE_BITS.
+        """Return the noise of a group at `bits` bits, as a share of the noise of all groups at REFERENCE_BITS.
 
-        It counts the noise of the output and, where there are class scores, just as much their leads, which may suffer
-        from other layers.
+        Two such shares are added: of the relative noise and, where there are class scores, of the noise of their leads,
+        which may come from other layers.
         """
         parts: Noise = self.gains[name] * self.errors[name][bits] / np.maximum(self._at_reference, TINY)
         return float(parts.sum())
 
     def noise(self, bits: Mapping[str, int]) -> Noise:
-        """Predict the noise for these bits by group: noises add up, times what all layers together make of the sum."""
+        """Predict the noise for these bits by group.
+
+        The noises of layers add up, times a factor: that of all layers together, as measured, over the sum of theirs.
+        """
         factor = np.clip((self.together - self.base) / np.maximum(self._at_reference, TINY), 0.1, 10.0)
         return np.asarray(self.base + factor * self._sum(bits))
 
     @cached_property
     def _at_reference(self) -> Noise:
+        """Return the sum of the noises of all groups at REFERENCE_BITS."""
         return self._sum(dict.fromkeys(self.groups, REFERENCE_BITS))
 
     def _sum(self, bits: Mapping[str, int]) -> Noise:
+        """Add the noises of all groups at these bits."""
         return np.asarray(sum(self.gains[name] * self.errors[name][bits[name]] for name in self.groups))
 
 
 def survey(plan: Plan, data: Dataset, context: Context, widths: Sequence[int] = BITS) -> Sensitivity:
-    """Measure what quantizing each layer of a plan costs.
+    """Measure what it costs to quantize each layer of a plan.
 
-    widths: at which errors are wanted, REFERENCE_BITS among them
+    widths: the numbers of bits at which errors are measured, REFERENCE_BITS among them
     """
     plan = plan.with_bits({layer.name: REFERENCE_BITS for layer in plan.layers}, context.options)
     surveyed, perturbed = _split(data.calibration)
@@ -116,17 +125,13 @@ def survey(plan: Plan, data: Dataset, context: Context, widths: Sequence[int] = 
         errors[name] = {bits: error * scale for bits, error in sampled[name].items()}
     outputs = _Outputs.of(plan, perturbed, context)
     if not outputs.has_floats:
-        # nothing that noise could be measured at: every layer's own error counts alike
+        # no output to measure noise in: the own errors of all layers count alike
         total = sum(error[REFERENCE_BITS] for error in errors.values())
         return Sensitivity(
             groups, errors, dict.fromkeys(groups, np.array([1.0, 0.0])), np.zeros(2), np.array([total, 0.0])
         )
     gains = _gains(solved, groups, errors, outputs, context)
-    everywhere = {name: replace(value, everywhere=True) for name, value in plan.activations.values.items()}
-    alone = replace(plan, activations=replace(plan.activations, values=everywhere))
-    # unoptimized: ONNX Runtime would quantize the float weights between quantized activations itself
-    base = outputs.noise_of(Solved(alone, {}, solved.activation_grids), level=0)
-    return Sensitivity(groups, errors, gains, base, outputs.noise_of(solved))
+    return Sensitivity(groups, errors, gains, _activation_noise(solved, outputs), outputs.noise_of(solved))
 
 
 # The errors of layers
@@ -136,7 +141,10 @@ def survey(plan: Plan, data: Dataset, context: Context, widths: Sequence[int] = 
 def _own_errors(
     plan: Plan, data: Dataset, context: Context, widths: Sequence[int]
 ) -> tuple[Solved, dict[str, dict[int, float]]]:
-    """Solve all layers quickly on the float model's moments, and some channels of each at every width."""
+    """Solve all layers quickly on the float model's moments, and some channels of each at every number of bits.
+
+    Returns the solutions at the bits of the plan, and the relative errors of the channels by layer and number of bits.
+    """
     sampled: dict[str, dict[int, float]] = {}
 
     def observe(layers: Sequence[Layer], weights: Sequence[Array], moments: Moments, has_bias: bool) -> None:
@@ -157,7 +165,7 @@ def _own_errors(
 def _channel_errors(
     plan: Plan, layer: Layer, weight: Array, moments: Moments, has_bias: bool, context: Context, widths: Sequence[int]
 ) -> dict[int, float]:
-    """Return the relative error of some channels of a layer at each width."""
+    """Return the relative error of some channels of a layer at each number of bits."""
     groups = spread_indices(len(weight), CHANNELS)
     channels = spread_indices(weight.shape[1], max(1, CHANNELS // len(groups)))
     some = np.ascontiguousarray(weight[np.ix_(groups, channels)])
@@ -166,7 +174,7 @@ def _channel_errors(
 
 
 def _row_errors(plan: Plan, layer: Layer, context: Context, widths: Sequence[int]) -> dict[int, float]:
-    """Return the relative error of some rows of an embedding at each width."""
+    """Return the relative error of some rows of an embedding at each number of bits."""
     table = np.asarray(plan.written.weight(layer), np.float32)
     some = np.ascontiguousarray(table[:, spread_indices(table.shape[1], ROWS)])
     return {bits: round_rows(some, plan.grid_at(layer, bits, context.options)).error for bits in widths}
@@ -181,15 +189,19 @@ def _groups(layers: Sequence[Layer]) -> dict[str, list[str]]:
     return groups
 
 
-# The noise at the outputs
+# The noise in the outputs
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Outputs:
-    """Hold what the float model gives for a few samples, to tell noise from.
+    """Hold the outputs of the float model for a few samples, to measure noise against.
 
-    feeds, expected: batch by batch; scores: the output of class scores, None where there is none
+    plan: the plan of the layers that are quantized
+    device: where models run
+    feeds: the samples, batch by batch
+    expected: the outputs of the float model, batch by batch
+    scores: the name of the output with class scores; None where there is none
     """
 
     plan: Plan
@@ -208,18 +220,18 @@ class _Outputs:
 
     @property
     def has_floats(self) -> bool:
-        """Tell whether there is an output that noise can be measured at."""
+        """Tell whether there is a floating-point output to measure noise in."""
         return any(_floats(outputs) for outputs in self.expected)
 
     def noise_of(self, solved: Solved, level: int | None = None) -> Noise:
-        """Measure the noise of a model with everything quantized that is solved; level: ONNX Runtime's optimization."""
+        """Measure the noise of a model with all solved layers quantized; level: that of ONNX Runtime's optimization."""
         model = self.plan.written.model.clone()
         emit(model, solved)
         session = _session(model, self.plan, self.device, level)
         return self.noise([session.run(feeds) for feeds in self.feeds])
 
     def noise(self, outputs: Sequence[Tensors]) -> Noise:
-        """Measure the noise of outputs, in the mean of all batches."""
+        """Measure the mean noise of outputs over all batches."""
         noises = []
         for before, after in zip(self.expected, outputs, strict=True):
             relative = min(10 ** (-sqnr_of(_floats(before), after) / 10), MOST_NOISE)
@@ -232,7 +244,10 @@ class _Outputs:
 def _gains(
     solved: Solved, groups: Mapping[str, Sequence[str]], errors: Errors, outputs: _Outputs, context: Context
 ) -> dict[str, Noise]:
-    """Return the noise of each group alone at REFERENCE_BITS over its error: one session, other weights each time."""
+    """Return the noise of each group alone at REFERENCE_BITS over its error.
+
+    One session serves all groups: it gets other weights each time.
+    """
     plan = solved.plan
     layers = {layer.name: layer for layer in plan.layers}
     model = plan.written.model.clone()
@@ -249,7 +264,17 @@ def _gains(
     return gains
 
 
+def _activation_noise(solved: Solved, outputs: _Outputs) -> Noise:
+    """Measure the noise of quantized activations alone."""
+    plan = solved.plan
+    everywhere = {name: replace(value, everywhere=True) for name, value in plan.activations.values.items()}
+    alone = replace(plan, activations=replace(plan.activations, values=everywhere))
+    # unoptimized: ONNX Runtime would quantize the float weights between quantized activations itself
+    return outputs.noise_of(Solved(alone, {}, solved.activation_grids), level=0)
+
+
 def _session(model: ir.Model, plan: Plan, device: str, level: int | None = None) -> Session:
+    """Load a model as its target computes it; level: that of ONNX Runtime's optimization."""
     with private_directory() as work:
         return Session(
             to_bytes_or_file(model, work, "survey"), device, level=level, what="the model for the survey",
@@ -258,6 +283,7 @@ def _session(model: ir.Model, plan: Plan, device: str, level: int | None = None)
 
 
 def _floats(outputs: Tensors) -> Tensors:
+    """Return the floating-point outputs."""
     return {name: x for name, x in outputs.items() if isinstance(x, np.ndarray) and x.dtype.kind == "f"}
 
 
@@ -268,7 +294,7 @@ def _split(samples: Samples) -> tuple[Samples, Samples]:
     few = max(1, min(PERTURBED // unit, batches // PERTURBED_SHARE))
     picked = spread_indices(batches, few)
     rest = np.setdiff1d(np.arange(batches), picked)
-    # a single batch serves both
+    # a single batch is used for both
     rest = rest[spread_indices(len(rest), max(1, SURVEYED // unit))] if len(rest) else picked
 
     def take(chosen: npt.NDArray[np.intp]) -> Samples:

@@ -1,7 +1,7 @@
-"""All ways to give bits to layers, and the best of them under a budget of bytes, of mean bits or of noise.
+"""Find the best way to give bits to layers under a budget of bytes, of mean bits or of noise.
 
-The survey (survey.py) says what each width of each layer costs the outputs, the emitted file how many bytes it takes;
-knapsack.py minimizes the one under the other.
+The survey (survey.py) tells how much noise each number of bits of each layer brings to the outputs, the emitted file
+how many bytes it takes. knapsack.py minimizes the noise under a budget of bytes.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from comq_onnx.metrics import Floats, expected_agreement
 from comq_onnx.plan.initial_bits import REFERENCE_BITS
 from comq_onnx.plan.plan import Bits
 
-# what the layers that gain most may add to the file at a fixed number of bits
+# at a fixed number of bits, the share of the file that more bits for the layers that gain most may add
 UPGRADE_SHARE = 0.03
+# the number of allocations of a frontier
 FRONTIER_POINTS = 16
 
 
@@ -28,9 +29,11 @@ FRONTIER_POINTS = 16
 class FrontierPoint:
     """Describe one allocation of a frontier.
 
-    size: bytes of the file; mean_bits: of a weight; sqnr_db: predicted, in dB
-    top1_agreement: predicted; None where the model gives no class scores
-    chosen: whether it is the one that is used
+    size: the bytes of the file
+    mean_bits: the mean bits of a weight
+    sqnr_db: the predicted SQNR of the outputs, in dB
+    top1_agreement: the predicted share of samples with the same best class; None where the model gives no class scores
+    chosen: whether this allocation is used
     """
 
     size: int
@@ -45,10 +48,13 @@ def node_bytes(
     code_bytes: Mapping[str, Mapping[int, int]],
     file_size: Callable[[Bits], int],
 ) -> dict[int, int]:
-    """Return how many more bytes, beside its codes, a layer takes at each width than at REFERENCE_BITS, in the mean.
+    """Return how many more bytes beside its codes a layer takes at each number of bits than at REFERENCE_BITS.
 
-    groups: layers that share a weight, by the first of them; code_bytes: of each group at each width
-    file_size: the bytes of the file at given bits by layer
+    It is the mean over all groups of layers.
+
+    groups: the names of the layers that share a weight, by the name of the first of them
+    code_bytes: the bytes of codes, by group and number of bits
+    file_size: gives the bytes of the file for the bits of each layer
     """
 
     def rest(bits: int) -> int:
@@ -62,14 +68,17 @@ def node_bytes(
 
 @dataclass(frozen=True)
 class Tradeoff:
-    """Hold what every allocation of bits costs, by groups of layers that share a weight, each named by its first layer.
+    """Hold what every allocation of bits costs.
 
-    sensitivity: what each width does to the outputs
-    widths: the bits to choose among
-    code_bytes: what the codes take at each width; node_bytes: what the nodes that unpack them take in the mean
-    counts: how many weights there are
-    file_size: the bytes of the file at given bits by layer
-    leads: of the float model's best class over the second on many samples; None without class scores
+    Layers that share a weight are a group, which has the name of its first layer.
+
+    sensitivity: the noise that each number of bits brings to the outputs
+    widths: the numbers of bits to choose among, by group
+    code_bytes: the bytes of codes, by group and number of bits
+    node_bytes: how many more bytes the nodes that unpack codes take than at REFERENCE_BITS, by number of bits
+    counts: the number of weights, by group
+    file_size: gives the bytes of the file for the bits of each layer
+    leads: those of the float model's best class over the second on many samples; None without class scores
     """
 
     sensitivity: Sensitivity
@@ -92,7 +101,7 @@ class Tradeoff:
         return {name: bits for group, bits in zip(members, chosen, strict=True) for name in group}
 
     def noise(self, allocation: Allocation) -> Noise:
-        """Predict the noise at the outputs: see survey.py."""
+        """Predict the noise in the outputs: see survey.py."""
         return self.sensitivity.noise(self.bits(allocation))
 
     def mean_bits(self, bits: Bits) -> float:
@@ -100,12 +109,12 @@ class Tradeoff:
         return sum(self.counts[n] * bits[n] for n in self.names) / sum(self.counts[n] for n in self.names)
 
     def limits(self) -> tuple[int, int]:
-        """Return the fewest and the most bytes that the codes can take."""
+        """Return the fewest and the most bytes that codes and the nodes that unpack them can take."""
         sizes = [[choice.size for choice in choices] for choices in self._choices]
         return sum(min(s) for s in sizes), sum(max(s) for s in sizes)
 
     def within_codes(self, budget: int) -> Allocation:
-        """Find the least noise with codes of at most `budget` bytes. Raises ValueError where nothing fits."""
+        """Find the least noise with codes and nodes of at most `budget` bytes. Raises ValueError where nothing fits."""
         return allocate(self._choices, budget)
 
     def within_size(self, size: int) -> Allocation:
@@ -123,12 +132,12 @@ class Tradeoff:
             excess = self.file_size(self.bits(found)) - size
             if excess <= 0:
                 return found
-            # the names of layers are longer or shorter than in the mean
+            # the names of layers take more or fewer bytes than in the mean
             budget -= excess
         return least
 
     def within_mean(self, bits: float) -> Allocation:
-        """Find the least noise at `bits` stored bits a weight, in the mean. Raises OptionError where nothing fits."""
+        """Find the least noise at a mean of `bits` stored bits a weight. Raises OptionError where nothing fits."""
         weights = sum(self.counts[n] for n in self.names)
         priced = self._choices
         bare = [
@@ -145,9 +154,9 @@ class Tradeoff:
         return replace(found, size=sum(c[k].size for c, k in zip(priced, found.picked, strict=True)))
 
     def within_noise(self, most: float, kind: int) -> Allocation:
-        """Find the fewest bytes whose predicted noise is at most `most`; the least noise where none is that good.
+        """Find the fewest bytes whose predicted noise is at most `most`, or the least noise where none is that good.
 
-        kind: 0 for the relative noise, 1 for that of the leads.
+        kind: 0 for the relative noise, 1 for that of the leads
         """
         low, high = self.limits()
         best = self.within_codes(high)
@@ -162,7 +171,7 @@ class Tradeoff:
         return best
 
     def frontier(self, chosen: Allocation) -> list[FrontierPoint]:
-        """Return allocations from the fewest bytes to the most, with the chosen one."""
+        """Return allocations from the fewest bytes to the most, with the chosen one among them."""
         low, high = self.limits()
         budgets = np.unique(np.geomspace(max(low, 1), max(high, 1), FRONTIER_POINTS).astype(np.int64))
         found = [self.within_codes(max(int(b), low)) for b in budgets]
@@ -171,6 +180,7 @@ class Tradeoff:
         return [points[size] for size in sorted(points)]
 
     def _point(self, allocation: Allocation, rest: int, chosen: bool) -> FrontierPoint:
+        """Describe an allocation; rest: the bytes of the file beside codes and the nodes that unpack them."""
         relative, variance = self.noise(allocation)
         agreement = None if self.leads is None else expected_agreement(self.leads, float(np.sqrt(variance)))
         return FrontierPoint(
@@ -180,6 +190,7 @@ class Tradeoff:
 
     @cached_property
     def _choices(self) -> list[list[Choice]]:
+        """Return the choices of each group."""
         damage = self.sensitivity.damage
         size, nodes = self.code_bytes, self.node_bytes
         return [[Choice(b, size[n][b] + nodes[b], damage(n, b)) for b in self.widths[n]] for n in self.names]

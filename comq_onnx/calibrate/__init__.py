@@ -1,11 +1,11 @@
 """Run the model on samples, segment by segment, and solve its layers on the way.
 
-walk: goes through the stages and solves the layers of each
-stages: divides a graph into stages
-segment: runs the nodes of one stage
-cut_tensors: keeps the tensors between two stages
-layer_moments: sums the moments of a layer's input
-layer_solver: solves the layers of a stage, each weight once
-observed_ranges: gathers the ranges of activations, and makes grids of them
-finite: refuses numbers that cannot be calibrated on
+walk: go through the stages and solve the layers of each
+stages: divide a graph into stages
+segment: run the nodes of one stage
+cut_tensors: keep the tensors between two stages
+layer_moments: sum the moments of a layer's input
+layer_solver: solve the layers of a stage, each weight once
+observed_ranges: gather the ranges of activations, and make grids of them
+finite: refuse numbers that cannot be calibrated on
 """

@@ -195,7 +195,7 @@ class Device(Host):
         return self._torch.empty(shape, device="meta")
 
     def keep(self, array: Any) -> Any:
-        """Keep a tensor on the device, in memory of the host or in a file, wherever there is room first."""
+        """Keep a tensor on the device, in memory of the host or in a file: the first of them that has room."""
         if not arrays.is_tensor(array):
             return self._host.keep(array)
         if self.has_room(array.nbytes) or array.nbytes <= LEAST_BYTES:

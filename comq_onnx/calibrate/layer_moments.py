@@ -38,7 +38,7 @@ Indices = npt.NDArray[np.intp]
 class LayerInput:
     """Hold the input of a layer, batch by batch, in the float model and in the one quantized so far.
 
-    x: the arrays of the float model, one for each batch
+    x: the arrays of the float model, one for each batch or iteration of a loop
     x_hat: those of the model quantized so far; the same sequence where quantization does not change the input
     grid: the grid that the input is quantized with before the layer reads it; None where it is not quantized
     counts: how many samples each array holds; empty where an array is an iteration of a loop
@@ -59,7 +59,7 @@ def input_moments(
     """Sum the moments of a layer's input over all samples.
 
     store: keeps the tensors
-    seed: of the positions that are drawn
+    seed: the seed for drawing positions
     refuse: makes the error for an array whose numbers are not finite or too large, from the array and its place
     fewer: the number of positions that are taken is divided by this
 

@@ -31,7 +31,8 @@ class ActivationRanges:
         """Begin with nothing seen.
 
         masks: the positions of each batch that count; None for all
-        seed: of the random sums that outputs of layers are mixed to
+        seed: the seed of the random sums that outputs of layers are mixed to
+        refuse: makes the error for a value whose numbers are out of range
         """
         self._plan, self._masks, self._seed, self._refuse = plan, masks, seed, refuse
         self.ranges = {name: ObservedRange() for name in plan.activations.values}

@@ -156,7 +156,7 @@ class _Walk:
     def _advance(self, stage: Stage, float_cut: Tensors, quantized_cut: Tensors) -> None:
         """Run the stage's segment both ways, and put the tensors of the next cut into the two dictionaries.
 
-        Layers in the bodies of loops are solved between the two runs.
+        Layers in the bodies of loops are solved before the quantized segment runs up to that cut.
         """
         probes, independent = self._plan.probes, self._context.options.independent
         planned = [name for name in stage.makes if name in self._plan.activations.values]

@@ -1,4 +1,4 @@
-"""The command line: what is asked, what is shown. The only module that prints or exits."""
+"""Run the command line: read what is asked, show the result. No other module prints or exits."""
 
 from __future__ import annotations
 
@@ -40,8 +40,9 @@ Shell completion, for this shell or in its start-up file:
   eval "$(comq-onnx --completion bash)"      # or zsh; for fish: comq-onnx --completion fish | source
 
 Exit codes: 0 done, 2 the command line, 3 the model, 4 the samples, 5 the runtime."""
-# lines of a table that goes to a file are not cut at 80 columns
+# the columns of a table that goes to a file, which would be cut at 80 otherwise
 PLAIN_WIDTH = 140
+# an error of more characters is cut in its middle
 LONGEST_LINE = 600
 SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100}
 
@@ -50,6 +51,7 @@ class _Command(click.Command):
     """Show the options in groups in the help of a command."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options under their titles."""
         for title, options in grouped(self, ctx):
             records = [record for option in options if (record := option.get_help_record(ctx)) is not None]
             with formatter.section(title):
@@ -58,7 +60,16 @@ class _Command(click.Command):
 
 @dataclass(frozen=True)
 class _Asked:
-    """Hold what one call of the command asks for beside the options of the library."""
+    """Hold what one call of the command asks for beside the options of the library.
+
+    model, output, calib: the paths of the source, of the result and of the samples
+    plan: only plan
+    inspect: only show the samples
+    sheet: where the pictures of the samples are written
+    report, json: where the report is written, as a page and as JSON
+    save_config: where the options are written
+    quiet, verbose: print less, or more
+    """
 
     model: Path
     output: Path | None
@@ -124,6 +135,7 @@ command = _Command(
 
 
 def _quantize_or_plan(asked: _Asked, options: dict[str, Any], errors: Console) -> Report:
+    """Run the library, and show its progress."""
     if asked.plan:
         return pipeline.plan(asked.model, asked.calib, **options)
     with shown_progress(errors, asked.quiet) as update:
@@ -131,6 +143,7 @@ def _quantize_or_plan(asked: _Asked, options: dict[str, Any], errors: Console) -
 
 
 def _log_to(errors: Console, verbose: bool) -> None:
+    """Print the log on a console."""
     logging.basicConfig(
         level=logging.INFO if verbose else logging.ERROR, format="%(message)s",
         handlers=[RichHandler(console=errors, show_path=False, show_time=False)], force=True,
@@ -141,7 +154,7 @@ def _log_to(errors: Console, verbose: bool) -> None:
 
 
 def _explicit(ctx: click.Context) -> dict[str, Any]:
-    """Return the options that the command line or a configuration file gave, by parameter."""
+    """Return the options that the command line or a configuration file gives, by parameter."""
     names = [str(p.name) for p in ctx.command.params]
     return {
         name: ctx.params[name]
@@ -151,7 +164,7 @@ def _explicit(ctx: click.Context) -> dict[str, Any]:
 
 
 def _save(option: str, path: Path, save: Callable[[Path], None], written: str) -> None:
-    """Write a report; where that fails, say that the model was written."""
+    """Write a report. Raises OptionError where that fails; written: the part of the error about the model."""
     try:
         save(path)
     except (OSError, OptionError) as error:
@@ -165,6 +178,7 @@ def _save(option: str, path: Path, save: Callable[[Path], None], written: str) -
 def _print(
     report: Report, files: Sequence[object], console: Console, errors: Console, quiet: bool, verbose: bool
 ) -> None:
+    """Print a report and the names of the files that were written; if quiet, only warnings."""
     if quiet:
         for warning in report.warnings:
             errors.print(f"warning: {warning}", markup=False, highlight=False)
@@ -175,13 +189,17 @@ def _print(
 
 
 def _console() -> Console:
-    """Where the table goes: as wide as the terminal, else wide enough for most names."""
+    """Return the console of the table: as wide as the terminal, or wide enough for most names where there is none."""
     console = Console()
     return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=PLAIN_WIDTH)
 
 
 def _check_files(taken: list[Path], written: dict[str, Path | None]) -> None:
-    """Refuse files that could not be written at the end, or that would overwrite something else."""
+    """Raise OptionError for files that could not be written at the end, or that would overwrite something else.
+
+    taken: files that must stay
+    written: the files to write, by option
+    """
     for option, path in written.items():
         if path is None:
             continue
@@ -196,7 +214,7 @@ def _check_files(taken: list[Path], written: dict[str, Path | None]) -> None:
 
 
 def _inspect(asked: _Asked, options: dict[str, Any]) -> None:
-    """Print what the model would be fed, and write the sheet of pictures where one is asked for."""
+    """Print what the model would be fed, and write the sheet of pictures if asked."""
     if not asked.inspect:
         raise OptionError(f"--contact-sheet {asked.sheet}: is for --inspect-samples; add that")
     others = {"-o": asked.output, "--plan": asked.plan, "--json": asked.json, "--report": asked.report}
@@ -211,7 +229,7 @@ def _inspect(asked: _Asked, options: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Run the command; one line for every foreseen error, with its exit code."""
+    """Run the command. Every foreseen error prints one line, and ends the process with its exit code."""
     memory.limit()
     for name in ("SIGTERM", "SIGHUP"):
         if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is signal.SIG_DFL:
@@ -231,22 +249,24 @@ def main() -> None:
     except ComqError as error:
         _fail(str(error), error.exit_code)
     except OSError as error:
-        # a full disk is met anywhere: by temporary files, by the cache of compiled code
+        # a full disk can stop anything: temporary files, the cache of compiled code
         _fail(f"{error}; nothing was written: free some space, or check the permissions", OptionError.exit_code)
     except MemoryError:
         _fail("out of memory; try a smaller --batch-size, fewer --samples, or --memory", 5)
 
 
 class _Stopped(BaseException):
-    """A signal asks the process to end: temporary files are to be removed first, as for Ctrl-C."""
+    """Tell that a signal asks the process to end: temporary files are removed first, as for Ctrl-C."""
 
 
 def _stop(number: int, _frame: object) -> None:
+    """Raise _Stopped for a signal."""
     raise _Stopped(number)
 
 
 def _fail(message: str, code: int) -> None:
-    # names come from files that anybody may have made
+    """Print an error in one line, and end the process."""
+    # names in it come from files that anybody may have made
     line = "".join(c if c.isprintable() else "?" for c in " ".join(message.split()))
     if len(line) > LONGEST_LINE:
         line = f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 2 :]}"

@@ -25,7 +25,7 @@ else:
 
 
 def load_config(path: Path) -> dict[str, Any]:
-    """Read the options of a TOML file, by long names. Raises OptionError."""
+    """Read the options of a TOML file, by long name. Raises OptionError where that fails."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -37,5 +37,5 @@ def load_config(path: Path) -> dict[str, Any]:
 
 
 def save_config(path: Path, options: Mapping[str, Any]) -> None:
-    """Write options by long names as TOML. Raises OptionError."""
+    """Write options, by long name, as TOML. Raises OptionError where that fails."""
     write_text(path, tomli_w.dumps(dict(options)))

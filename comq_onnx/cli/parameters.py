@@ -1,4 +1,4 @@
-"""The parameters of the command: those of the library from the fields of Options, and those of the command alone."""
+"""Make the parameters of the command: those of the library from the fields of Options, and those of its own."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ PROGRAM = "comq-onnx"
 
 
 class Choice(click.Choice[str]):
-    """Take one of some values, or what a pattern allows beside them; an error says which one may have been meant."""
+    """Take one of some values, or another that a pattern allows; an error names the value that may have been meant."""
 
     def __init__(self, choices: Sequence[str], other: str | None = None) -> None:
-        """Take the values, and the pattern of others."""
+        """Take the values, and the pattern of other values."""
         super().__init__(choices)
         self._other = other
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Return the value where it is possible."""
+        """Return the value if it is possible."""
         if self._other is not None and re.fullmatch(self._other, str(value)):
             return str(value)
         return super().convert(value, param, ctx)
 
     def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
-        """Say what is possible, and what is nearest."""
+        """Say which values are possible, and which is nearest."""
         message = super().get_invalid_choice_message(value, ctx).rstrip(".")
         return message + did_you_mean(str(value), map(str, self.choices))
 
@@ -60,7 +60,7 @@ class BitsFor(click.ParamType[tuple[str, int]]):
 
 
 class Numbers(click.ParamType[tuple[float, ...]]):
-    """Take numbers with commas between."""
+    """Take numbers with commas between them."""
 
     name = "N[,N,N]"
 
@@ -86,12 +86,12 @@ class Pixels(click.ParamType[Size]):
 
 
 class Bits(click.ParamType[int | float | str]):
-    """Take a number of bits, a mean of them, or auto."""
+    """Take a number of bits, a mean number of bits, or auto."""
 
     name = "N|auto"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | float | str:
-        """Return the number, whole where it can be, or "auto"."""
+        """Return the number, as an int if it is whole, or "auto"."""
         if value == "auto":
             return "auto"
         try:
@@ -108,7 +108,7 @@ class Bits(click.ParamType[int | float | str]):
 
 TYPES = typing.get_type_hints(Options)
 DEFAULTS = {field.name: field.default for field in fields(Options)}
-# types of fields that are no plain numbers or texts
+# what converts the types of fields that are neither plain numbers nor texts
 CONVERTERS: list[tuple[Any, click.ParamType[Any]]] = [
     (int | float | str, Bits()),
     (tuple[float, ...] | None, Numbers()),
@@ -123,7 +123,7 @@ def from_library(group: str) -> list[click.Option]:
 
 
 def _click_option(field: str, option: Declared) -> click.Option:
-    """Make the option of the command from one field."""
+    """Make the option of the command from one field of Options."""
     kind, default = TYPES[field], DEFAULTS[field]
     is_flag = isinstance(default, bool)
     flags = f"--{option.name}" + (f"/--{option.off}" if option.off is not None else "")
@@ -140,7 +140,7 @@ def _click_option(field: str, option: Declared) -> click.Option:
 
 
 def _click_type(kind: Any, option: Declared) -> click.ParamType[Any] | None:
-    """Choose what turns a text into the value of an option."""
+    """Choose what converts a text to the value of an option; kind: the type of the field."""
     found = next((converter for known, converter in CONVERTERS if known == kind), None)
     if found is not None:
         return found
@@ -173,7 +173,7 @@ def by_long_name(command: click.Command) -> dict[str, click.Option]:
 
 
 def _read_config(ctx: click.Context, _param: click.Parameter, path: Path | None) -> Path | None:
-    """Take the options of a configuration file for those that the command line does not give."""
+    """Read a configuration file, whose options count where the command line does not give them."""
     if path is not None:
         ctx.default_map = read_by_parameter(path, ctx.command)
     return path
@@ -185,9 +185,9 @@ def read_by_parameter(path: Path, command: click.Command) -> dict[str, Any]:
 
 
 def _by_parameter(given: dict[str, Any], path: Path, command: click.Command) -> dict[str, Any]:
-    """Return values by parameter from those by long name.
+    """Return the values of a configuration file by parameter; given: those by long name.
 
-    Raises OptionError for what is no option or has no such type.
+    Raises OptionError for a name that is no option, or a value of the wrong type.
     """
     options = {name: option for name, option in by_long_name(command).items() if is_in_config(str(option.name))}
     found = {}
@@ -209,7 +209,7 @@ def _by_parameter(given: dict[str, Any], path: Path, command: click.Command) -> 
 
 
 def _print_completion(ctx: click.Context, _param: click.Parameter, shell: str | None) -> None:
-    """Print the script that completes the command in a shell, and end."""
+    """Print the script that completes the command in a shell, and end the command."""
     if shell is None or ctx.resilient_parsing:
         return
     from click.shell_completion import get_completion_class
@@ -221,14 +221,16 @@ def _print_completion(ctx: click.Context, _param: click.Parameter, shell: str | 
 
 
 def _file(flag: str, help: str, metavar: str | None = None, **more: Any) -> click.Option:
+    """Make an option that takes a path."""
     return click.Option([*flag.split()], type=click.Path(path_type=Path), metavar=metavar, help=help, **more)
 
 
 def _flag(flags: str, help: str) -> click.Option:
+    """Make an option without a value."""
     return click.Option(flags.split(), is_flag=True, help=help)
 
 
-# those of one run, not of how a model is quantized: in no configuration file
+# parameters of one run, not of how a model is quantized: no configuration file may have them
 ONE_RUN = frozenset({"model", "config", "save_config", "plan", "inspect", "sheet", "version", "completion", "help"})
 
 
@@ -238,7 +240,7 @@ def is_in_config(parameter: str) -> bool:
 
 
 def parameters() -> dict[str, list[click.Option]]:
-    """Make all options of the command, by their titles in help."""
+    """Make all options of the command, by the title under which help shows them."""
     return {
         INPUT_OUTPUT: [
             _file("-o --output", "Where the quantized model goes."),
@@ -282,7 +284,7 @@ def _version() -> click.Option:
 
 
 def grouped(command: click.Command, ctx: click.Context) -> list[tuple[str, list[click.Option]]]:
-    """Return the options of a command under their titles, in the order of GROUPS; help itself is the last."""
+    """Return the options of a command by title, in the order of GROUPS; --help itself is the last."""
     options = {str(p.name): p for p in command.get_params(ctx) if isinstance(p, click.Option)}
     titles = {title: [str(option.name) for option in members] for title, members in parameters().items()}
     found = [(title, [options.pop(name) for name in titles[title] if name in options]) for title in GROUPS]

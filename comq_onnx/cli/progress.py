@@ -1,4 +1,4 @@
-"""Bars for long steps on a terminal."""
+"""Show bars for long steps on a terminal."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ from comq_onnx.context import Progress as Update
 
 @contextlib.contextmanager
 def shown_progress(console: Console, quiet: bool) -> Iterator[Update]:
-    """Show one bar for each long step with the time left, on a terminal; nothing elsewhere."""
+    """Show one bar for each long step with the time left, on a terminal; nothing elsewhere, or if quiet.
+
+    Yields the function to call with the name of a step, how much of it is done, and how much there is.
+    """
     bars = Progress(
         TextColumn("{task.description:>8}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-        # stages take from a second to many minutes: the speed is that of all so far
+        # stages take from a second to many minutes: the speed is the mean over all so far
         speed_estimate_period=24 * 3600,
         console=console, disable=quiet or not console.is_terminal, transient=True,
     )  # fmt: skip

@@ -1,12 +1,14 @@
 """Read, prepare and write ONNX models, and know their layers.
 
-source: finds, reads, checks and identifies model files.
-files: writes files whole or not at all, and makes directories that vanish.
-graph: changes onnx-ir graphs, in the few operations that everything else uses.
-prepare: cleans and folds a loaded model, raises its opset, and lists its layers.
-half_precision: turns half-precision arithmetic into float32.
-layers: lists the layers of a graph, and selects among them.
-op_kind: defines the contract of a kind of layer.
-operators: matrix products and embeddings as kinds of layers, and all kinds by operator.
-convolutions: convolutions and their transposes as kinds of layers.
+float_model: open the source model, and load it as the reference for what is quantized
+probe: run a part of a model for some of its values
+source: find, read, check and identify model files
+files: write files whole or not at all, and make directories that vanish
+graph: change onnx-ir graphs, in the few operations that everything else uses
+prepare: clean and fold a loaded model, raise its opset, and list its layers
+half_precision: turn half-precision arithmetic into float32
+layers: list the layers of a graph, and select among them
+op_kind: define the contract of a kind of layer
+operators: describe matrix products and embeddings as kinds of layers, and list all kinds by operator
+convolutions: describe convolutions and their transposes as kinds of layers
 """

@@ -1,4 +1,4 @@
-"""The source model, open: its graph, its files, and the session that runs it as the reference."""
+"""Open the source model: its graph, its files, and the session that runs it as the reference."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ from comq_onnx.runtime.session import Session
 
 @dataclass(frozen=True)
 class FloatModel:
-    """Hold the model that is quantized.
+    """Hold the model that is to be quantized.
 
-    path: where it was read; model: its graph; file: what identifies its files
+    path: where it was read
+    model: its graph
+    file: what identifies its files
     session: runs the reference, on the device that the model is calibrated on
     reference: what the quantized model is compared with: the file, or its float32 form where the file cannot run
     is_half: whether it has half-precision values
@@ -34,10 +36,10 @@ class FloatModel:
 
 
 def open_model(path: Path, context: Context) -> FloatModel:
-    """Read a model and load it into ONNX Runtime: what can be wrong with it shows here.
+    """Read a model and load it into ONNX Runtime, so that faults of the model show here.
 
-    Raises ModelError for a model that is no ONNX model, is quantized already, has a newer opset than the target reads,
-    cannot run, or has no inputs.
+    Raises ModelError for a file that is no ONNX model, and for a model that is quantized already, has a newer opset
+    than the target reads, cannot run, or has no inputs.
     """
     model, file = load_source(path)
     check_source(model, str(path))
@@ -54,7 +56,7 @@ def open_model(path: Path, context: Context) -> FloatModel:
 
 
 def _load(path: Path, model: ir.Model, file: SourceFile, context: Context) -> FloatModel:
-    """Load the file; where ONNX Runtime has no bfloat16 arithmetic, the float32 form stands in for it."""
+    """Load the file; where ONNX Runtime has no bfloat16 arithmetic, load the float32 form in its place."""
     types = {v.dtype for v in graphs.walk_values(model)}
     try:
         session = Session(path, context.device, what=str(path), check=file.check)

@@ -1,4 +1,4 @@
-"""Run a part of a model for some of its values."""
+"""Run a part of a model to get some of its values."""
 
 from __future__ import annotations
 
@@ -15,10 +15,16 @@ from comq_onnx.runtime.session import Session
 def probe(
     model: ir.Model, names: Sequence[str], batches: Iterable[Mapping[str, Any]], device: str, what: str
 ) -> Iterator[dict[str, Any]]:
-    """Yield the values of these names for each batch of feeds.
+    """Yield some values of a model for each batch of feeds, by name.
 
-    Only what makes them runs; feeds may hold inputs that it does not read. what: the name of the part in errors.
-    Raises ModelError where it cannot be loaded, RuntimeFailure where it cannot run.
+    Only the nodes that make these values run.
+
+    names: the names of the values
+    batches: arrays by the name of the input; inputs that these nodes do not read may be among them
+    device: where they run
+    what: the name of this part of the model in errors
+
+    Raises ModelError where the part cannot be loaded, RuntimeFailure where it cannot run.
     """
     with private_directory() as work:
         session = Session(to_bytes_or_file(with_outputs(model, names), work, "probe"), device, what=what)

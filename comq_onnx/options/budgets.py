@@ -1,4 +1,4 @@
-"""Budgets in words: a size of the file, an accuracy to keep."""
+"""Read budgets as a user writes them: the size of a file, an accuracy to keep."""
 
 from __future__ import annotations
 
@@ -10,19 +10,23 @@ from comq_onnx.errors import OptionError
 
 @dataclass(frozen=True)
 class Drop:
-    """The accuracy that may be lost: points of top-1 agreement, or what SQNR in dB must remain; one of them is None."""
+    """Describe the accuracy that may be lost; one of the fields is None.
+
+    points: points of top-1 agreement that may be lost, in percent
+    sqnr_db: the SQNR in dB that must remain
+    """
 
     points: float | None = None
     sqnr_db: float | None = None
 
     @property
     def kind(self) -> int:
-        """Of which noise (sensitivity.py) it is a matter."""
+        """Return the index of the noise that counts: 0 for the relative one, 1 for that of leads (bits/survey.py)."""
         return 0 if self.points is None else 1
 
 
 def parse_size(text: str, source: int) -> int:
-    """Bytes of a size such as `25%` (of `source` bytes), `3MB`, `800kB` or `120000`. Raises OptionError."""
+    """Read a size in bytes, such as `25%` (of `source` bytes), `3MB`, `800kB` or `120000`. Raises OptionError."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(%|[kKmMgG]?i?[bB]?)\s*", text)
     if not found:
         raise OptionError(f"--size {text}: a share such as 25%, or a size such as 3MB or 800kB")
@@ -34,7 +38,7 @@ def parse_size(text: str, source: int) -> int:
 
 
 def parse_drop(text: str | float) -> Drop:
-    """`0.5` is points of top-1 agreement, `20dB` an SQNR that must remain. Raises OptionError."""
+    """Read a drop: `0.5` is points of top-1 agreement, `20dB` an SQNR that must remain. Raises OptionError."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(db|%)?\s*", str(text), re.IGNORECASE)
     decibels = found is not None and (found[2] or "").lower() == "db"
     if not found or float(found[1]) <= 0 or (not decibels and float(found[1]) >= 100):

@@ -1,4 +1,4 @@
-"""What is said of an option beside its name, type and default: the one place where it is declared."""
+"""Define the declaration of an option: what there is to say of it beside its type and default."""
 
 from __future__ import annotations
 
@@ -28,11 +28,13 @@ class Option:
     name: the long name without dashes
     group: the title under which help shows it
     help: what it does, in a sentence
-    metavar: what stands for its value in help
-    choices: the values that it can have; other: a pattern of values that it can have beside them
-    bounds: the least and the greatest number; above: whether the least itself is excluded
-    expected: what a number out of bounds should have been, for the error
-    check: raises OptionError for a value that cannot be
+    metavar: the word for its value in help
+    choices: the values that it can have
+    other: a pattern of values that it can have beside `choices`
+    bounds: the least and the greatest number
+    above: whether the least number itself is excluded
+    expected: what a number out of bounds must be, for the error
+    check: raises OptionError for a value that it cannot have
     separator: what stands between several numbers in one word
     off: the long name of the flag that turns it off
     lasting: whether the written model depends on it
@@ -55,7 +57,7 @@ class Option:
     in_config: bool = True
 
     def verify(self, value: Any) -> None:
-        """Raise OptionError where the option cannot have a value; None is always possible."""
+        """Raise OptionError where the option cannot have this value; None is always possible."""
         if value is None:
             return
         if self.choices and value not in self.choices and not (self.other and re.fullmatch(self.other, str(value))):
@@ -72,12 +74,16 @@ class Option:
 
 
 def declare(default: Any, group: str, help: str, *, name: str = "", **more: Any) -> Any:
-    """Declare an option as the field of a dataclass; `name` where the long name is not that of the field."""
+    """Declare an option as the field of a dataclass.
+
+    group, help, more: the fields of `Option`
+    name: the long name, where it is not that of the field
+    """
     return dataclasses.field(default=default, metadata={"option": Option(name, group, help, **more)})
 
 
 def options_of(declared: Any) -> dict[str, Option]:
-    """Return the options of a dataclass (or of its instance) by field, each with its long name."""
+    """Return the options of a dataclass (or of an instance) by field, each with its long name."""
     return {
         field.name: dataclasses.replace(option, name=option.name or field.name.replace("_", "-"))
         for field in dataclasses.fields(declared)

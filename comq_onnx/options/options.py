@@ -1,4 +1,4 @@
-"""Every option of the command and of the library, declared once: name, type, default, check, help, group, long name.
+"""Declare every option of the command and of the library once: name, type, default, check, help, group, long name.
 
 The command line (cli/parameters.py), the configuration file, the option reference, the reproduced command
 (spelling.py) and the typed keywords of public functions (keywords.py) are all made from these fields.
@@ -27,16 +27,19 @@ LEAST_BLOCK = 16
 
 
 def _check_bits(bits: Any) -> None:
+    """Raise OptionError for a number of bits that no weight can have."""
     if bits != "auto" and (not isinstance(bits, (int, float)) or not MIN_BITS <= bits <= MAX_BITS):
         raise OptionError(f"{bits} bits: {MIN_BITS} to {MAX_BITS} are possible, or auto")
 
 
 def _check_bits_for(pairs: tuple[tuple[str, int], ...]) -> None:
+    """Raise OptionError for pairs of a pattern and bits where no weight can have the bits."""
     for _, bits in pairs:
         _check_bits(bits)
 
 
 def _check_granularity(granularity: str) -> None:
+    """Raise OptionError for what is neither channel nor tensor nor the size of a block."""
     if granularity in ("channel", "tensor"):
         return
     size = int(granularity) if granularity.isdigit() else 0
@@ -48,7 +51,7 @@ def _check_granularity(granularity: str) -> None:
 
 @dataclass(frozen=True)
 class Options(SampleOptions):
-    """Hold what a caller may choose. Raises OptionError for values that cannot be, alone or together."""
+    """Hold what a caller may choose. Raises OptionError for values that are not possible, alone or together."""
 
     max_samples: int = declare(
         DEFAULT_SAMPLES, SAMPLES, "Samples to calibrate on, at most.", name="samples", metavar="N", bounds=(1, np.inf)
@@ -135,7 +138,7 @@ class Options(SampleOptions):
         self._check_target()
 
     def _check_budget(self) -> None:
-        """Raise OptionError where the bits and their budget do not suit each other."""
+        """Raise OptionError where the bits and their budget do not fit together."""
         budgets = [("--size", self.size), ("--max-drop", self.max_drop)]
         asked = [option for option, value in budgets if value is not None]
         if self.bits == "auto" and len(asked) != 1:
@@ -150,7 +153,7 @@ class Options(SampleOptions):
             )
 
     def _check_solver(self) -> None:
-        """Raise OptionError for options that another solver has."""
+        """Raise OptionError for options that only another solver has."""
         for option, value in (("--order", self.order), ("--sweeps", self.sweeps), ("--shrink", self.shrink)):
             if value is not None and self.solver != "paper":
                 raise OptionError(f"{option} {value}: the paper's solver alone has it; add --solver paper")
@@ -169,12 +172,12 @@ class Options(SampleOptions):
 
     @property
     def fixed_bits(self) -> int | None:
-        """Return the bits that all layers get, some perhaps more; None where a budget decides."""
+        """Return the whole number of bits that layers get, some perhaps more; None where a budget decides."""
         return int(self.bits) if isinstance(self.bits, (int, float)) and self.bits == int(self.bits) else None
 
     @property
     def block_size(self) -> int | None:
-        """Return how many inputs share a scale; None where a channel or a tensor does."""
+        """Return how many inputs share a scale; None where a whole channel or tensor does."""
         return int(self.granularity) if self.granularity.isdigit() else None
 
     @property
@@ -187,6 +190,6 @@ class Options(SampleOptions):
         return Grid(bits, self.symmetric, self.granularity == "tensor", self.block_size)
 
     def lasting(self) -> str:
-        """Write the options that the written model depends on, by name: not how it was calibrated in which memory."""
+        """Write down the options that the written model depends on, by name: not those of memory and batches."""
         kept = [field for field, option in sorted(options_of(self).items()) if option.lasting]
         return f"Options({', '.join(f'{field}={getattr(self, field)!r}' for field in kept)})"

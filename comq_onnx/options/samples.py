@@ -1,4 +1,4 @@
-"""The options that say how samples are read."""
+"""Declare the options that say how samples are read."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 from comq_onnx.errors import OptionError
 from comq_onnx.options.option import SAMPLES, declare, verify
 
+# pixels of the short side, or (height, width)
 Size = int | tuple[int, int]
 CHANNELS, LAYOUTS, DTYPES = ("rgb", "bgr", "grey"), ("nchw", "nhwc"), ("float32", "float16", "uint8", "int8")
 # the names of what images/preprocess.py knows
@@ -29,6 +30,8 @@ def is_size(size: Any) -> bool:
 
 
 def _check_numbers(name: str) -> Callable[[Sequence[float]], None]:
+    """Make the check of an option that has one number, or three."""
+
     def check(numbers: Sequence[float]) -> None:
         if len(numbers) not in (1, 3) or not np.isfinite(numbers).all():
             raise OptionError(f"--{name} {comma(numbers)}: one number, or three in the order of --channels")
@@ -39,6 +42,8 @@ def _check_numbers(name: str) -> Callable[[Sequence[float]], None]:
 
 
 def _check_size(name: str) -> Callable[[Size], None]:
+    """Make the check of an option that has a size in pixels."""
+
     def check(size: Size) -> None:
         if not is_size(size):
             raise OptionError(f"--{name} {size}: whole pixels of 1 or more, one number or HEIGHTxWIDTH")
@@ -48,11 +53,15 @@ def _check_size(name: str) -> Callable[[Size], None]:
 
 @dataclass(frozen=True)
 class SampleOptions:
-    """Hold the options that say how samples are read; None where nothing is said.
+    """Hold the options that say how samples are read; None where an option is not given.
 
-    Pictures have preprocess (a preset or a JSON file), and mean, std, resize, crop, layout, channels and dtype over
-    it. Text has tokenizer (a tokenizer.json or its folder) and text_field (of JSON lines). Text and waveforms have
-    length, in tokens or points. Raises OptionError for values that cannot be.
+    preprocess: for pictures, a preset or a JSON file
+    mean, std, resize, crop, layout, channels, dtype: for pictures, each in place of what preprocess says
+    tokenizer: for text, a tokenizer.json or its folder
+    text_field: for JSON lines of text, the field with the text
+    length: for text and waveforms, the length in tokens or points
+
+    Raises OptionError for values that are not possible.
     """
 
     preprocess: str | None = declare(
@@ -94,7 +103,11 @@ class SampleOptions:
         verify(self)
 
     def only(self, used: Iterable[str], what: str) -> None:
-        """Raise OptionError where an option is given that samples of this kind (`what`) have no use for."""
+        """Raise OptionError where an option is given that these samples do not use.
+
+        used: the fields that they use
+        what: the kind of the samples, for the error
+        """
         used = set(used)
         for item in fields(SampleOptions):
             if getattr(self, item.name) is not None and item.name not in used:

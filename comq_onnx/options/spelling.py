@@ -18,20 +18,21 @@ def long_name(field: str) -> str:
 
 
 def spell(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Spell values by field as TOML has them, by long name; None is left out.
+    """Spell values by field as TOML has them, by long name. Those that are None are left out.
 
-    Several numbers of one option become one word, pairs of a pattern and bits become RE=N.
+    Several numbers of one option become one word; pairs of a pattern and bits become RE=N.
     """
     return {long_name(field): _spelled(field, value) for field, value in values.items() if value is not None}
 
 
 def differing(options: Options) -> dict[str, Any]:
-    """Spell the options that are not as they are by default."""
+    """Spell the options that differ from their defaults."""
     defaults = vars(Options())
     return spell({field: value for field, value in vars(options).items() if value != defaults[field]})
 
 
 def _spelled(field: str, value: Any) -> Any:
+    """Spell the value of one option as TOML has it."""
     separator = OPTIONS[field].separator if field in OPTIONS else None
     if isinstance(value, tuple | list):
         if separator is not None:
@@ -41,7 +42,11 @@ def _spelled(field: str, value: Any) -> Any:
 
 
 def command_line(model: str, output: str | None, calib: str | None, options: Mapping[str, Any]) -> str:
-    """Return the command that does a run again; options: what `spell` gives."""
+    """Return the command line that repeats a run.
+
+    output: None for a command that only plans
+    options: what `spell` returns
+    """
     opposites = {option.name: option.off for option in OPTIONS.values() if option.off is not None}
     words = ["comq-onnx", model]
     if calib is not None:

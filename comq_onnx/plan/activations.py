@@ -91,7 +91,7 @@ def runs_in_integers(layer: Layer, target: Target) -> bool:
 def fused_output(node: ir.Node, target: Target) -> tuple[ir.Value, tuple[float, float] | None]:
     """Return the output of a node, or that of the activation function that the runtime fuses into it.
 
-    With it the bounds of that Clip or Relu; None where none is fused.
+    The second value is what that Clip or Relu lets through; None where none is fused.
     """
     value = node.outputs[0]
     users = list(value.uses())
@@ -152,7 +152,7 @@ def _integer_outputs(model: ir.Model, integer: Mapping[str, Layer], target: Targ
 
 
 def _integer_operator(node: ir.Node, made: Mapping[str, QuantizedValue], target: Target) -> QuantizedValue | None:
-    """Return the quantized output of a float operator that could run in integers; None where it cannot.
+    """Return the quantized output of an operator between integer layers; None where it cannot run in integers.
 
     made: the values that come out of integers so far
     """

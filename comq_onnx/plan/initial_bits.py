@@ -37,7 +37,7 @@ def has_explicit_bits(name: str, options: Options) -> bool:
 def fill_containers(plan: Plan, bits: Bits, context: Context) -> Bits:
     """Give each layer the most bits that take no more bytes than those asked for: its container holds them anyway.
 
-    Layers whose bits --bits-for gives and embeddings keep theirs.
+    Embeddings and layers whose bits --bits-for gives keep theirs.
     """
     sharing: dict[str, list[Layer]] = {}
     for layer in plan.layers:

@@ -158,9 +158,9 @@ class Readers:
 
 
 def readers(prepared: Prepared, plan: ActivationPlan) -> dict[str, Readers]:
-    """Return the readers of each value with a scale of its own, or of what a MaxPool makes of it, by name.
+    """Return the readers of each value with a scale of its own, by name.
 
-    Values that no layer reads are left out.
+    Those behind a MaxPool count as readers of its input. Values that no layer reads are left out.
     """
     values = {str(v.name): v for v in graphs.walk_values(prepared.model)}
     integer = {x.name: x for x in prepared.layers if x.name in plan.integer_layers and not x.nested}
@@ -187,8 +187,8 @@ def readers(prepared: Prepared, plan: ActivationPlan) -> dict[str, Readers]:
 def mix(kind: OpKind, matrix: Array, rng: np.random.Generator) -> Array:
     """Mix the outputs of a layer: return the weights of MIXED random sums of them, [channels, MIXED].
 
-    Where the outputs are no more than MIXED, their own weights are returned. The places in the window of a convolution
-    count as outputs of their own, as if the errors at them were independent.
+    Outputs that are no more than MIXED are not mixed: their own weights are returned, [channels, outputs]. The places
+    in the window of a convolution count as outputs of their own, as if the errors at them were independent.
 
     matrix: the weight, [groups, out, in]
     """
@@ -205,7 +205,7 @@ def mix(kind: OpKind, matrix: Array, rng: np.random.Generator) -> Array:
 
 @dataclass(frozen=True)
 class Reader:
-    """Describe what a layer computes of its input.
+    """Describe what a layer computes from its input.
 
     mixed: what `mix` returns for its weight, [channels, MIXED]
     has_bias: whether a bias takes the mean of its error
@@ -222,7 +222,7 @@ class Objective:
     rows: some positions of the activation, [n, channels]
     shares: the shares that they stand for, [n]
     mixed: the mixed weights of all readers, [channels, readers * MIXED], each over the size of its outputs; None where
-        nothing reads the activation
+        no reader has outputs other than 0
     unbiased: 1 where a bias takes the mean of the error, 0 elsewhere, [readers * MIXED]
     passed_on: the weight of the error of the rows themselves: one over their variance; 0 where nothing passes them on
     """

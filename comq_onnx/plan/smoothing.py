@@ -36,7 +36,8 @@ SOLVED = 0.35
 ENDS = (1.0, 0.75, 0.5)
 # the number of output channels of a layer whose rounding is measured
 CHANNELS = 64
-# the error must fall to these shares, without and with a new Mul; a Mul is little work beside so many outputs of layers
+# the share to which the error must fall without a new Mul, and with one; and the least number of outputs of the layers
+# behind a new Mul, so that it is little work beside theirs
 WORTH, WORTH_A_NODE, LEAST_OUTPUTS = 0.98, 0.85, 128
 # channels below this share of the largest hold only rounding errors
 FLOOR = 1e-3
@@ -206,10 +207,10 @@ def _insert_product(model: ir.Model, value: ir.Value, t: Array) -> ir.Value:
 
 
 def _absorbing(model: ir.Model, name: str, layers: Sequence[Layer]) -> list[ir.Value]:
-    """Return the constants that can take the factors of a value: the scale and bias of the layer norm that makes it.
+    """Return the constants that can take the factors of a value; [] where there are none.
 
-    Or those of the product and the sum that make it. [] where there are none, or where others than `layers` read the
-    value.
+    They are the scale and bias of the layer norm, or of the product and the sum, that make the value. There are none
+    where others than `layers` read it.
     """
     value = next(v for v in graphs.walk_values(model) if v.name == name)
     readers = {layer.name for layer in layers}

@@ -94,7 +94,7 @@ def _add_scan_output(node: ir.Node, body: ir.Graph, value: ir.Value) -> str:
 
 
 def _why_unreached(op: str | None) -> str:
-    """Say why the walk does not reach a layer; op: the node of the main graph that it is in, None without one."""
+    """Say why the walk does not reach a layer; op: the type of the node of the main graph that holds it, or None."""
     if op is None:
         return "in a branch that no sample takes"
     if op == "If":
@@ -103,7 +103,7 @@ def _why_unreached(op: str | None) -> str:
 
 
 def _inline_one_level(model: ir.Model, samples: Samples, context: Context) -> bool:
-    """Inline the branch that all samples take, of each If of the main graph with one; False if there was none."""
+    """Inline every If of the main graph of which all samples take the same branch; False if there was none."""
     ifs = [node for node in model.graph if node.op_type == "If" and node.domain == ""]
     if not ifs:
         return False

@@ -1,6 +1,7 @@
 """Hold what a run found out, and show it.
 
 report: hold everything that a run found out, for Python and as JSON
+build: build the report of a run, or of a plan
 inputs: describe the samples
 advice: point out what stands out, and what to do about it
 terminal: lay the report out as tables for a terminal

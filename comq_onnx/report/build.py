@@ -26,12 +26,12 @@ from comq_onnx.solve.grid import Grid
 from comq_onnx.solve.layer import error_db
 from comq_onnx.write.provenance import version
 
-# the share of an activation's values that its typical range holds
+# the share of an activation's values that are in its typical range
 TYPICAL = 0.999
 
 
 def build_plan_report(chosen: Chosen, source: FloatModel, data: Dataset, context: Context) -> Report:
-    """Build the report of a plan: layers, bits and stages, without errors and outputs."""
+    """Build the report of a plan: layers, bits and stages, but no errors and no outputs."""
     plan, options, journal = chosen.plan, context.options, context.journal
     stage_of = {
         layer.name: stage.index
@@ -68,7 +68,12 @@ def build_report(
     quantized: Quantized, evaluation: Evaluation, source: FloatModel, data: Dataset, context: Context, out: Path,
     size: int,
 ) -> Report:  # fmt: skip
-    """Build the report of a finished run; out: the file that was written; size: its bytes."""
+    """Build the report of a finished run.
+
+    evaluation: the comparison of the quantized model with its source
+    out: the file that was written
+    size: the bytes of that file
+    """
     solved, stored = quantized.emitted.solved, quantized.emitted.stored_bytes
     report = build_plan_report(quantized.chosen, source, data, context)
     kernels = evaluation.kernels
@@ -87,6 +92,7 @@ def build_report(
 
 
 def _planned_layer(layer: Layer, chosen: Chosen, source: FloatModel, stage: int) -> LayerReport:
+    """Report what is planned for a layer; stage: the index of its stage."""
     plan, tradeoff = chosen.plan, chosen.tradeoff
     grid = plan.grids[layer.name]
     noise = None if tradeoff is None else error_db(tradeoff.sensitivity.cost(layer.name, grid.bits))
@@ -100,6 +106,11 @@ def _planned_layer(layer: Layer, chosen: Chosen, source: FloatModel, stage: int)
 def _solved_layer(
     report: LayerReport, solved: Solved, stored: Mapping[str, int], kernels: Mapping[str, str]
 ) -> LayerReport:
+    """Add what was solved to the report of a layer.
+
+    stored: the bytes of each layer's weight in the file, by the name of the layer
+    kernels: the op type that runs each layer, by the name of the layer
+    """
     solution = solved.solutions[report.name]
     return replace(
         report,
@@ -112,7 +123,7 @@ def _solved_layer(
 
 
 def _activations(solved: Solved) -> list[ActivationReport]:
-    """Report what was seen of each quantized activation, in graph order."""
+    """Report the range and the grid of each quantized activation, in graph order."""
     reports = []
     for name in solved.plan.activations.values:
         seen, grid = solved.ranges.get(name), solved.activation_grids.get(name)
@@ -127,13 +138,14 @@ def _activations(solved: Solved) -> list[ActivationReport]:
 
 
 def _granularity(layer: Layer, grid: Grid) -> str:
+    """Return what shares a scale, as the report names it."""
     return "row" if layer.kind.is_lookup else grid.granularity
 
 
 def _peak_rss_mb() -> float:
-    """Return the most memory that this process held, in MB; NaN where the system does not tell."""
+    """Return the most memory that this process has used, in MB; NaN where the system does not tell."""
     try:
-        # getrusage's figure survives exec: a small run started by a large process would show the latter's
+        # getrusage keeps its figure through exec: a small run that a large process started would show that one's memory
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6
     except (OSError, IndexError, ValueError):

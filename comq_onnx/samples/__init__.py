@@ -2,6 +2,7 @@
 
 load: read samples from whatever the caller names, the way in
 samples: hold samples, the description of a model's input, and what a model tells about its samples
+dataset: load the samples of a run, and hold some of them back to compare on
 fit: check arrays against the inputs of a model
 arrays: read .npz and .npy files, and the test data of ONNX models
 images: read pictures, or draw them (a package)

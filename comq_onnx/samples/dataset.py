@@ -1,4 +1,4 @@
-"""The samples of a run: those that the model is calibrated on, and others that are held back to compare on."""
+"""Load the samples of a run: some to calibrate on, and others that are held back to compare on."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from comq_onnx.samples.clues import read_clues, suspicious_statistics
 from comq_onnx.samples.load import load_samples
 from comq_onnx.samples.samples import AnyArray, Clues, Samples
 
-# of all samples one in so many is held back, and never more than the second number
+# one in so many samples is held back, and never more than the second number
 HELD_BACK_SHARE, MOST_HELD_BACK = 8, 64
-# a model calibrated on fewer is worse than it could be
+# with fewer samples to calibrate on a model is worse than it could be
 ENOUGH = 32
 
 
@@ -25,8 +25,10 @@ ENOUGH = 32
 class Dataset:
     """Hold the samples of a run.
 
-    calibration, held_back: samples to calibrate on and others to compare on
-    first_feeds, first_outputs: the first batch of calibration, and what the float model gives for it
+    calibration: the samples to calibrate on
+    held_back: other samples, to compare on
+    first_feeds: the first batch of `calibration`, by the name of the input
+    first_outputs: the outputs of the float model for it, by name
     mask: the input whose zeros mark positions that the model ignores; None where there is none
     """
 
@@ -43,9 +45,11 @@ class Dataset:
 
 
 def load_dataset(source: FloatModel, samples: Any, context: Context) -> Dataset:
-    """Load samples for a model, hold some back, and run one batch: what can be wrong with them shows here.
+    """Load samples for a model, hold some back, and run one batch, so that faults of the samples show here.
 
-    samples: as `quantize` takes them. Raises SamplesError, or OptionError for options that do not suit them.
+    samples: as `quantize` takes them
+
+    Raises SamplesError for samples that the model cannot take, OptionError for options that do not fit the samples.
     """
     options, journal = context.options, context.journal
     wanted = options.max_samples
@@ -64,14 +68,14 @@ def load_dataset(source: FloatModel, samples: Any, context: Context) -> Dataset:
 
 
 def split(everything: Samples, wanted: int, seed: int, journal: Journal) -> tuple[Samples, Samples]:
-    """Split samples into at most `wanted` to calibrate on and some to compare on. Raises SamplesError for too few."""
+    """Split samples into at most `wanted` to calibrate on and others to compare on. Raises SamplesError for too few."""
     total, unit = len(everything), everything.fixed_batch or 1
     if total < 2 * unit:
         raise SamplesError(
             f"{everything.source}: {total} sample(s); at least {2 * unit} are needed, one batch to calibrate on "
             "and one to compare on, and 128 or more are better"
         )
-    # a share of what calibration takes, and all that it leaves
+    # a share of the samples for calibration, or all that it leaves where they are more
     spare = max(min(total, wanted) // HELD_BACK_SHARE, total - wanted)
     held = max(unit, min(MOST_HELD_BACK, spare) // unit * unit)
     used = min(wanted, total - held) // unit * unit or unit
@@ -81,12 +85,12 @@ def split(everything: Samples, wanted: int, seed: int, journal: Journal) -> tupl
 
 
 def find_mask(source: FloatModel, calibration: Samples, context: Context) -> str | None:
-    """Find the input that masks positions, where the model is shown to ignore what it masks."""
+    """Find the input that masks positions, if the model ignores what it masks when tried; None otherwise."""
     name = None if calibration.per_item else padding.find_mask(calibration.arrays)
     if name is None:
         return None
     notes = context.journal.notes
-    # the first batch may be without padding, and so without a test
+    # a batch with padding: on others there is nothing to try
     feeds = next(batch for batch in calibration.batches(context.options.batch_size) if (batch[name] != 1).any())
     if not padding.is_ignored(source.session.run, feeds, name):
         notes.append(f"{name} does not keep what it masks from the outputs: calibrated on all positions")
@@ -97,6 +101,7 @@ def find_mask(source: FloatModel, calibration: Samples, context: Context) -> str
 
 
 def _first_outputs(source: FloatModel, feeds: Mapping[str, AnyArray], name: str) -> dict[str, Any]:
+    """Run the float model on the first batch. Raises SamplesError where it cannot run on the samples `name`."""
     try:
         return source.session.run(feeds)
     except OutOfMemory:
@@ -106,6 +111,7 @@ def _first_outputs(source: FloatModel, feeds: Mapping[str, AnyArray], name: str)
 
 
 def _warn_of_constants(samples: Samples, journal: Journal) -> None:
+    """Warn of inputs that are the same number in all samples."""
     for name, array in samples.arrays.items():
         if array.dtype.kind == "f" and array.size and (array == array.flat[0]).all():
             journal.warnings.append(
@@ -116,5 +122,6 @@ def _warn_of_constants(samples: Samples, journal: Journal) -> None:
 def _warn_of_first_batch(
     feeds: Mapping[str, AnyArray], outputs: Mapping[str, Any], clues: Clues, journal: Journal
 ) -> None:
+    """Warn where the first batch or its outputs look as if the samples were preprocessed wrongly."""
     doubts = [suspicious_scores(name, output) for name, output in outputs.items()]
     journal.warnings += filter(None, [*doubts, suspicious_statistics(clues, feeds)])

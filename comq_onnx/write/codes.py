@@ -52,7 +52,7 @@ def store(model: ir.Model, name: str, codes: Numbers, container: str, planes: tu
     """Store int8 `codes` in a graph once under one name, and return their value.
 
     container: the type of the initializer, where there are no planes
-    planes: the widths of bit planes, the highest bits first; the value is joined from them and INT8
+    planes: the widths of bit planes, the highest bits first; with them the value is INT8, joined from the planes
     """
     if not planes:
         return shared_constant(model.graph, f"{name}.codes", pack(codes, container))

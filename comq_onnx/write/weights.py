@@ -72,12 +72,12 @@ def _emit_integer(
 ) -> None:
     """Write an integer layer; its bias is int32 where the target takes that."""
     node, input_scale = nodes[layer.name], solved.activation_grids[layer.input].scale
-    exact = solved.plan.target.integer_bias and not is_open_product(node)
-    if exact:
+    integer_bias = solved.plan.target.integer_bias and not is_open_product(node)
+    if integer_bias:
         weight = fit_bias(weight, bias, input_scale)
     dequantized = _dequantize(model, node, layer, weight, solved)
     node.replace_input_with(layer.kind.weight_index, dequantized)
-    set_bias(model, nodes, layer, bias, dequantized if exact else None, input_scale)
+    set_bias(model, nodes, layer, bias, dequantized if integer_bias else None, input_scale)
     if layer.op == "Gemm":
         # alpha has gone into the scales
         node.attributes.pop("alpha", None)
@@ -172,9 +172,10 @@ def _dequantize_blocks(
     container = codes.dtype.name
     if solved.plan.opset < 21 or block is None:
         return _dequantize_channels(model, node, layer, weight, codes, container, axis=1, with_zero=False)
-    of = np.minimum(np.arange(-(-inputs // block)) * block, inputs - 1) // (grid.block_size or inputs)
-    scale = np.asarray(weight.scale[0][:, of].T * np.float32(layer.kind.alpha), np.float32)
-    zero = weight.zero_point[0][:, of].T
+    # the block of the solution that each stored block lies in
+    source = np.minimum(np.arange(-(-inputs // block)) * block, inputs - 1) // (grid.block_size or inputs)
+    scale = np.asarray(weight.scale[0][:, source].T * np.float32(layer.kind.alpha), np.float32)
+    zero = weight.zero_point[0][:, source].T
     packed = pack(zero, container) if zero.any() else None
     return _insert_dequantize(model, node, layer, codes, scale, packed, {"axis": 0, "block_size": block})
 

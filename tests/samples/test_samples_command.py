@@ -1,6 +1,6 @@
 """Samples from the command line: options, what is shown, and what is refused."""
 
-# the fixtures of test_cli serve here too
+# fixtures are imported by their names
 # ruff: noqa: F401, F811
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from command import Said, files, run
 from PIL import Image
 from scipy.io import wavfile
-from test_cli import Said, files, run
 from test_samples import picture
 from test_samples_sound import tone, wave_net
 from test_samples_text import LINES, a_tokenizer

@@ -1,4 +1,4 @@
-"""How near two outputs are, against numpy; the graph that ONNX Runtime runs, counted; how exactly it runs."""
+"""Test how near two outputs are, against numpy; the counts of kernels in ONNX Runtime's graph; exact sessions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def sqnr(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def model(op: str, *outputs: str, **attributes: object) -> bytes:
-    """One operator on x, with as many outputs of it as named."""
+    """Build a model of one operator on x, once for each of the outputs."""
     values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in outputs]
     graph = helper.make_graph(
         [helper.make_node(op, ["x"], [n], **attributes) for n in outputs],
@@ -97,7 +97,7 @@ def test_the_same_infinities_agree_and_others_are_all_noise() -> None:
     assert sqnr_of({"y": a}, {"y": a.copy()}) == 200
     b = np.asarray([1, 2.5, np.inf, -np.inf], np.float32)
     assert sqnr_of({"y": a}, {"y": b}) == pytest.approx(sqnr(a[:2], b[:2]))
-    # one number lost to an infinity is as much noise as a number is signal on average: 2 of them against 2.5
+    # a number that an infinity replaces counts as much noise as the mean square of the signal: 2.5 against 5
     for wrong in ([1, 2, -np.inf, -np.inf], [1, 2, 7, -np.inf], [1, 2, np.nan, -np.inf]):
         found = sqnr_of({"y": a}, {"y": np.asarray(wrong, np.float32)})
         assert found == pytest.approx(10 * np.log10(5 / 2.5))
@@ -244,7 +244,7 @@ def test_the_kernels_of_a_graph_are_counted_subgraphs_included(tmp_path: Path) -
 
 
 def test_a_float_product_behind_a_dequantization_is_found(tmp_path: Path) -> None:
-    """Weight-only QDQ on a Conv: ONNX Runtime dequantizes at every call."""
+    """Test a weight-only Conv in QDQ form, which ONNX Runtime dequantizes at every call."""
     scale = onnx.numpy_helper.from_array(np.asarray(0.1, np.float32), "s")
     weight = onnx.numpy_helper.from_array(RNG.integers(-9, 9, (4, 3, 3, 3)).astype(np.int8), "w")
     graph = helper.make_graph(
@@ -264,7 +264,10 @@ def test_a_float_product_behind_a_dequantization_is_found(tmp_path: Path) -> Non
 
 
 def weight_only(codes: np.ndarray, scale: np.ndarray, block: int) -> bytes:
-    """x @ (codes * scale), codes [in, out] as INT4, scale [in / block, out]: what becomes MatMulNBits."""
+    """Build x @ (codes * scale), which becomes MatMulNBits.
+
+    codes: [in, out], stored as INT4; scale: [in / block, out]
+    """
     weight = helper.make_tensor("w", TensorProto.INT4, codes.shape, codes.ravel())
     attributes = {"axis": 0, "block_size": block}
     graph = helper.make_graph(
@@ -294,7 +297,7 @@ def test_an_exact_session_keeps_activations_float() -> None:
     assert sqnr(reference, default) >= 38
 
 
-def test_exact_is_nothing_else_to_a_model_without_such_products() -> None:
+def test_an_exact_session_changes_nothing_without_such_products() -> None:
     x = RNG.standard_normal((4, 12)).astype(np.float32)
     one, other = (
         Session(model("Erf", "y"), threads=1, float_matmul_nbits=exact).run({"x": x})["y"] for exact in (True, False)

@@ -12,8 +12,7 @@ import pytest
 from conftest import Solved
 from walks import MODELS, quantize, tapped
 
-from comq_onnx.calibrate import cut_tensors
-from comq_onnx.calibrate import layer_moments as calibrate
+from comq_onnx.calibrate import cut_tensors, layer_moments
 from comq_onnx.calibrate.layer_moments import LayerInput, in_groups
 from comq_onnx.model.layers import Layer
 from comq_onnx.model.operators import MatMul
@@ -71,7 +70,7 @@ def test_convolutions_too_are_solved_on_what_the_shipped_model_computes(tmp_path
 def test_the_first_layer_knows_only_the_quantization_of_its_input(tmp_path: Path, solved: Solved) -> None:
     quantize(mlp(), tmp_path / "q.onnx", activations="none")
     first, second = solved.on["fc1"], solved.on["fc2"]
-    # before the first layer nothing is quantized, so x^ is x; behind it it is not
+    # before the first layer nothing is quantized, so x^ is x; behind it x^ differs from x
     assert first.residue is None or not first.residue.any()
     assert second.residue is not None
     assert np.trace(second.residue[0]) > 0
@@ -100,7 +99,7 @@ def test_layers_that_read_the_same_rows_share_their_moments(tmp_path: Path, solv
 def test_the_batch_size_changes_no_half(tmp_path: Path, make: Callable[[], onnx.ModelProto], solved: Solved) -> None:
     seen = []
     for batch_size in (16, 5):
-        # of activations rounded to 8 bits one in a thousand may fall the other way
+        # independent: of activations rounded to 8 bits, one in a thousand may be rounded the other way
         quantize(make(), tmp_path / "q.onnx", batch_size=batch_size, independent=True)
         seen.append(dict(solved.on))
     for name, first in seen[0].items():
@@ -117,7 +116,7 @@ def test_the_batch_size_changes_no_half(tmp_path: Path, make: Callable[[], onnx.
 
 
 def supported(*call: Any) -> bool:
-    """Where patches can be had at all, whatever they pay."""
+    """Tell whether patches are possible at all, whether they pay or not."""
     _, kernel, strides, dilations, group = call
     return len(kernel) == 2 and group == 1 and all(step == 1 for step in (*strides, *dilations))
 
@@ -129,7 +128,7 @@ def test_moments_by_patches_are_those_by_rows(
     seen, images = [], {"image": np.abs(normal(40, 3, 8, 8))}
     for pays in (lambda *_: False, supported):
         monkeypatch.setattr(patches, "pays", pays)
-        # as many images as there are stretches, or twice: either way none is cut in two
+        # as many images as there are stretches, or twice as many: no image is cut in two
         quantize(batchnorm_cnn(), tmp_path / "q.onnx", images, max_samples=32, **options)
         seen.append(dict(solved.on))
     assert list(seen[0]) == list(seen[1]) == ["conv1", "conv2"]
@@ -146,7 +145,7 @@ def test_moments_by_patches_are_those_by_rows(
                 a, b = getattr(one, part), getattr(other, part)
                 assert (a is None) == (b is None)
                 # float32 sums of 1,024 products: their errors, some 32 roundings of 6e-8, are 114 dB below; but one
-                # code of 324 in conv1 that turns for it shows in what conv2 reads
+                # code of 324 in conv1 that changes by them shows in what conv2 reads
                 assert a is None or sqnr(b, a) > (100 if name == "conv1" or "independent" in options else 40)
 
 
@@ -167,8 +166,8 @@ def test_beyond_a_number_of_positions_they_are_drawn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, solved: Solved
 ) -> None:
     for limit in ("LEAST_POSITIONS", "MOST_POSITIONS"):
-        monkeypatch.setattr(calibrate, limit, 100)
-    monkeypatch.setattr(calibrate, "POSITIONS_PER_INPUT", 1)
+        monkeypatch.setattr(layer_moments, limit, 100)
+    monkeypatch.setattr(layer_moments, "POSITIONS_PER_INPUT", 1)
     quantize(attention(), tmp_path / "q.onnx")
     for statistics in solved.on.values():
         # a share of each batch, rounded
@@ -181,7 +180,7 @@ HOST = cut_tensors.Host(1 << 30, Path("unused"))
 
 
 def an_input(batches: list[np.ndarray], counts: list[int]) -> LayerInput:
-    """Return batches as the input of a product."""
+    """Return batches as the input of a MatMul."""
     layer = Layer("fc", "MatMul", MatMul((5, 4)), "x", "y", "w")
     return LayerInput(layer, batches, batches, None, counts, [None] * len(batches))
 
@@ -212,7 +211,7 @@ def test_tensors_of_other_rows_are_not_grouped() -> None:
 
 
 def test_layers_whose_first_axis_is_no_batch_are_solved_on_their_rows(tmp_path: Path) -> None:
-    # weights on the left, transposed and stacked: inputs one behind the other would be other rows
+    # weights on the left, transposed and stacked: inputs joined along their first axis would be other rows
     model = build(
         """g (float[32, 12] x, float[2, 6, 32] z) => (float[16, 12] l, float[12, 16] t, float[2, 6, 8] s) {
             [left] l = MatMul (w, x)

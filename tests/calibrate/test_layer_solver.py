@@ -14,7 +14,7 @@ from onnx import numpy_helper
 from walks import MODELS, quantize
 
 from comq_onnx.model import prepare as prepare_module
-from comq_onnx.plan import smoothing as smooth
+from comq_onnx.plan import smoothing
 from comq_onnx.solve.layer import METHODS
 from models import (
     attention,
@@ -59,7 +59,7 @@ def test_layers_solved_as_one_get_each_its_own_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, solved: Solved, solver: str
 ) -> None:
     # the weights as the source has them
-    monkeypatch.setattr(smooth, "candidates", lambda *_: {})
+    monkeypatch.setattr(smoothing, "candidates", lambda *_: {})
     report = quantize(encoder(), tmp_path / "q.onnx", sentences(), solver=solver, independent=True)
     weights = {t.name: numpy_helper.to_array(t) for t in encoder().graph.initializer}
     written = {t.name: numpy_helper.to_array(t) for t in onnx.load(tmp_path / "q.onnx").graph.initializer}
@@ -68,7 +68,7 @@ def test_layers_solved_as_one_get_each_its_own_error(
         if layer.name in ("q", "k", "v"):
             w = weights[f"w{layer.name}"].astype(np.float64)
             w_q = written[f"w{layer.name}.codes"].astype(np.float64) * written[f"{layer.name}.scale"]
-            # comq's shift of the bias takes away the mean of the error
+            # the shift that comq adds to the bias takes away the mean of the error
             moments = solved.on[layer.name]
             gram = (moments.centred() if solver == "comq" else moments).gram[0]
             error = np.sum((w - w_q) * (gram @ (w - w_q))) / np.sum(w * (moments.gram[0] @ w))
@@ -84,7 +84,7 @@ def test_layers_of_one_weight_and_one_input_get_the_same_codes(
     def refuse(*_: Any, **__: Any) -> None:
         raise RuntimeError("not today")
 
-    # folding would make one of the two
+    # constant folding would join the two layers
     monkeypatch.setattr(prepare_module.optimizer, "optimize_ir", refuse)
     model = build(
         """g (float[batch, 32] x) => (float[batch, 300] y, float[batch, 300] z) {
@@ -97,7 +97,7 @@ def test_layers_of_one_weight_and_one_input_get_the_same_codes(
     )
     report = quantize(model, tmp_path / "q.onnx", {"x": normal(40, 32)})
     assert solved.together == [["first"]]
-    # one weight, once in the file
+    # the one weight is in the file once
     assert list(codes(tmp_path / "q.onnx")) == ["w.codes"]
     first, second = report.layers
     # the same sums, in other places of a product
@@ -135,7 +135,7 @@ Run = Callable[..., Any]
 @pytest.mark.parametrize("solver", METHODS)
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 def test_every_solver_gives_a_model_that_runs(quantized: Run, make: Callable[[], onnx.ModelProto], solver: str) -> None:
-    # the paper's variant updates scales with its own rule, and 8 bits leave it room: all reach 25 dB
+    # the paper's variant updates scales by its own rule; at 8 bits all solvers reach 25 dB
     quantized(make(), solver=solver)
 
 

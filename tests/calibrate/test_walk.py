@@ -14,8 +14,7 @@ import pytest
 from onnx import numpy_helper
 from walks import MODELS, never, quantize
 
-from comq_onnx.calibrate import cut_tensors, layer_solver
-from comq_onnx.calibrate import layer_moments as calibrate
+from comq_onnx.calibrate import cut_tensors, layer_moments, layer_solver
 from comq_onnx.errors import OptionError, SamplesError
 from comq_onnx.runtime import session as runtime
 from comq_onnx.solve import moments
@@ -47,9 +46,9 @@ def test_the_batch_size_changes_no_byte(
     tmp_path: Path, make: Callable[[], onnx.ModelProto], limit: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if limit == "MOST_POSITIONS":  # positions are drawn, too
-        monkeypatch.setattr(calibrate, "LEAST_POSITIONS", 100)
-        monkeypatch.setattr(calibrate, "MOST_POSITIONS", 100)
-        monkeypatch.setattr(calibrate, "POSITIONS_PER_INPUT", 1)
+        monkeypatch.setattr(layer_moments, "LEAST_POSITIONS", 100)
+        monkeypatch.setattr(layer_moments, "MOST_POSITIONS", 100)
+        monkeypatch.setattr(layer_moments, "POSITIONS_PER_INPUT", 1)
     if limit == "CHUNK_BYTES":  # a few samples at a time are summed over
         monkeypatch.setattr(moments, "CHUNK_BYTES", 4000)
     samples = sentences() if make is encoder else samples_for(make())
@@ -106,7 +105,7 @@ def test_a_full_disk_for_what_is_kept_between_stages_says_what_to_do(
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    # written, not mapped and touched: that would end the process on a full disk
+    # files are written, not mapped and filled: on a full disk that would end the process
     monkeypatch.setattr(cut_tensors.np, "save", full)
     with pytest.raises(OptionError, match=r"No space left.*TMPDIR"):
         quantize(cnn(size=32), tmp_path / "q.onnx", memory_gb=0.0)
@@ -155,7 +154,7 @@ def test_solving_in_sequence_beats_rounding_where_it_counts(tmp_path: Path) -> N
     for solver in ("comq", "rtn"):
         quantize(attention(), tmp_path / "q.onnx", samples, solver=solver, bits=3)
         reached[solver] = sqnr(reference, infer(tmp_path / "q.onnx", samples)["y"])
-    # random rows have no structure to use, still the error of a layer can lean on its bias and its neighbours
+    # random rows have no structure that the solver could use, but a layer's bias and later layers take up some error
     assert reached["comq"] > reached["rtn"]
 
 
@@ -242,7 +241,7 @@ def test_repeated_samples_are_enough_to_run(quantized: Run) -> None:
 
 
 def test_sizes_that_differ_from_sample_to_sample_fit_one_walk(tmp_path: Path) -> None:
-    # an embedding behind which rows of padding differ: [n, 1, seq] with one sentence each
+    # an embedding of one sentence a sample, [n, 1, seq], with more or less padding
     samples = {
         "input_ids": np.random.default_rng(0).integers(0, 50, (24, 1, 9)),
         "attention_mask": (np.arange(9) < np.random.default_rng(1).integers(3, 10, (24, 1, 1))).astype(np.int64),

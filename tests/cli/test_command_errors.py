@@ -24,28 +24,30 @@ from shell import ENVIRONMENT, assert_one_line
 import comq_onnx
 from comq_onnx.bits import choose
 from comq_onnx.cli import command as cli
-from comq_onnx.model import files as writing
+from comq_onnx.model import files as model_files
 from models import build, mlp, normal, samples_for, weight
 
 # Models ---------------------------------------------------------------------------------------------------------------
 
 
 def text_file(folder: Path) -> None:
+    """Write a text to m.onnx."""
     (folder / "m.onnx").write_text("no model\n" * 100)
 
 
 def truncated(folder: Path) -> None:
+    """Write the first half of a model to m.onnx."""
     whole = (folder / "mlp.onnx").read_bytes()
     (folder / "m.onnx").write_bytes(whole[: len(whole) // 2])
 
 
 def saved(model: onnx.ModelProto) -> Callable[[Path], None]:
-    """A change that writes `model` to m.onnx."""
+    """Make a function that writes `model` to m.onnx in a folder."""
     return lambda folder: onnx.save(model, folder / "m.onnx")
 
 
 def edited(**changes: object) -> onnx.ModelProto:
-    """The MLP with another ir_version, opset, node or attribute."""
+    """Build the MLP with another ir_version, opset, node or attribute."""
     model = mlp()
     if "ir_version" in changes:
         model.ir_version = int(str(changes["ir_version"]))
@@ -200,7 +202,7 @@ def test_a_picture_that_cannot_be_read_is_code_4(run: Callable[..., Said], files
     assert_one_line(run(files / "cnn.onnx", *arguments, "0-1"), 4, "broken.png", files)
 
 
-def test_pictures_need_a_recipe(run: Callable[..., Said], files: Path) -> None:
+def test_pictures_need_preprocessing(run: Callable[..., Said], files: Path) -> None:
     (files / "photos").mkdir()
     Image.new("RGB", (20, 20)).save(files / "photos" / "a.png")
     said = run(files / "cnn.onnx", "--calib", files / "photos", "-o", files / "q.onnx")
@@ -211,7 +213,7 @@ def test_pictures_need_a_recipe(run: Callable[..., Said], files: Path) -> None:
 
 # Options --------------------------------------------------------------------------------------------------------------
 
-# what click itself refuses
+# refused by click itself
 USAGE_ERRORS: dict[str, tuple[list[str], str]] = {
     "an option that does not exist": (["--frobnicate"], "--frobnicate"),
     "a target that does not exist": (["--target", "toaster"], "toaster"),
@@ -261,11 +263,7 @@ BAD_OPTIONS: dict[str, tuple[list[str], str]] = {
 
 @pytest.mark.parametrize(
     "case",
-    [
-        *(case for case in USAGE_ERRORS),
-        *(case for case in LATE_ERRORS),
-        *BAD_OPTIONS,
-    ],
+    [*USAGE_ERRORS, *LATE_ERRORS, *BAD_OPTIONS],
 )
 def test_an_option_that_cannot_be_is_one_line_and_code_2(
     run: Callable[..., Said], files: Path, case: str, monkeypatch: pytest.MonkeyPatch
@@ -295,7 +293,7 @@ def test_an_output_that_cannot_be_is_one_line_and_code_2(
         def refuse(*_: object, **__: object) -> None:
             raise PermissionError(13, "Permission denied")
 
-        monkeypatch.setattr(writing.tempfile, "TemporaryFile", refuse)
+        monkeypatch.setattr(model_files.tempfile, "TemporaryFile", refuse)
     out, words = {
         "directory": (files, "is a directory"),
         "missing": (files / "no" / "q.onnx", "no such directory"),
@@ -333,7 +331,7 @@ def test_a_full_disk_is_one_line_and_code_2(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writing.os, "replace", full)
+    monkeypatch.setattr(model_files.os, "replace", full)
     said = run(files / "mlp.onnx", "--calib", files / "mlp.npz", "-o", files / "q.onnx")
     assert_one_line(said, 2, "No space left on device", files)
 
@@ -419,7 +417,7 @@ def test_a_signal_leaves_nothing_behind(files: Path, number: int) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "comq_onnx", *map(str, arguments)], stderr=subprocess.PIPE, text=True,
         env={**ENVIRONMENT, "TMPDIR": str(files / "tmp")},
-        # nohup would have it ignored
+        # under nohup the signal would be ignored
         preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     )  # fmt: skip
     while process.poll() is None and not any((files / "tmp").iterdir()):

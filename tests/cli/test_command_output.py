@@ -22,7 +22,7 @@ from models import mlp
 
 
 def test_a_quiet_run_prints_nothing(run: Callable[..., Said], files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # which of two tiny models is faster is chance, and the slower one is warned about
+    # which of two tiny models is faster is chance, and there is a warning where the quantized one is slower
     monkeypatch.setattr(evaluate, "latency", lambda *_, **__: [1.0, 1.0])
     said = run(files / "mlp.onnx", "--calib", files / "mlp.npz", "-o", files / "q.onnx", "-q")
     assert said == Said(0, "", "")
@@ -76,7 +76,7 @@ def test_a_closing_tag_in_a_name_is_no_error(run: Callable[..., Said], files: Pa
 
 
 def terminal(*arguments: object, **environment: str) -> tuple[int, str]:
-    """The command on a terminal of 100 columns: its exit code and all that was shown."""
+    """Run the command on a terminal of 100 columns; return its exit code and all that was shown."""
     import pty
     import select
 
@@ -108,7 +108,7 @@ def test_a_terminal_sees_progress_with_the_time_left_and_colours(files: Path) ->
     for step in ("prepare", "stages", "layers", "samples", "compare"):
         assert step in shown
     assert re.search(r"layers .*\d/4", shown)
-    # hours:minutes:seconds left, or what stands there before it is known
+    # hours:minutes:seconds left, or dashes before that is known
     assert re.search(r"(\d+:\d\d:\d\d|-:--:--)", shown)
     assert "\x1b[1m" in shown
 

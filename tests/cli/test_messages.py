@@ -1,7 +1,7 @@
-"""Test every error line of the command, whole: what was found, what was expected, what to do.
+"""Test every error line of the command as a whole: what was found, what was expected, what to do.
 
-`…` stands for what a library or the system says. Another test looks through the code and finds each message that no case
-here shows; what a user of the command cannot meet stands in UNREACHABLE with the reason.
+`…` stands for what a library or the system says. Another test searches the code for messages that no case here shows;
+UNREACHABLE lists those that a user of the command cannot meet, with the reason.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ PHOTOS = ["cnn.onnx", "--calib", "photos", "-o", "q.onnx"]
 PRESETS = "imagenet, imagenet-inception, clip, 0-1, raw"
 DEVICE = "--device"
 X = normal(20, 32)
-# (how to make it wrong, arguments, exit code, the line behind "comq-onnx: ")
+# (what makes it wrong, arguments, exit code, the line behind "comq-onnx: ")
 CASES: list[tuple[Setup, Sequence[str], int, str]] = [
     # the command line
     (nothing, [], 2, "Missing argument 'MODEL'." + HELP),
@@ -320,7 +320,7 @@ ELSEWHERE = {
 
 
 def _pattern(node: ast.expr) -> str:
-    """What a message expression can be, as a regular expression."""
+    """Make a regular expression of all that an expression for a message can give."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return re.escape(node.value)
     if isinstance(node, ast.JoinedStr):
@@ -331,7 +331,7 @@ def _pattern(node: ast.expr) -> str:
 
 
 def messages() -> Iterator[tuple[str, str]]:
-    """(where, regular expression) of every message that the package raises on purpose."""
+    """Yield the place and a regular expression of every message that the package raises on purpose."""
     trees = {path: ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
     functions = {
         node.name: node for tree in trees.values() for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)
@@ -348,7 +348,7 @@ def messages() -> Iterator[tuple[str, str]]:
             message = raised.args[0]
             where = f"{path.relative_to(PACKAGE)}:{node.lineno}"
             if isinstance(message, ast.Call):
-                # a function makes it
+                # a function makes the message
                 name = message.func.attr if isinstance(message.func, ast.Attribute) else message.func.id  # type: ignore[attr-defined]
                 returned = [n.value for n in ast.walk(functions[name]) if isinstance(n, ast.Return) and n.value]
                 yield from ((where, _pattern(value)) for value in returned)
@@ -363,7 +363,7 @@ def test_every_message_of_the_code_is_shown_here() -> None:
     missing = [
         f"{where}: {pattern}"
         for where, pattern in found
-        # one message may stand in another
+        # one message may be part of another
         if not any(re.search(pattern, line) for line in lines)
         and not any(re.escape(words) in pattern for words in {**UNREACHABLE, **ELSEWHERE})
     ]

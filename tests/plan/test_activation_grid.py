@@ -39,7 +39,7 @@ def test_a_range_is_covered_and_holds_zero(first: float, second: float, dtype: s
     if max(high, 0) - min(low, 0) < 1e-29:
         return
     x = np.linspace(low, high, 1001).astype(np.float32)
-    # half a step of rounding, up to half a step that rounding the zero point cuts off an end; float32 steps
+    # half a step of rounding, and up to half a step that the rounded zero point cuts off at an end; float32 errors
     assert np.abs(grid.fake_quantize(x).astype(np.float64) - x).max() <= float(grid.scale) * (
         1 + 1e-3 * (1 + grid.qmax / 256)
     )
@@ -64,16 +64,16 @@ def test_no_code_leaves_the_bounds_of_a_clip(
     assert grid.fake_quantize(np.zeros(1, np.float32))[0] == 0
     assert 0 < grid.scale < np.inf
     if bounds[0] == 0:
-        # a Relu goes only where the zero point is the lowest code
+        # a Relu is fused only where the zero point is the lowest code
         assert grid.zero_point == 0
     plain = fit_range(low, high, dtype)
     if plain.zero_point == grid.zero_point:
-        # and the span shrinks by no more than the half step that the zero point's rounding needs
+        # the span shrinks by no more than the half step that the rounding of the zero point needs
         assert grid.scale >= plain.scale * (1 - 1 / grid.qmax)
 
 
 def test_no_code_of_a_value_that_is_always_zero_leaves_the_bounds() -> None:
-    """A dead Relu6: the runtime keeps the Clip, and with it a float operator, unless all codes lie in [0, 6]."""
+    """Test a dead Relu6: the runtime keeps the Clip, a float operator, unless all codes lie in [0, 6]."""
     grid = fit_range(0.0, 0.0, "uint8", (0.0, 6.0))
     assert grid.scale * grid.qmax <= 6
 
@@ -89,7 +89,7 @@ def test_a_signed_grid_is_symmetric_whatever_the_bounds(bounds: tuple[float, flo
     grid = fit_range(-0.5, 4.0, "int8", bounds)
     assert (grid.zero_point, grid.qmin, grid.qmax) == (0, -128, 127)
     assert grid.scale == np.float32(4 / 127)
-    # the ends that are not the farthest have their place too
+    # the nearer end is covered too
     np.testing.assert_allclose(grid.fake_quantize(np.array([-4, -0.5, 4], np.float32)), [-4, -0.5, 4], atol=2 / 127)
 
 
@@ -105,7 +105,7 @@ def test_fake_quantize_is_onnx_runtimes_pair(first: float, second: float, dtype:
 
 
 def pair(x: np.ndarray, grid: ActivationGrid) -> np.ndarray:
-    """DequantizeLinear(QuantizeLinear(x)) by ONNX Runtime."""
+    """Compute DequantizeLinear(QuantizeLinear(x)) in ONNX Runtime."""
     parts = {"s": np.asarray(grid.scale), "z": np.asarray(grid.zero_point, grid.dtype)}
     graph = helper.make_graph(
         [

@@ -114,7 +114,7 @@ def test_an_attention_mask_never_gets_a_scale() -> None:
     )  # fmt: skip
     plan = planned(prepared)
     assert len(plan.integer_layers) == 6
-    # what the layers read and nothing else: no mask, no masked scores, no residual, no softmax
+    # the inputs of the layers and nothing else: no mask, no masked scores, no residual, no softmax
     assert list(plan.values) == ["x", "o", "normal", "middle"]
     assert not any(v.everywhere for v in plan.values.values())
     assert all(plan.root(name) == name for name in plan.values)
@@ -164,7 +164,7 @@ def test_a_convolution_read_in_float_and_in_integers_has_one_value_for_all() -> 
         ["y"],
     )
     plan = planned(prepared)
-    # not y: one of what it adds is float
+    # not y: one of the two that it adds is float
     assert list(plan.values) == ["x", "c0", "c1"]
     assert plan.values["c0"].everywhere
     assert not plan.values["x"].everywhere
@@ -205,7 +205,7 @@ def test_pools_and_reshapes_share_the_scale_of_what_they_read() -> None:
 
 
 def branches(left: str, right: str) -> Prepared:
-    """Two convolutions with something behind each, put together and read by a third."""
+    """Build two convolutions with an operator behind each, joined by a Concat and read by a third one."""
     return made(
         [
             node("Conv", "x w0", "c0", **CONV),
@@ -224,7 +224,7 @@ def branches(left: str, right: str) -> Prepared:
 def test_what_is_only_put_together_shares_the_scale_of_the_whole() -> None:
     plan = planned(branches("Relu", "Relu"))
     assert {n: plan.root(n) for n in plan.values} == {"x": "x", "r0": "both", "r1": "both", "both": "both", "y": "y"}
-    # no code of the whole is negative, or the Relus would stay
+    # no code of the whole is negative, or the Relus would not be fused
     assert plan.values["both"].bounds == (0, np.inf)
 
 

@@ -21,21 +21,21 @@ Setup = Callable[[pytest.MonkeyPatch], None]
 
 
 def nothing(_: pytest.MonkeyPatch) -> None:
-    """The model and samples as they are."""
+    """Leave the model and samples as they are."""
 
 
 def model(made: onnx.ModelProto) -> Setup:
-    """Another m.onnx."""
+    """Write another m.onnx."""
     return lambda _: onnx.save(made, "m.onnx")
 
 
 def samples(**arrays: np.ndarray) -> Setup:
-    """Another s.npz."""
+    """Write another s.npz."""
     return lambda _: np.savez("s.npz", **arrays)
 
 
 def both(first: onnx.ModelProto, **arrays: np.ndarray) -> Setup:
-    """Another m.onnx and another s.npz, fitting samples where none are given."""
+    """Write another m.onnx and another s.npz; where no arrays are given, samples that fit the model."""
 
     def write(_: pytest.MonkeyPatch) -> None:
         onnx.save(first, "m.onnx")
@@ -45,12 +45,12 @@ def both(first: onnx.ModelProto, **arrays: np.ndarray) -> Setup:
 
 
 def text(name: str, content: str | bytes) -> Setup:
-    """A file with this content."""
+    """Write a file with this content."""
     return lambda _: Path(name).write_bytes(content if isinstance(content, bytes) else content.encode()) and None
 
 
 def folder(name: str, **files: object) -> Setup:
-    """A folder of arrays (`a_npz`), pictures (`a_png`, by size) or bytes."""
+    """Make a folder of files: `a_npz` with arrays, `a_png` with a picture of a size, anything else with bytes."""
 
     def write(_: pytest.MonkeyPatch) -> None:
         Path(name).mkdir()
@@ -67,7 +67,7 @@ def folder(name: str, **files: object) -> Setup:
 
 
 def external(location: str, offset: int = 0, size: int = 4) -> Setup:
-    """m.onnx with the first weight in a data file of `size` bytes."""
+    """Write m.onnx with its first weight in external data at `location`, and w.data of `size` bytes."""
 
     def write(_: pytest.MonkeyPatch) -> None:
         made = mlp()
@@ -84,7 +84,7 @@ def external(location: str, offset: int = 0, size: int = 4) -> Setup:
 
 
 def raising(module: object, name: str, error: BaseException) -> Setup:
-    """A function that raises."""
+    """Let a function of a module raise an error."""
 
     def fail(*_: object, **__: object) -> None:
         raise error
@@ -93,7 +93,7 @@ def raising(module: object, name: str, error: BaseException) -> Setup:
 
 
 def before(module: object, name: str, act: Callable[[], object]) -> Setup:
-    """Something that happens right before a function is called."""
+    """Do something right before a function of a module is called."""
     true = getattr(module, name)
 
     def first(*arguments: object, **options: object) -> object:
@@ -104,20 +104,21 @@ def before(module: object, name: str, act: Callable[[], object]) -> Setup:
 
 
 def not_finite_weight() -> onnx.ModelProto:
+    """Build the MLP with NaN in its first weight."""
     made = mlp()
     made.graph.initializer[0].raw_data = np.full((48, 32), np.nan, np.float32).tobytes()
     return made
 
 
 def name_in_latin_1() -> Setup:
-    """An input that is called as another alphabet has it."""
+    """Write m.onnx with an input whose name is Latin-1, not UTF-8."""
     made = mlp().SerializeToString()
     # a byte of its length stands before each name
     return lambda _: Path("m.onnx").write_bytes(made.replace(b"\x01x", b"\x01\xe9")) and None
 
 
 def no_converter(made: onnx.ModelProto) -> Setup:
-    """A model that no converter takes to another opset."""
+    """Write m.onnx, and let no converter raise it to another opset."""
 
     def write(patch: pytest.MonkeyPatch) -> None:
         onnx.save(made, "m.onnx")
@@ -127,11 +128,17 @@ def no_converter(made: onnx.ModelProto) -> Setup:
 
 
 def no_driver() -> None:
+    """Raise what torch raises without a driver."""
     raise RuntimeError("Found no NVIDIA driver\non your system.")
 
 
 def cuda(packages: dict[str, str] | None = None, torch: object = SimpleNamespace(), gpus: int | None = None) -> Setup:
-    """An ONNX Runtime that says it has CUDA, some packages of it, a torch or none, and so many GPUs."""
+    """Pretend that ONNX Runtime has CUDA.
+
+    packages: those that bring ONNX Runtime, with versions
+    torch: the module, None where it is not installed
+    gpus: how many GPUs there are; None asks torch
+    """
 
     def write(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(device, "installed", lambda: packages or {"onnxruntime-gpu": "1.31.0"})
@@ -145,7 +152,7 @@ def cuda(packages: dict[str, str] | None = None, torch: object = SimpleNamespace
 
 
 def several(*setups: Setup) -> Setup:
-    """One after the other."""
+    """Do several things, one after the other."""
 
     def write(patch: pytest.MonkeyPatch) -> None:
         for setup in setups:

@@ -13,13 +13,13 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "COL
 
 
 def in_shell(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """`python -m comq_onnx` in a process of its own."""
+    """Run `python -m comq_onnx` in a process of its own."""
     command = [sys.executable, "-m", "comq_onnx", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
 
 
 def assert_one_line(said: Said, code: int, words: str, folder: Path) -> None:
-    """One line on stderr that holds `words`, nothing on stdout, the exit code, no output and nothing half-written."""
+    """Check that a run ended with one line on stderr that holds `words`, nothing on stdout, and no file in `folder`."""
     assert (said.code, said.out) == (code, "")
     assert len(said.err.splitlines()) == 1
     assert said.err.endswith("\n")

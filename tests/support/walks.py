@@ -10,28 +10,22 @@ import onnx
 from onnx import helper
 
 import comq_onnx
-from models import (
-    Arrays,
-    attention,
-    build,
-    cnn,
-    infer,
-    mlp,
-    samples_for,
-    weight,
-)  # fmt: skip
+from models import Arrays, attention, build, cnn, infer, mlp, samples_for, weight
 
 MODELS = {"mlp": mlp, "cnn": cnn, "attention": attention}
 
 
 def quantize(model: onnx.ModelProto, out: Path, samples: Arrays | None = None, **options: Any) -> comq_onnx.Report:
-    """4 bits on the CPU, on the model's usual samples."""
+    """Quantize a model to 4 bits on the CPU, on the samples that fit it where none are given."""
     given = samples_for(model) if samples is None else samples
     return comq_onnx.quantize(model, out, given, **{"bits": 4, "uniform": True, "device": "cpu", **options})
 
 
 def tapped(path: Path, layers: dict[str, int], feeds: Arrays) -> Arrays:
-    """What the layers (by node name, with the index of the input) read in the model at `path`."""
+    """Return what layers read in the model at `path`.
+
+    layers: the index of the input, by the name of the node
+    """
     model = onnx.load(path)
     nodes = {node.name: node for node in model.graph.node}
     wanted = {layer: nodes[layer].input[index] for layer, index in layers.items()}
@@ -42,7 +36,7 @@ def tapped(path: Path, layers: dict[str, int], feeds: Arrays) -> Arrays:
 
 
 def never(condition: str) -> onnx.ModelProto:
-    """A layer beside the main way that reads what `condition` leaves of x [batch, 12, 32]."""
+    """Build a model whose layer `aside` reads `left`, which the nodes of `condition` make of x [batch, 12, 32]."""
     return build(
         f"""g (float[batch, 12, 32] x) => (float[batch, 16] y) {{
             {condition}

@@ -21,17 +21,16 @@ from comq_onnx.model.layers import Layer
 from comq_onnx.model.operators import Gather, Gemm
 from comq_onnx.plan.solved import Solved
 from comq_onnx.runtime.session import Session
-from comq_onnx.write import emit as emitting
+from comq_onnx.write import emit as emit_module
 from comq_onnx.write.emit import emit
 
 ort.set_default_logger_severity(4)
-
 
 PACKED = {8: TensorProto.INT8, 4: TensorProto.INT4, 3: TensorProto.INT4, 2: TensorProto.INT2}
 WIDTHS = {TensorProto.INT8: 8, TensorProto.INT4: 4, TensorProto.INT2: 2}
 NO_INT2 = PACKED | {2: TensorProto.INT4}
 ALL_INT8 = dict.fromkeys(PACKED, TensorProto.INT8)
-# containers by bits of layers that run in integers, and of all others
+# the containers by bits: of layers that run in integers, and of all others
 CONTAINERS = {
     "ort-cpu": (PACKED, PACKED), "ort-cuda": (NO_INT2, NO_INT2), "tensorrt": (ALL_INT8, NO_INT2),
     "openvino": (NO_INT2, NO_INT2),
@@ -44,7 +43,13 @@ WEIGHT_ONLY = ALWAYS | dict.fromkeys(CONVS, "folded") | dict.fromkeys(PRODUCTS, 
 
 @dataclass(frozen=True)
 class Written:
-    """What a run left: the file, what was to be written into it, the samples, the float model."""
+    """Hold what a run left.
+
+    path, proto: the file that was written, and its content
+    solved: what was to be written into it
+    feeds: the samples
+    source: the float model
+    """
 
     path: Path
     proto: onnx.ModelProto
@@ -74,7 +79,7 @@ class Written:
         return numpy_helper.to_array(self.initializers[name])
 
     def before(self, name: str) -> tuple[list[onnx.NodeProto], set[str]]:
-        """The nodes that make a value, and the names of all they read."""
+        """Return the nodes that make a value, and the names of all that they read."""
         wanted, nodes = {name}, []
         for n in reversed(self.proto.graph.node):
             if wanted & set(n.output):
@@ -83,11 +88,11 @@ class Written:
         return nodes, wanted
 
     def behind(self, name: str) -> dict[str, onnx.TensorProto]:
-        """The initializers that a value is made of."""
+        """Return the initializers that a value is made of."""
         return {n: self.initializers[n] for n in self.before(name)[1] if n in self.initializers}
 
     def value(self, name: str, feeds: Feeds | None = None) -> np.ndarray:
-        """What the file holds for a value: only the nodes before it, run as they are written."""
+        """Compute a value of the file: only the nodes before it run, without any optimization."""
         nodes, wanted = self.before(name)
         graph = helper.make_graph(
             nodes,
@@ -105,7 +110,7 @@ Quantize = Callable[..., Written]
 
 @pytest.fixture
 def quantize(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Quantize:
-    """comq_onnx.quantize, telling what it emits; without the timings of its report."""
+    """Make a function that quantizes and returns what was written; it does not time the models."""
 
     def run(source: onnx.ModelProto, feeds: Feeds, **options: Any) -> Written:
         emitted = []
@@ -114,7 +119,7 @@ def quantize(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Quantize:
             emitted.append(solved)
             emit(model, solved)
 
-        monkeypatch.setattr(emitting, "emit", spy)
+        monkeypatch.setattr(emit_module, "emit", spy)
         monkeypatch.setattr(evaluate, "latency", lambda pair, _samples: [1.0] * len(pair))
         path = tmp_path / "quantized.onnx"
         comq_onnx.quantize(source, path, feeds, device="cpu", **({"uniform": True} | options))
@@ -126,18 +131,19 @@ def quantize(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Quantize:
 
 
 def holds_the_solution(written: Written, bits: int, forms: dict[str, str], planes: bool = False) -> None:
-    """Every weight of the zoo's file is the solution's, packed, in the form wanted, and no float weight is left.
+    """Check that every weight of the zoo's file is that of the solution, packed, and that no float weight is left.
 
-    planes: 3 bits are bit planes of 2 and 1, but where MatMulNBits wants 4.
+    forms: the form of each layer, by name
+    planes: codes of 3 bits are in bit planes of 2 and 1 bits, except where MatMulNBits needs 4
     """
-    solved = written.solved
-    assert {n: written.solved.plan.form(layer).value for n, layer in written.layers.items()} == forms
+    plan = written.solved.plan
+    assert {n: plan.form(layer).value for n, layer in written.layers.items()} == forms
     for name, layer in written.layers.items():
-        solved = solved.solutions[name].weight
+        solution = written.solved.solutions[name].weight
         # embeddings keep 8 bits unless told otherwise
         width = 8 if isinstance(layer.kind, Gather) else bits
-        assert solved.grid.bits == width
-        wanted = layer.kind.from_matrix(solved.dequantize())
+        assert solution.grid.bits == width
+        wanted = layer.kind.from_matrix(solution.dequantize())
         if isinstance(layer.kind, Gather):
             rows = np.arange(20).reshape(4, 5)
             found = written.value("gather", {"ids": rows}).reshape(20, 16)
@@ -156,12 +162,13 @@ def holds_the_solution(written: Written, bits: int, forms: dict[str, str], plane
         assert np.array_equal(found, wanted), name
         assert layer.weight not in written.initializers
         stored = [t for tensor, t in sorted(found_in.items()) if tensor.startswith(f"{layer.weight}.codes")]
-        container = CONTAINERS[solved.plan.target.name][forms[name] != "integer"][width]
+        container = CONTAINERS[plan.target.name][forms[name] != "integer"][width]
         widths = [2, 1] if planes and width == 3 and forms[name] != "blocked" else [WIDTHS[container]]
         assert {t.data_type for t in stored} == {container if len(widths) == 1 else TensorProto.UINT8}
         assert [len(t.raw_data) for t in stored] == [-(-np.prod(layer.weight_shape) * w // 8) for w in widths]
 
 
 def no_float_as_large_as_a_weight(written: Written) -> None:
+    """Check that every float tensor of a file is smaller than its smallest weight."""
     sizes = {t.name: np.prod(t.dims) for t in written.proto.graph.initializer if t.data_type == TensorProto.FLOAT}
     assert max(sizes.values()) < min(np.prod(layer.weight_shape) for layer in written.layers.values()), sizes

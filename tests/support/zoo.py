@@ -13,6 +13,7 @@ Feeds = dict[str, np.ndarray]
 
 
 def node(op: str, inputs: str, output: str, **attributes: object) -> onnx.NodeProto:
+    """Make a node that is called like its output."""
     return helper.make_node(op, inputs.split(), [output], name=output, **attributes)
 
 
@@ -23,7 +24,11 @@ def model_of(
     outputs: Sequence[str],
     opset: int = 21,
 ) -> onnx.ModelProto:
-    """A model with random weights of the shapes given, or the arrays themselves."""
+    """Build a model of nodes.
+
+    weights: arrays, or the shapes of random ones
+    inputs: the shapes; `ids` are int64, all others float
+    """
     rng = np.random.default_rng(0)
 
     def array(given: Any) -> np.ndarray:
@@ -43,16 +48,17 @@ def model_of(
 
 
 def noise(*shape: int) -> np.ndarray:
+    """Draw normal noise of a shape."""
     return np.random.default_rng(1).standard_normal(shape).astype(np.float32)
 
 
-# samples of their own brightness and colour, or the pool in the middle would give all of them the same features
+# samples differ in brightness and colour, or the pool in the middle would give all of them the same features
 TINTED = noise(24, 8, 6, 6) + 2 * np.random.default_rng(3).standard_normal((24, 8, 1, 1)).astype(np.float32)
 ZOO_FEEDS = {"x": TINTED, "ids": np.random.default_rng(2).integers(0, 20, (24, 5))}
 
 
 def zoo() -> onnx.ModelProto:
-    """A layer of every kind."""
+    """Build a model with a layer of every kind."""
     same = {"pads": [1, 1, 1, 1]}
     return model_of(
         [

@@ -1,4 +1,4 @@
-"""Codes in a file: containers and bit planes hold what was put in, whatever ONNX Runtime makes of them."""
+"""Test codes in a file: containers and bit planes hold what was put in, at every optimization level of ONNX Runtime."""
 
 from __future__ import annotations
 

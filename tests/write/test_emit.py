@@ -58,7 +58,7 @@ def test_every_target_holds_the_solutions_weights(quantize: Quantize, bits: int,
 
 
 def activations_have_rank_zero(written: Written) -> None:
-    """A scale of shape [1] makes QLinearAdd fail to load."""
+    """Check that activations have scales of rank 0: one of shape [1] makes QLinearAdd fail to load."""
     pairs = [n for n in written.proto.graph.node if n.op_type == "QuantizeLinear"]
     assert bool(pairs) == bool(written.solved.plan.activations.values)
     for pair in pairs:
@@ -71,7 +71,7 @@ def activations_have_rank_zero(written: Written) -> None:
 
 
 def biases_have_the_products_scale(written: Written) -> None:
-    """With any other scale than s_x * s_w, to the last bit, ONNX Runtime keeps the layer in float."""
+    """Check that integer biases have the scale s_x * s_w to the last bit: with any other the layer stays in float."""
     checked = 0
     for name, layer in written.layers.items():
         if name not in written.solved.plan.activations.integer_layers or layer.bias_node is None:

@@ -20,15 +20,10 @@ from comq_onnx.runtime.session import Session
 
 @pytest.mark.parametrize(
     "size",
-    [
-        0,
-        1e-4,
-        1e-6,
-        1e-20,
-    ],
+    [0, 1e-4, 1e-6, 1e-20],
 )
 def test_the_bias_of_a_channel_of_tiny_weights_survives(quantize: Quantize, size: float) -> None:
-    """A folded BatchNorm leaves such channels: all that they give is their bias."""
+    """Test it because a folded BatchNorm leaves such channels, whose output is their bias alone."""
     weight = noise(16, 8, 3, 3)
     weight[5] *= np.float32(size)
     weights = {"w": weight, "b": np.linspace(50, 200, 16).astype(np.float32)}
@@ -42,7 +37,7 @@ def test_the_bias_of_a_channel_of_tiny_weights_survives(quantize: Quantize, size
 
 @pytest.mark.parametrize("shape", [["n", 64], ["n", 5, 64], [4, 5, 64]])
 def test_nothing_of_a_bias_is_dequantized_at_run_time(quantize: Quantize, shape: list[Any]) -> None:
-    """Behind a MatMul that cannot become a Gemm it is float, elsewhere the kernel takes it in."""
+    """Test that a bias is float behind a MatMul that cannot become a Gemm, and part of the kernel elsewhere."""
     source = model_of(
         [node("MatMul", "x w", "m"), node("Add", "m b", "y")], {"w": (64, 32), "b": (32,)}, {"x": shape}, ["y"]
     )
@@ -60,7 +55,7 @@ def test_a_weight_only_matmul_without_a_bias_gets_one_that_carries_the_mean(quan
     wanted, got = (Session(m).run(feeds)["y"] for m in (source.SerializeToString(), written.path))
     lost = np.abs((got - wanted).mean(axis=(0, 1)))
     assert [n.op_type for n in written.proto.graph.node] == ["DequantizeLinear", "MatMul", "Add"]
-    # what is left is how well some hundred positions tell a mean; without a bias it outweighs the rest of the error
+    # some hundred positions give the mean only so exactly; without a bias it is larger than the rest of the error
     assert lost.max() < 0.25 * (got - wanted).std()
 
 
@@ -71,11 +66,11 @@ def test_a_weight_only_matmul_without_a_bias_gets_one_that_carries_the_mean(quan
 def test_a_gemms_alpha_and_beta_count_once(
     tmp_path: Path, trans_a: int, activations: str, bias: bool, alpha: float, beta: float
 ) -> None:
-    # no bias of the source's own: nothing else than the layer's product is in the output
+    # the source has no bias, or one of zeros: the output is the layer's product alone
     weights = {"w": (32, 16)} | ({"b": np.zeros(16, np.float32)} if bias else {})
     nodes = [node("Gemm", "x w b" if bias else "x w", "y", transA=trans_a, alpha=alpha, beta=beta)]
     source = model_of(nodes, weights, {"x": [32, "n"] if trans_a else ["n", 32]}, ["y"])
-    # a mean, so that the bias carries a shift
+    # inputs have a mean, so that the bias carries a shift
     x = noise(32, 48) + np.float32(2) if trans_a else noise(48, 32) + np.float32(2)
     samples = {"x": np.stack([x] * 4)} if trans_a else {"x": x}
     options = {"bits": 4, "activations": activations, "device": "cpu"}

@@ -19,12 +19,12 @@ IMAGE = {"x": ["n", 8, 12, 12]}
 IMAGE_FEEDS = {"x": noise(24, 8, 12, 12)}
 CONV = {"w0": (8, 8, 3, 3), "w1": (8, 8, 3, 3), "b": (8,)}
 PADS = {"pads": [1, 1, 1, 1]}
-# what stands at the ends: the conversions, and the change of layout that ONNX Runtime makes for its convolutions
+# at the ends: the conversions, and the change of layout that ONNX Runtime makes for its convolutions
 AROUND = {"QuantizeLinear", "DequantizeLinear", "Transpose"}
 
 
 def all_in_integers(written: Written, **kernels: int) -> None:
-    """Just these kernels between the first quantization and the last dequantization, and near the float model."""
+    """Check that a file runs in these kernels alone, between quantization and dequantization, near the float model."""
     found = written.kernels
     assert found.float_behind_dequantize == 0, found.counts
     ours = {op: n for op, n in found.counts.items() if op not in AROUND}
@@ -45,7 +45,7 @@ def test_conv_and_relu_become_one_integer_kernel(quantize: Quantize, bits: int) 
 
 @pytest.mark.parametrize("scale", [0.5, 10.0])
 def test_conv_and_relu6_become_one_integer_kernel(quantize: Quantize, scale: float) -> None:
-    """Whether the values reach 6 or not."""
+    """Test it with values that reach 6, and with values that do not."""
     nodes = [node("Conv", "x w0 b", "c", **PADS), node("Clip", "c low high", "y")]
     weights = {"w0": noise(8, 8, 3, 3) * np.float32(scale / 8), "b": (8,), "low": 0.0, "high": 6.0}
     all_in_integers(quantize(model_of(nodes, weights, IMAGE, ["y"]), IMAGE_FEEDS, bits=8), QLinearConv=1)
@@ -70,7 +70,7 @@ def test_every_convolution_becomes_an_integer_kernel(
 
 @pytest.mark.parametrize("deep", [False, True])
 def test_parts_of_a_concat_are_copied_where_they_are_made_together(quantize: Quantize, deep: bool) -> None:
-    """One more layer in a branch and the scale of the whole is not known in time: each has its own."""
+    """Test that parts have their own scales where one branch is a layer deeper: that of the whole is known too late."""
     middle = [node("Conv", "r0 w1 b", "d0", **PADS), node("Relu", "d0", "e0")] if deep else [node("Relu", "c0", "e0")]
     source = model_of(
         [
@@ -121,7 +121,7 @@ def test_a_residual_network_runs_in_integers_from_end_to_end(quantize: Quantize)
         written, QLinearConv=3, QLinearAdd=1, NhwcMaxPool=1, QLinearGlobalAveragePool=1, QGemm=1,
         **{op: n for op, n in found.counts.items() if op in ("Flatten", "Reshape")},
     )  # fmt: skip
-    # in at the beginning, out at the end
+    # quantized at the beginning, dequantized at the end
     assert (found.counts["QuantizeLinear"], found.counts.get("DequantizeLinear", 0)) == (1, 0)
 
 
@@ -198,7 +198,7 @@ def test_a_weight_only_gemm_becomes_matmulnbits(quantize: Quantize, trans_b: int
 
 
 def test_a_weight_only_convolution_costs_no_dequantization_at_run_time(quantize: Quantize) -> None:
-    """A DequantizeLinear would run at every call; Cast and Mul are folded when the model is loaded."""
+    """Test that Cast and Mul are folded when the model is loaded; a DequantizeLinear would run at every call."""
     nodes = [node("Conv", "x w0 b", "c", **PADS), node("Relu", "c", "y")]
     written = quantize(model_of(nodes, CONV, IMAGE, ["y"]), IMAGE_FEEDS, bits=4, activations="none")
     counts = written.kernels.counts

@@ -36,7 +36,7 @@ def test_tensorrt_takes_blocks_that_fill_the_inputs_twice(quantize: Quantize) ->
     attributes = {
         k: {a.name: a.i for a in written.node(f"y{k}.weight").attribute} for k in (96, 40, 32, 16)
     }  # fmt: skip
-    # 40 has no power of two from 16 on, 16 none that is there twice: one scale for the channel
+    # no power of two from 16 on divides 40, and none fits into 16 twice: these have one scale for a channel
     blocks = {96: {"axis": 0, "block_size": 32}, 32: {"axis": 0, "block_size": 16}, 40: {"axis": 1}, 16: {"axis": 1}}
     assert attributes == blocks
     of_eight = quantize(source, feeds, bits=8, target="tensorrt", activations="none")
@@ -103,7 +103,7 @@ def test_a_lookup_whose_rows_an_integer_layer_reads(quantize: Quantize) -> None:
 
 
 def weight_only_before_integer(quantize: Quantize, bias: bool) -> Written:
-    """Blocks of 32 for the first layer; the second has 32 inputs, one block, and could run in integers."""
+    """Quantize two layers in blocks of 32; the second has 32 inputs, one block, and could run in integers."""
     nodes = [node("Gemm", "x w0 b" if bias else "x w0", "h"), node("MatMul", "h w1", "y")]
     weights = {"w0": (64, 32), "w1": (32, 16)} | ({"b": (32,)} if bias else {})
     return quantize(model_of(nodes, weights, {"x": ["n", 64]}, ["y"]), {"x": noise(64, 64)}, bits=8, granularity="32")

@@ -64,7 +64,7 @@ def test_a_layers_cost_is_the_noise_of_quantizing_it_alone(tmp_path: Path) -> No
             model, out, samples, bits=4, uniform=True, effort="fast", activations="none", exclude=(other,), device="cpu"
         )
         alone = noise(infer(model, samples)["y"], infer(out, samples, exact=True)["y"])
-        # the survey solves on a sixth of the samples, twice as many as inputs, and measures on a few others: some dB more
+        # the survey solves on a sixth of the samples, twice as many as inputs, and measures on few others: some dB more
         assert 0.6 * alone < found.cost(name, 4) < 3 * alone
     # two independent noises add up
     assert found.together[0] == pytest.approx(found.cost("fc1", 4) + found.cost("fc2", 4), rel=0.3)

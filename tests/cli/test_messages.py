@@ -49,10 +49,12 @@ import comq_onnx
 from comq_onnx.bits import choose
 from comq_onnx.cli import command as cli
 from comq_onnx.model import files
+from comq_onnx.options.option import Option, options_of
+from comq_onnx.options.options import Options
 from comq_onnx.runtime import session as runtime
 from models import build, cnn, endless, mlp, normal, samples_for, several_inputs
 
-PACKAGE = Path(comq_onnx.__file__).parent
+PACKAGE, TESTS = Path(comq_onnx.__file__).parent, Path(__file__).parents[1]
 ERRORS = {"OptionError", "ModelError", "SamplesError", "RuntimeFailure"}
 HELP = " (comq-onnx --help lists the options)"
 RUN = ["m.onnx", "--calib", "s.npz", "-o", "q.onnx"]
@@ -307,15 +309,17 @@ UNREACHABLE = {
     "fell back to the CPU for": "the choice of the device shows it before: libraries that vanish in between",
     "lacks output": "of compare, which the command does not call",
 }
-# shown by the tests of the module that says them
+# shown by another module of tests
 ELSEWHERE = {
-    "are too large to quantize": "test_calibrate", "tensors kept between stages": "test_calibrate",
-    "is for --inspect-samples": "test_samples_cli", "only shows the samples": "test_samples_cli",
-    "takes no pictures": "test_samples_cli", "the report cannot be printed": "test_cli",
-    "cannot be taken out": "clues: caught where it is raised",
-    "no real model has so many": "test_graph", "functions are inlined": "test_graph", "begins at byte": "test_graph",
-    "ONNX allows no recursion": "test_graph", "too deeply to be inlined": "test_graph",
-    "is a device or a pipe": "test_graph", "cannot be the output": "test_graph", "cannot be read (": "test_graph",
+    "are too large to quantize": "calibrate/test_finite", "tensors kept between stages": "calibrate/test_walk",
+    "is for --inspect-samples": "samples/test_samples_command", "takes no pictures": "samples/test_samples_command",
+    "only shows the samples": "samples/test_samples_command", "the report cannot be printed": "cli/test_command_errors",
+    "one number, or three in the order of": "samples/test_errors", "so none may be 0": "samples/test_errors",
+    "whole pixels of 1 or more": "samples/test_errors", "or give other samples": "samples/test_errors",
+    "no real model has so many": "model/test_files", "functions are inlined": "model/test_files",
+    "begins at byte": "model/test_files", "ONNX allows no recursion": "model/test_files",
+    "too deeply to be inlined": "model/test_files", "is a device or a pipe": "model/test_files",
+    "cannot be the output": "model/test_files", "cannot be read (": "model/test_files",
 }  # fmt: skip
 
 
@@ -330,6 +334,13 @@ def _pattern(node: ast.expr) -> str:
     return ".*"
 
 
+def _out_of_bounds() -> list[str]:
+    """Return a regular expression of what each option with bounds says of a number beyond them."""
+    declared = options_of(Options).values()
+    bounded = [option for option in declared if option.bounds != Option.bounds]
+    return [re.escape(f"--{option.name} ") + ".*" + re.escape(f": {option.expected}") for option in bounded]
+
+
 def messages() -> Iterator[tuple[str, str]]:
     """Yield the place and a regular expression of every message that the package raises on purpose."""
     trees = {path: ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
@@ -337,7 +348,7 @@ def messages() -> Iterator[tuple[str, str]]:
         node.name: node for tree in trees.values() for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)
     }
     for path, tree in trees.items():
-        if path.parent.name == "samples":
+        if path.relative_to(PACKAGE).parts[0] == "samples":
             continue  # tests/samples/test_errors.py shows those
         for node in ast.walk(tree):
             raised = node.exc if isinstance(node, ast.Raise) else None
@@ -347,7 +358,9 @@ def messages() -> Iterator[tuple[str, str]]:
                 continue
             message = raised.args[0]
             where = f"{path.relative_to(PACKAGE)}:{node.lineno}"
-            if isinstance(message, ast.Call):
+            if "self.expected" in ast.unparse(message):
+                yield from ((where, words) for words in _out_of_bounds())
+            elif isinstance(message, ast.Call):
                 # a function makes the message
                 name = message.func.attr if isinstance(message.func, ast.Attribute) else message.func.id  # type: ignore[attr-defined]
                 returned = [n.value for n in ast.walk(functions[name]) if isinstance(n, ast.Return) and n.value]
@@ -373,6 +386,7 @@ def test_every_message_of_the_code_is_shown_here() -> None:
 def test_what_is_unreachable_is_still_in_the_code() -> None:
     patterns = [pattern for _, pattern in messages()]
     assert [w for w in {**UNREACHABLE, **ELSEWHERE} if not any(re.escape(w) in pattern for pattern in patterns)] == []
+    assert [name for name in ELSEWHERE.values() if not (TESTS / f"{name}.py").is_file()] == []
 
 
 def test_no_message_is_a_pattern_that_matches_anything() -> None:

@@ -1,4 +1,4 @@
-"""Test that evening out channels keeps the float model, makes the quantized one better, and is done only where it pays."""
+"""Test that evening out channels keeps the float model, makes the quantized one better, and is done where it pays."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ from comq_onnx.samples.load import load_samples
 
 
 def sqnr(a: np.ndarray, b: np.ndarray) -> float:
+    """Return the SQNR of one output in dB, by its definition."""
     a, b = a.astype(np.float64), b.astype(np.float64)
     return 10 * np.log10((a**2).sum() / ((a - b) ** 2).sum())
 
@@ -36,6 +37,7 @@ def model(op: str, *outputs: str, **attributes: object) -> bytes:
 
 
 def session(op: str, *outputs: str, **attributes: object) -> Session:
+    """Load a model of one operator."""
     return Session(model(op, *outputs, **attributes), threads=1)
 
 
@@ -148,6 +150,7 @@ def samples(array: np.ndarray, of: Session):
 
 @pytest.mark.parametrize("batch", [1, 3, 20])
 def test_outputs_are_compared_over_all_batches(batch: int) -> None:
+    """Load an array as the samples of a model's input x."""
     x = RNG.standard_normal((20, 12)).astype(np.float32)
     before, after = session("Elu", "y", alpha=1.0), session("Elu", "y", alpha=0.5)
     (found,) = compare_outputs(before, after, samples(x, before), batch)

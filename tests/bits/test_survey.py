@@ -26,17 +26,20 @@ MODELS = Path(__file__).parents[2] / "models"
 
 
 def opened(model: onnx.ModelProto, samples: Arrays, folder: Path, **options: Any) -> Planned:
+    """Save a model and make its plan."""
     path = folder / "model.onnx"
     onnx.save(model, path)
     return planned(path, samples, **options)
 
 
 def surveyed(model: onnx.ModelProto, samples: Arrays, folder: Path, **options: Any) -> tuple[Sensitivity, Plan]:
+    """Survey a model; return the sensitivity and the plan."""
     made = opened(model, samples, folder, **options)
     return survey(made.plan, made.data, made.context), made.plan
 
 
 def noise(before: np.ndarray, after: np.ndarray) -> float:
+    """Return the energy of the difference over that of `before`."""
     return float(((before - after) ** 2).sum() / (before**2).sum())
 
 

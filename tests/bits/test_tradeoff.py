@@ -74,6 +74,7 @@ def test_points_need_class_scores() -> None:
 
 
 def output(sqnr: float, agreement: float | None) -> OutputComparison:
+    """Make the comparison of one output."""
     return OutputComparison("y", sqnr, 1.0, agreement)
 
 

@@ -34,6 +34,7 @@ LARGE = (128, 256)  # 131 kB: worth moving
 
 
 def session(text: str) -> Session:
+    """Load a model in ONNX's text form."""
     return Session(build(text).SerializeToString(), str(torch_device()))
 
 
@@ -104,6 +105,7 @@ def test_what_fails_is_told_as_without_tensors() -> None:
 
 
 def device(budget: int, memory: int, directory: Path) -> cut_tensors.Device:
+    """Make a place for tensors: `budget` bytes on the device, `memory` bytes on the host, the rest in files."""
     return cut_tensors.Device(str(torch_device()), budget, cut_tensors.Host(memory, directory))
 
 

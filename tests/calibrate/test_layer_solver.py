@@ -27,6 +27,8 @@ from models import (
     weight,
 )  # fmt: skip
 
+Run = Callable[..., Any]
+
 
 def test_layers_of_one_input_are_solved_as_one_where_they_carry_shifts_alike(tmp_path: Path, solved: Solved) -> None:
     quantize(encoder(), tmp_path / "q.onnx", sentences())
@@ -128,8 +130,6 @@ def test_layers_of_one_weight_share_its_codes_unless_told_other_bits(
 
 
 # Solvers --------------------------------------------------------------------------------------------------------------
-
-Run = Callable[..., Any]
 
 
 @pytest.mark.parametrize("solver", METHODS)

@@ -38,19 +38,23 @@ def model_of(nodes: Sequence[onnx.NodeProto], outputs: Sequence[str], extra: Seq
 
 
 def inner(node: onnx.NodeProto) -> list[onnx.NodeProto]:
+    """List the nodes of a node's subgraphs."""
     return [n for a in node.attribute if a.type == onnx.AttributeProto.GRAPH for n in a.g.node]
 
 
 def node(op: str, inputs: str, output: str, **attributes: object) -> onnx.NodeProto:
+    """Make a node that is called by its operator and its output."""
     return helper.make_node(op, inputs.split(), [output], name=f"{op}_{output}", **attributes)
 
 
 def cuts(model: ir.Model) -> list[Stage]:
+    """Cut a model at all its layers."""
     layers, _ = list_layers(model)
     return cut(model, layers)
 
 
 def names(stage: Stage) -> set[str]:
+    """Return the names of a stage's layers."""
     return {layer.name for layer in stage.layers}
 
 

@@ -51,15 +51,17 @@ def test_what_a_clip_lets_through(op: str, inputs: dict, attributes: dict, opset
 
 
 def node(op: str, inputs: str, output: str, **attributes: object) -> onnx.NodeProto:
+    """Make a node that is called like its first output."""
     return helper.make_node(op, inputs.split(), output.split(), name=output.split()[0], **attributes)
 
 
-def made(
+def prepare(
     nodes: Sequence[onnx.NodeProto],
     weights: dict[str, tuple[int, ...] | np.ndarray | np.float32],
     x: Sequence[int | str],
     outputs: Sequence[str],
 ) -> Prepared:
+    """Build a model of nodes and prepare it; weights: arrays, or the shapes of random ones."""
     rng = np.random.default_rng(0)
     arrays = {
         n: np.asarray(w) if isinstance(w, (np.ndarray, np.float32)) else 0.1 * rng.standard_normal(w).astype(np.float32)
@@ -77,6 +79,7 @@ def made(
 
 
 def planned(prepared: Prepared, dtype: str | None = "uint8") -> ActivationPlan:
+    """Plan the activations of a prepared model for ort-cpu."""
     return plan_activations(prepared.model, prepared.layers, ORT_CPU, dtype)
 
 
@@ -86,7 +89,7 @@ IMAGE = ("n", 8, 12, 12)
 
 def test_an_attention_mask_never_gets_a_scale() -> None:
     mask = np.triu(np.full((6, 6), np.finfo(np.float32).min, np.float32), 1)
-    prepared = made(
+    prepared = prepare(
         [
             node("MatMul", "x wq", "q0"),
             node("Add", "q0 bq", "q"),
@@ -121,7 +124,7 @@ def test_an_attention_mask_never_gets_a_scale() -> None:
 
 
 def test_the_adds_of_a_residual_network_run_in_integers() -> None:
-    prepared = made(
+    prepared = prepare(
         [
             node("Conv", "x w0 b", "c0", **CONV),
             node("Relu", "c0", "r0"),
@@ -152,7 +155,7 @@ def test_the_adds_of_a_residual_network_run_in_integers() -> None:
 
 
 def test_a_convolution_read_in_float_and_in_integers_has_one_value_for_all() -> None:
-    prepared = made(
+    prepared = prepare(
         [
             node("Conv", "x w0", "c0", **CONV),
             node("Conv", "c0 w1", "c1", **CONV),
@@ -171,7 +174,7 @@ def test_a_convolution_read_in_float_and_in_integers_has_one_value_for_all() -> 
 
 
 def test_an_add_that_nothing_in_integers_reads_stays_float() -> None:
-    prepared = made(
+    prepared = prepare(
         [
             node("Conv", "x w0", "c0", **CONV),
             node("Conv", "x w1", "c1", **CONV),
@@ -187,7 +190,7 @@ def test_an_add_that_nothing_in_integers_reads_stays_float() -> None:
 
 
 def test_pools_and_reshapes_share_the_scale_of_what_they_read() -> None:
-    prepared = made(
+    prepared = prepare(
         [
             node("Conv", "x w0", "c0", **CONV),
             node("Clip", "c0 low high", "r0"),
@@ -206,7 +209,7 @@ def test_pools_and_reshapes_share_the_scale_of_what_they_read() -> None:
 
 def branches(left: str, right: str) -> Prepared:
     """Build two convolutions with an operator behind each, joined by a Concat and read by a third one."""
-    return made(
+    return prepare(
         [
             node("Conv", "x w0", "c0", **CONV),
             node(left, "c0", "r0"),
@@ -234,7 +237,7 @@ def test_parts_with_other_bounds_keep_their_own_scales() -> None:
 
 
 def test_a_relu_that_others_look_behind_is_not_fused() -> None:
-    prepared = made(
+    prepared = prepare(
         [
             node("Conv", "x w0", "c0", **CONV),
             node("Relu", "c0", "r0"),
@@ -252,14 +255,14 @@ def test_a_relu_that_others_look_behind_is_not_fused() -> None:
 
 
 def test_without_activations_nothing_is_planned() -> None:
-    prepared = made([node("Conv", "x w0", "y", **CONV)], {"w0": (8, 8, 3, 3)}, IMAGE, ["y"])
+    prepared = prepare([node("Conv", "x w0", "y", **CONV)], {"w0": (8, 8, 3, 3)}, IMAGE, ["y"])
     plan = planned(prepared, None)
     assert not plan.values
     assert not plan.integer_layers
 
 
 def test_sixteen_bits_are_planned_like_eight() -> None:
-    prepared = made([node("Conv", "x w0", "y", **CONV)], {"w0": (8, 8, 3, 3)}, IMAGE, ["y"])
+    prepared = prepare([node("Conv", "x w0", "y", **CONV)], {"w0": (8, 8, 3, 3)}, IMAGE, ["y"])
     assert planned(prepared, "uint16") == replace(planned(prepared), dtype="uint16")
 
 
@@ -281,7 +284,7 @@ def test_sixteen_bits_are_planned_like_eight() -> None:
 def test_which_layers_run_in_integers(
     op: str, inputs: str, weight: tuple, x: tuple, attributes: dict, integer: bool
 ) -> None:
-    prepared = made([node(op, inputs, "y", **attributes)], {"w": weight}, x, ["y"])
+    prepared = prepare([node(op, inputs, "y", **attributes)], {"w": weight}, x, ["y"])
     (layer,) = prepared.layers
     assert runs_in_integers(layer, ORT_CPU) is integer
     assert planned(prepared).integer_layers == ({layer.name} if integer else set())

@@ -13,6 +13,7 @@ from comq_onnx.targets.catalog import ORT_CPU
 
 
 def layer_of(source: onnx.ModelProto) -> Layer:
+    """Return the only layer of a model."""
     import onnx_ir as ir
 
     from comq_onnx.model.layers import list_layers

@@ -25,6 +25,7 @@ from models import build, cnn, infer, normal, op_types, samples_for, weight
 
 
 def opened(model: onnx.ModelProto, samples: dict[str, np.ndarray]) -> tuple[Prepared, integer_gain.Shapes]:
+    """Prepare a model; return it with the shapes of all its values."""
     prepared = prepare_model(ir.from_proto(model), 17, 13)
     names = [str(v.name) for node in prepared.model.graph for v in node.outputs]
     one = {name: array[:1] for name, array in samples.items()}
@@ -33,6 +34,8 @@ def opened(model: onnx.ModelProto, samples: dict[str, np.ndarray]) -> tuple[Prep
 
 
 def planner(prepared: Prepared) -> integer_gain.Planner:
+    """Make a function that plans the activations for some layers in integers."""
+
     def plan(layers: object) -> ActivationPlan:
         return plan_activations(prepared.model, layers, ORT_CPU, "uint8")  # type: ignore[arg-type]
 
@@ -52,6 +55,7 @@ def net(channels: int, size: int, middle: str = "b = HardSwish (a)") -> onnx.Mod
 
 
 def chosen(model: onnx.ModelProto) -> frozenset[str]:
+    """Return the layers that are chosen to run in integers."""
     prepared, shapes = opened(model, samples_for(model))
     return integer_gain.choose(prepared, prepared.layers, planner(prepared), shapes, ORT_CPU_COSTS).integer_layers
 
@@ -177,5 +181,6 @@ def test_every_kind_of_layer_has_costs() -> None:
 
 
 def _layers() -> list[Layer]:
+    """List layers of every kind."""
     model = cnn()
     return prepare_model(ir.from_proto(model), 17, 13).layers + prepare_model(ir.from_proto(net(4, 8)), 17, 13).layers

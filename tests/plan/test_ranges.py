@@ -21,6 +21,7 @@ from models import build, cnn, normal, weight
 
 
 def taken(x: np.ndarray, axis: int, batches: int) -> Positions:
+    """Observe an array in some batches."""
     seen = Positions(axis)
     for part in np.array_split(x, batches):
         seen.observe(part)

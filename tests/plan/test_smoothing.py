@@ -65,12 +65,14 @@ FED = between("v = Mul (x, sizes)", sizes=SIZES[None, None])
 
 
 def opened(model: onnx.ModelProto) -> tuple[Prepared, ActivationPlan, dict[str, Grid]]:
+    """Prepare a model; return it with its activation plan and grids of 8 bits."""
     prepared = prepare_model(ir.from_proto(model), 17, 13)
     plan = plan_activations(prepared.model, prepared.layers, ORT_CPU, "uint8")
     return prepared, plan, {layer.name: Grid(8) for layer in prepared.layers}
 
 
 def factors_of(model: onnx.ModelProto, samples: Arrays, bits: int = 8) -> tuple[Prepared, smoothing.Factors]:
+    """Prepare a model and find the factors of its channels."""
     prepared, plan, grids = opened(model)
     names = list(smoothing.candidates(prepared, plan))
     part = ir.to_proto(smoothing.graphs.with_outputs(prepared.model, names))

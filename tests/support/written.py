@@ -59,23 +59,29 @@ class Written:
 
     @property
     def layers(self) -> dict[str, Layer]:
+        """Return the layers by name."""
         return {layer.name: layer for layer in self.solved.plan.layers}
 
     @property
     def initializers(self) -> dict[str, onnx.TensorProto]:
+        """Return the initializers by name."""
         return {t.name: t for t in self.proto.graph.initializer}
 
     @property
     def kernels(self) -> Kernels:
+        """Return the kernels that ONNX Runtime makes of the file."""
         return executed_kernels(self.path)
 
     def producer(self, name: str) -> onnx.NodeProto:
+        """Return the node that makes a value."""
         return next(n for n in self.proto.graph.node if name in n.output)
 
     def node(self, name: str) -> onnx.NodeProto:
+        """Return a node by its name."""
         return next(n for n in self.proto.graph.node if n.name == name)
 
     def array(self, name: str) -> np.ndarray:
+        """Return the numbers of an initializer."""
         return numpy_helper.to_array(self.initializers[name])
 
     def before(self, name: str) -> tuple[list[onnx.NodeProto], set[str]]:

@@ -175,6 +175,8 @@ def scale(value: object, suffix: str) -> Mutate:
 
 
 def version(opset: int | None = None, ir_version: int | None = None) -> Mutate:
+    """Set the opset or the IR version."""
+
     def mutate(model: ir.Model) -> None:
         if opset is not None:
             model.graph.opset_imports[""] = opset
@@ -185,6 +187,7 @@ def version(opset: int | None = None, ir_version: int | None = None) -> Mutate:
 
 
 def other_axis(model: ir.Model) -> None:
+    """Put the scales of a weight along another axis."""
     node = nodes_by_name(model)["point.weight"]
     node.attributes["axis"] = ir.AttrInt64("axis", 1)
 

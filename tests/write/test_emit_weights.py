@@ -71,6 +71,7 @@ def test_a_folded_weight_in_blocks_has_no_scale_as_large_as_itself(quantize: Qua
 
 
 def lookup() -> tuple[onnx.ModelProto, Feeds]:
+    """Build an embedding before a layer, and samples for it."""
     nodes = [node("Gather", "table ids", "e"), node("Tanh", "e", "t"), node("MatMul", "t w", "y")]
     source = model_of(nodes, {"table": (500, 32), "w": (32, 32)}, {"ids": ["n", 6]}, ["y"])
     return source, {"ids": np.random.default_rng(0).integers(0, 500, (24, 6))}

@@ -15,7 +15,7 @@ from comq_onnx.errors import ComqError, ModelError, OptionError, OutOfMemory, Ru
 from comq_onnx.evaluate import Comparison, compare
 from comq_onnx.metrics import OutputComparison
 from comq_onnx.options.options import Options
-from comq_onnx.options.samples import Recipe
+from comq_onnx.options.samples import SampleOptions
 from comq_onnx.pipeline import inspect_samples, plan, quantize
 from comq_onnx.report.inputs import InputReport
 from comq_onnx.report.report import ActivationReport, LayerReport, Report
@@ -34,9 +34,9 @@ __all__ = [
     "Options",
     "OutOfMemory",
     "OutputComparison",
-    "Recipe",
     "Report",
     "RuntimeFailure",
+    "SampleOptions",
     "Samples",
     "SamplesError",
     "compare",

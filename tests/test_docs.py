@@ -1,5 +1,5 @@
-"""README.md, CONTRIBUTING.md and docs/: every command block runs, every link leads somewhere, the option reference is
-that of the code.
+"""Test README.md, CONTRIBUTING.md and docs/: every command block runs, every link leads somewhere, the option reference
+is that of the code.
 
 A block behind `<!-- needs: NAME -->` runs only where NAME is there: a file below the repository, such as zoo/minilm
 (what tools/zoo/export.py makes; COMQ_ZOO names such a folder elsewhere), or a module.
@@ -24,8 +24,7 @@ import yaml
 
 import comq_onnx
 from comq_onnx.cli import command as cli
-from comq_onnx.cli.config_file import load_config
-from comq_onnx.cli.parameters import by_long_name, grouped
+from comq_onnx.cli.parameters import by_long_name, grouped, read_by_parameter
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -41,13 +40,13 @@ BLOCK = re.compile(
 # set-up has been done where tests run, and the tests are running
 SET_UP = (
     "pip install", "python -m pip", "python -m venv", "git clone", "source ", ". ", "cd ", "#", "pytest", "bash .ci",
-    "ruff", "mypy", "lint-imports",
+    "ruff", "mypy", "lint-imports", "make ",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block of a page: its language, its text, and what it needs."""
+    """Describe a fenced block of a page: its language, its text, and what it needs."""
 
     language: str
     text: str
@@ -55,7 +54,7 @@ class Block:
 
 
 def blocks(page: Path) -> list[Block]:
-    """Every fenced block of a page, in order."""
+    """Return every fenced block of a page, in order."""
     return [
         Block(found["language"], re.sub(rf"^{found['indent']}", "", found["text"], flags=re.MULTILINE), found["need"])
         for found in BLOCK.finditer(page.read_text())
@@ -63,7 +62,7 @@ def blocks(page: Path) -> list[Block]:
 
 
 def commands(language: str, text: str) -> list[str]:
-    """The commands of a shell block: the lines after `$ ` of a console, else all, with their continuations."""
+    """Return the commands of a shell block: the lines after `$ ` of a console, else all, with their continuations."""
     lines = text.replace("\\\n", " ").splitlines()
     if language == "console":
         lines = [line[2:] for line in lines if line.startswith("$ ")]
@@ -72,7 +71,7 @@ def commands(language: str, text: str) -> list[str]:
 
 
 def steps(found: Iterable[Block]) -> list[list[str]]:
-    """What running some blocks takes: command lines in order."""
+    """Return the command lines that run some blocks, in order."""
     made: list[list[str]] = []
     for block in found:
         if block.language == "python":
@@ -83,7 +82,7 @@ def steps(found: Iterable[Block]) -> list[list[str]]:
 
 
 def there(need: str) -> bool:
-    """Whether what a block needs is there."""
+    """Tell whether what a block needs is there."""
     if need.startswith("zoo/"):
         return (ZOO / need.removeprefix("zoo/")).exists()
     return find_spec(need) is not None
@@ -153,11 +152,11 @@ def test_every_configuration_file_shown_is_one(tmp_path: Path, page: Path) -> No
         if block.language == "toml":
             (tmp_path / "quant.toml").write_text(block.text)
             path = tmp_path / "quant.toml"
-            assert cli._by_parameter(load_config(path), path, cli.command)
+            assert read_by_parameter(path, cli.command)
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors of a page's headings, as GitHub makes them."""
+    """Return the anchors of a page's headings, as GitHub makes them."""
     text = re.sub(r"^ *```.*?^ *```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
@@ -207,6 +206,14 @@ def test_the_option_reference_is_that_of_the_code() -> None:
     stored = (ROOT / "docs" / "options.md").read_text()
     assert done.stdout == stored, "python tools/option_reference.py > docs/options.md"
     assert all(f"--{name}" in done.stdout for name in by_long_name(cli.command))
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/command-line.md"])
+def test_every_option_that_is_named_exists(page: str) -> None:
+    known = {name for parameter in cli.command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+    named = set(re.findall(r"`(--[a-z][a-z-]+)", (ROOT / page).read_text()))
+    assert len(named) > 12
+    assert named <= known
 
 
 def test_every_option_has_its_group() -> None:

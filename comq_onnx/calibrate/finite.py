@@ -1,4 +1,4 @@
-"""Numbers that can be calibrated on: finite, and neither too large nor too small for float32 sums of squares."""
+"""Refuse numbers that cannot be calibrated on: not finite, or too large for float32 sums of squares."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from comq_onnx.model.layers import Layer, Prepared
 from comq_onnx.samples.samples import Samples
 from comq_onnx.solve.grid import Array
 
-# float32 sums of squares of larger numbers overflow, those of smaller ones lose their digits
+# float32 sums of squares of larger numbers overflow, those of smaller numbers lose their digits
 LARGEST, SMALLEST = 1e15, 1e-15
 
 
@@ -21,13 +21,13 @@ def largest_magnitude(array: Any) -> float:
     """Return the largest magnitude of an array or tensor; NaN where there is a NaN, 0 where it is empty."""
     if not arrays.size(array):
         return 0.0
-    # torch hands NaN on, as numpy does
+    # torch keeps NaN, as numpy does
     return float(abs(array).max() if arrays.is_tensor(array) else np.maximum(array.max(), -array.min()))
 
 
 def finite_weight(prepared: Prepared, layer: Layer) -> Array:
     """Return the weight [groups, out, in] of a layer. Raises ModelError where it is not finite or too large."""
-    # a copy: numba compiles again for arrays that are read-only or lie otherwise
+    # a copy: numba compiles again for arrays that are read-only or have another order
     weight = np.array(prepared.weight(layer), np.float32, order="C")
     largest = largest_magnitude(weight)
     if not np.isfinite(largest):
@@ -46,9 +46,11 @@ def finite_weight(prepared: Prepared, layer: Layer) -> Array:
 def out_of_range(
     array: Any, name: str, place: int, counts: Sequence[int], samples: Samples, layers: Sequence[Layer]
 ) -> ModelError:
-    """Return the error for an array of the value `name` that holds numbers too large or not finite.
+    """Return the error for an array of the value `name` whose numbers are too large or not finite.
 
-    place: which array of the value it is; counts: how many samples each holds; layers: of which the readers are named
+    place: the index of the array among those of the value
+    counts: how many samples each of those arrays holds
+    layers: those among which the readers of the value are named
     """
     array = arrays.on_host(array)
     largest = largest_magnitude(array)
@@ -61,7 +63,7 @@ def out_of_range(
 
 
 def _where(array: Array, place: int, counts: Sequence[int], samples: Samples) -> str:
-    """Name the first sample out of range by its number in the source; all of the array where it has no row for each."""
+    """Name the first sample out of range by its number in the source; all of them where samples have no rows."""
     if place >= len(counts):  # an iteration of a loop
         return ""
     first, count = sum(counts[:place]), counts[place]

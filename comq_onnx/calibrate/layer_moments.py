@@ -1,4 +1,4 @@
-"""The moments of a layer's input, from the tensors at the cut before it."""
+"""Sum the moments of a layer's input, from the tensors at the cut before it."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from comq_onnx.solve import moments
 from comq_onnx.solve.moments import Moments, MomentSums, chunks, halves
 
 # More input positions than these do not change a solution (measured on EfficientNet-Lite0 at 4 bits: 27k positions give
-# -26.4 dB, 6.6k -26.0): beyond them positions are drawn at random, the same share of each batch. Depthwise layers,
-# whose rows are many numbers for few moments, get the fewest.
+# -26.4 dB, 6.6k -26.0). Beyond them positions are drawn at random, the same share of each batch. Depthwise layers, with
+# many numbers in their rows for few moments, get the fewest.
 LEAST_POSITIONS, MOST_POSITIONS = 16_384, 65_536
 POSITIONS_PER_INPUT = 24
 MOST_NUMBERS = 1 << 27
-# how many times as many positions a Gram of patches takes in the same time, at least (see patches.py)
+# in the same time a Gram of patches takes at least so many times as many positions (see patches.py)
 PATCHES_GAIN = 2
-# moments are summed over so many samples at a time (fewer where those take more than CHUNK_BYTES), however many run at
-# once: the batch size changes the order of no sum
+# moments are summed over so many samples at a time (fewer where those take more than CHUNK_BYTES), whatever the batch
+# size: so it does not change the order of sums
 GROUP = 16
 
 Indices = npt.NDArray[np.intp]
@@ -38,10 +38,11 @@ Indices = npt.NDArray[np.intp]
 class LayerInput:
     """Hold the input of a layer, batch by batch, in the float model and in the one quantized so far.
 
-    x, x_hat: one array per batch; the same sequence where quantization does not reach the input
-    grid: what the input is quantized with before the layer reads it; None where it is not
+    x: the arrays of the float model, one for each batch
+    x_hat: those of the model quantized so far; the same sequence where quantization does not change the input
+    grid: the grid that the input is quantized with before the layer reads it; None where it is not quantized
     counts: how many samples each array holds; empty where an array is an iteration of a loop
-    masks: the positions of each array that are no padding, None where all count; empty likewise
+    masks: the positions of each array that are no padding, None where all count; empty where an array is an iteration
     """
 
     layer: Layer
@@ -57,9 +58,10 @@ def input_moments(
 ) -> Moments:
     """Sum the moments of a layer's input over all samples.
 
-    store: where the tensors lie
-    refuse: makes the error for an array, and its place, whose numbers are not finite or too large
-    fewer: by what to divide the number of positions that are taken
+    store: keeps the tensors
+    seed: of the positions that are drawn
+    refuse: makes the error for an array whose numbers are not finite or too large, from the array and its place
+    fewer: the number of positions that are taken is divided by this
 
     Raises SamplesError where no sample reaches the layer.
     """
@@ -93,7 +95,9 @@ def input_moments(
 def _add_rows(sums: MomentSums, layer: Layer, x: Any, x_hat: Any, pick: Indices | None, half_of: Indices) -> None:
     """Add the rows of one batch to the sums.
 
-    x_hat: None where it is x; pick: the positions that are taken, None for all; half_of: the half of each of them.
+    x_hat: None where it is x
+    pick: the positions that are taken; None for all
+    half_of: for each of them, the half of the samples that it counts for
     """
     kind = layer.kind
     padded = kind.patches(x) if pick is None else None
@@ -106,7 +110,7 @@ def _add_rows(sums: MomentSums, layer: Layer, x: Any, x_hat: Any, pick: Indices 
             sums.add_patches(arrays.at(padded, mine), mine_hat, kind.kernel, half)
         return
     for part, half in chunks(half_of, kind.inputs, kind.groups):
-        # all positions in one part need no index
+        # a part that holds all positions needs no index
         chosen = None if pick is None and len(part) == len(half_of) else part if pick is None else pick[part]
         sums.add(kind.rows(x, chosen), None if x_hat is None else kind.rows(x_hat, chosen), half)
 
@@ -117,9 +121,12 @@ def _add_rows(sums: MomentSums, layer: Layer, x: Any, x_hat: Any, pick: Indices 
 
 @dataclass(frozen=True)
 class _Drawn:
-    """Hold how many positions of each array are taken.
+    """Describe which positions of each array are taken.
 
-    positions: how many there are, without padding; kept: which those are, None for all; taken: how many are drawn
+    positions: the number of positions of each array, without padding
+    kept: the indices of those positions in each array; None for all
+    taken: how many of those positions are taken
+    draws: whether they are drawn at random
     """
 
     positions: Sequence[int]
@@ -156,7 +163,10 @@ def _draw(given: LayerInput, store: Host, fewer: int) -> _Drawn:
 
 
 def _kept_positions(layer: Layer, batch: Any, kept: Mask | None) -> Indices | None:
-    """Return the positions of a batch of a layer's input that are not padding; None where all count."""
+    """Return the positions of a batch of a layer's input that are not padding; None where all count.
+
+    kept: the mask of the batch, [samples, positions]
+    """
     if kept is None or layer.kind.groups != 1 or kept.all():
         return None
     total = layer.kind.positions(batch)
@@ -171,7 +181,7 @@ def _kept_positions(layer: Layer, batch: Any, kept: Mask | None) -> Indices | No
 
 
 def in_groups(given: LayerInput, store: Host) -> LayerInput:
-    """Put the arrays into groups of GROUP samples, where they have equal rows for each sample."""
+    """Put the arrays into groups of GROUP samples, where every sample has the same number of rows."""
     if not given.layer.kind.rows_follow_samples or not _can_regroup(given.x, given.counts):
         return given
     x, counts = given.x, given.counts
@@ -183,12 +193,16 @@ def in_groups(given: LayerInput, store: Host) -> LayerInput:
 
 
 class _Groups(Sequence[Any]):
-    """View arrays with equally many rows for each of some samples as arrays with the rows of `size` samples each."""
+    """View arrays, with the same number of rows for every sample, as arrays with the rows of `size` samples each."""
 
     def __init__(
         self, given: Sequence[Any], counts: Sequence[int], size: int, fetch: Callable[[Any], Any] = lambda array: array
     ) -> None:
-        """Keep the arrays; fetch: brings a part of an array to where it is worked on."""
+        """Keep the arrays.
+
+        counts: how many samples each holds
+        fetch: brings a part of an array to where it is worked on
+        """
         self._arrays, self._starts, self._size, self._fetch = given, np.cumsum([0, *counts]), size, fetch
         self._rows = len(given[0]) // counts[0]
         total = sum(counts)
@@ -210,7 +224,7 @@ class _Groups(Sequence[Any]):
 
 
 def _can_regroup(given: Sequence[Any], counts: Sequence[int]) -> bool:
-    """Tell whether arrays, one per batch of `counts` samples, have equally many rows for each sample."""
+    """Tell whether arrays, one for each batch of `counts` samples, have the same number of rows for every sample."""
     if not given or len(given) != len(counts) or not all(arrays.is_array(a) and a.ndim > 1 and len(a) for a in given):
         return False
     rows = len(given[0]) // counts[0]

@@ -1,4 +1,4 @@
-"""The layers of a stage, solved from the moments of their inputs."""
+"""Solve the layers of a stage from the moments of their inputs."""
 
 from __future__ import annotations
 
@@ -16,18 +16,23 @@ from comq_onnx.solve.moments import Moments
 
 logger = logging.getLogger(__name__)
 
-# called with the layers that are solved as one, their weights and moments, and whether a bias can take their mean
+# called with the layers that are solved as one, their weights and moments, and whether a bias can take their shift
 Observer = Callable[[Sequence[Layer], Sequence[Array], Moments, bool], None]
 
 
 class LayerSolver:
     """Solve layers one after the other, each weight once.
 
-    solutions, seconds: by layer
+    solutions: the solution of each layer, by the name of the layer
+    seconds: the seconds that each layer took, by the name of the layer
     """
 
     def __init__(self, plan: Plan, method: Method, observer: Observer | None = None) -> None:
-        """Begin with nothing solved; observer: sees the moments that each solution is made from."""
+        """Begin with nothing solved.
+
+        method: the solver
+        observer: sees the moments that each solution is made from
+        """
         self._plan, self._method, self._observer = plan, method, observer
         self.solutions: dict[str, Solution] = {}
         self.seconds: dict[str, float] = {}
@@ -35,7 +40,7 @@ class LayerSolver:
 
     @property
     def count(self) -> int:
-        """Count the solved layers that are calibrated."""
+        """Count the solved layers, without embeddings."""
         return sum(not x.kind.is_lookup for x in self._plan.walked.layers if x.name in self.solutions)
 
     def round_tables(self) -> float:
@@ -50,7 +55,11 @@ class LayerSolver:
         return time.perf_counter() - start
 
     def solve(self, readers: Sequence[Layer], moments: Moments, tell: Callable[[], None]) -> float:
-        """Solve layers that read the same rows; tell: called after each solution. Returns the seconds that it took."""
+        """Solve layers that read the same rows. Returns the seconds that it took.
+
+        moments: those of the rows
+        tell: called after each solution
+        """
         total = 0.0
         for together in self._alike(readers):
             start = time.perf_counter()
@@ -67,7 +76,7 @@ class LayerSolver:
     def _alike(self, readers: Sequence[Layer]) -> list[list[Layer]]:
         """Group layers of one input that are solved as one: their outputs are more channels of the same problem.
 
-        Each weight stands there once: layers that share it take its codes afterwards.
+        Each weight is in one group only: other layers that share it take its codes afterwards.
         """
         alike: dict[object, list[Layer]] = {}
         begun = set()
@@ -89,6 +98,7 @@ class LayerSolver:
         return True
 
     def _solve_together(self, together: Sequence[Layer], moments: Moments) -> None:
+        """Solve layers as one, and keep the solution of each."""
         weights = [finite_weight(self._plan.walked, layer) for layer in together]
         grid, has_bias = self._plan.grids[together[0].name], self._plan.has_bias(together[0])
         found = solve_together(weights, moments, grid, self._method, has_bias)
@@ -102,8 +112,10 @@ class LayerSolver:
             )  # fmt: skip
 
     def _keep(self, layer: Layer, solution: Solution) -> None:
+        """Keep the solution of a layer, also for others with the same weight."""
         self.solutions[layer.name] = solution
         self._solved.setdefault(self._weight_key(layer), layer.name)
 
     def _weight_key(self, layer: Layer) -> tuple[object, ...]:
+        """Return what layers with the same codes have in common."""
         return layer.weight, layer.kind, self._plan.grids[layer.name]

@@ -1,4 +1,4 @@
-"""The ranges of quantized activations, gathered along the walk, and the grids that come of them."""
+"""Gather the ranges of quantized activations along the walk, and make grids of them."""
 
 from __future__ import annotations
 
@@ -16,19 +16,23 @@ from comq_onnx.plan.observed_range import ObservedRange
 from comq_onnx.plan.plan import Plan
 from comq_onnx.samples.padding import Mask, take_kept
 
-# makes the error for a value whose numbers are out of range, from its name, an array of it and its batch
+# makes the error for a value whose numbers are out of range, from its name, an array and the index of its batch
 Refuse = Callable[[str, Any, int], ModelError]
 
 
 class ActivationRanges:
-    """Gather what the samples show of each quantized activation, and turn it into grids.
+    """Gather the range of each quantized activation, and turn it into a grid.
 
-    ranges: by value, what was seen so far
-    grids: by value, once all of it was seen
+    ranges: the range of each activation that was seen so far, by the name of the value
+    grids: the grid of each activation of which all batches were seen, by the name of the value
     """
 
     def __init__(self, plan: Plan, masks: Sequence[Mask | None], seed: int, refuse: Refuse) -> None:
-        """Begin with nothing seen; masks: the positions of each batch that count."""
+        """Begin with nothing seen.
+
+        masks: the positions of each batch that count; None for all
+        seed: of the random sums that outputs of layers are mixed to
+        """
         self._plan, self._masks, self._seed, self._refuse = plan, masks, seed, refuse
         self.ranges = {name: ObservedRange() for name in plan.activations.values}
         self.grids: dict[str, ActivationGrid] = {}
@@ -36,9 +40,12 @@ class ActivationRanges:
         self._positions = {name: ranges.Positions(readers.axis) for name, readers in self._readers.items()}
 
     def observe(self, name: str, array: Any, batch: int) -> None:
-        """Widen the range of a value by its array of one batch; values that are not quantized are passed over.
+        """Widen the range of a value by one batch of it. Values that are not quantized are skipped.
 
-        Raises ModelError where it holds numbers that are too large or not finite.
+        array: the value in that batch
+        batch: the index of the batch
+
+        Raises ModelError where the array holds numbers that are too large or not finite.
         """
         if name not in self.ranges:
             return
@@ -52,9 +59,9 @@ class ActivationRanges:
             raise self._refuse(name, array, batch)
 
     def settle(self, names: Iterable[str]) -> None:
-        """Turn the ranges of values that were seen in all batches into grids.
+        """Turn the ranges of these values into grids, once they were seen in all batches.
 
-        A grid that is shared may belong to a value behind: where that is not yet reached, each has its own.
+        The grid that a value shares may belong to a later value: until that one is reached, it gets a grid of its own.
         """
         planned = self._plan.activations
         known = [name for name in names if name in self.ranges]
@@ -63,7 +70,7 @@ class ActivationRanges:
             self.grids[name] = self.grids[root] if root != name and root in self.grids else self._grid(name)
 
     def _grid(self, name: str) -> ActivationGrid:
-        """Choose the grid by what the readers make of the rounding; by the range alone where nothing tells."""
+        """Choose the grid of a value by its effect on the readers; by the range alone where no layer reads it."""
         plan, seen = self._plan, self.ranges[name]
         dtype, bounds = plan.activations.dtype, plan.activations.values[name].bounds
         positions = self._positions.pop(name, None)

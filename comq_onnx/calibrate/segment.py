@@ -1,4 +1,4 @@
-"""One stage's nodes as a model of their own, run on the tensors of a cut."""
+"""Run the nodes of one stage, as a model of their own, on the tensors of a cut."""
 
 from __future__ import annotations
 
@@ -25,8 +25,11 @@ def run_segment(
     """Yield the values `wanted` that a stage makes, batch by batch.
 
     given: the cut tensors that the stage reads, one array for each of `count` batches
-    solved: what is quantized in it; None for the float segment
-    store: where the tensors lie; work: a directory for a model that is too large for one message
+    wanted: the names of the values
+    solved: what is quantized in the segment; None for the float segment
+    store: keeps the tensors
+    device: where the segment runs
+    work: a directory for a model that is too large for one protobuf message
     """
     segment = extract_segment(plan, stage, {name: given[name][0] for name in stage.reads}, wanted)
     if solved is not None:
@@ -41,7 +44,7 @@ def run_segment(
 
 
 def extract_segment(plan: Plan, stage: Stage, examples: Mapping[str, Any], wanted: Sequence[str]) -> ir.Model:
-    """Return a stage's nodes as a model, from the cut tensors that it reads to those wanted.
+    """Extract the nodes of a stage as a model, from the cut tensors that it reads to the values `wanted`.
 
     examples: a tensor of each value that it reads, for its type
     """

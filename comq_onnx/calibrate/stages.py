@@ -1,8 +1,8 @@
-"""The cuts: a graph in topological order, divided so that each layer's input lies at a cut.
+"""Divide a graph into stages, so that the input of each layer is at a cut between two stages.
 
-A node's depth is the number of layers on the longest way to it, itself included. Stage k holds the nodes of depth k:
-its layers, which do not depend on one another (q, k and v share a stage, so do parallel branches), and the float
-operators behind them. So the inputs of stage k's layers all lie at the cut before it.
+The depth of a node is the number of layers on the longest path to it, itself included. Stage k holds the nodes of depth
+k: its layers, which do not depend on one another (q, k and v share a stage, and so do parallel branches), and the float
+operators behind them. So the inputs of all layers of stage k are at the cut before it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,15 @@ from comq_onnx.model.layers import Layer
 
 @dataclass(frozen=True)
 class Stage:
-    """One segment of the graph: its layers, what it reads from earlier stages, makes, and leaves for later ones."""
+    """Describe one segment of the graph.
+
+    index: its place among the stages
+    layers: its layers
+    nodes: the names of its nodes
+    reads: the names of the values that it reads from earlier stages or the inputs of the graph
+    makes: the names of the values that its nodes make
+    live_after: the names of all values so far that later stages read
+    """
 
     index: int
     layers: tuple[Layer, ...]
@@ -28,7 +36,7 @@ class Stage:
 
 
 def cut(model: ir.Model, layers: Sequence[Layer]) -> list[Stage]:
-    """Divide the main graph of `model` into stages; layers inside subgraphs count as float operators of their node."""
+    """Divide the main graph of `model` into stages; a node with layers in its subgraphs counts as a float operator."""
     by_name = {layer.name: layer for layer in layers}
     depths: dict[int, int] = {}
     members: dict[int, list[ir.Node]] = {0: []}
@@ -58,7 +66,7 @@ def cut(model: ir.Model, layers: Sequence[Layer]) -> list[Stage]:
 
 
 def reads(node: ir.Node) -> list[ir.Value]:
-    """The values a node reads, those that its subgraphs capture from outside included."""
+    """Return the values that a node reads, with those that its subgraphs capture from outside."""
     values = [v for v in node.inputs if v is not None]
     for attribute in node.attributes.values():
         if attribute.type == ir.AttributeType.GRAPH:
@@ -70,6 +78,7 @@ def reads(node: ir.Node) -> list[ir.Value]:
 
 
 def _captured(graph: ir.Graph) -> list[ir.Value]:
+    """Return the values that a subgraph reads from outside."""
     own = {id(v) for v in graph.inputs} | {id(v) for node in graph for v in node.outputs}
     wanted = [v for node in graph for v in reads(node)] + list(graph.outputs)
     return [v for v in wanted if id(v) not in own]

@@ -1,9 +1,10 @@
-"""The stage walk: run the model segment by segment on all samples, solve each stage's layers, go on with the result.
+"""Walk through the stages of a model: solve the layers of each, and go on with the quantized result.
 
-At the cut before a stage the live tensors are kept twice for every sample: as the float model gives them (x) and as the
-model quantized so far gives them (x^). From those come the moments of each layer's input; the layers are solved; then
-the stage's segment runs once more each way, float and as it will be shipped, up to the next cut. So the whole model
-runs once, memory is bounded by one segment and the cut tensors, and later layers make up for what earlier ones lost.
+At the cut before a stage all tensors that are still read are kept twice for every sample: as the float model gives them
+(x) and as the model quantized so far gives them (x^). They give the moments of each layer's input, and the layers are
+solved. Then the stage's segment runs both ways up to the next cut: in float, and quantized as it will be written. So
+the whole model runs once each way, memory is bounded by one segment and the cut tensors, and later layers make up for
+the errors of earlier ones.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from comq_onnx.plan.solved import Solved
 from comq_onnx.samples.dataset import Dataset
 from comq_onnx.solve.moments import Moments
 
-# by the name of a value: one array per batch
+# one array for each batch, by the name of the value
 Tensors = dict[str, list[Any]]
 
 
@@ -41,9 +42,10 @@ def walk(
     """Calibrate and solve every layer of a plan on the calibration samples.
 
     observer: sees the moments that each solution is made from
-    fewer_positions: by what to divide the number of positions that moments are made from
+    fewer_positions: the number of positions that moments are made from is divided by this
 
-    Raises SamplesError or ModelError where a tensor turns out not finite.
+    Raises ModelError where a tensor or a weight is not finite or too large, SamplesError where no sample reaches a
+    layer.
     """
     with (
         private_directory() as work,
@@ -53,13 +55,17 @@ def walk(
 
 
 class _Walk:
-    """Go through the stages of a plan; what is solved and seen so far is kept by its solver and its ranges."""
+    """Go through the stages of a plan; its solver and its ranges keep what is solved and seen so far."""
 
     def __init__(
         self, plan: Plan, data: Dataset, context: Context, store: cut_tensors.Host, work: Path,
         observer: Observer | None, fewer_positions: int,
     ) -> None:  # fmt: skip
-        """Lay out the batches; store: where cut tensors lie; work: a directory for models that are too large."""
+        """Divide the samples into batches.
+
+        store: keeps the cut tensors
+        work: a directory for models that are too large for one protobuf message
+        """
         self._plan, self._samples, self._context = plan, data.calibration, context
         self._store, self._work, self._fewer = store, work, fewer_positions
         size = context.options.batch_size
@@ -71,7 +77,7 @@ class _Walk:
         self._layers = list(calibrated(plan.walked.layers))
 
     def run(self) -> Solved:
-        """Solve stage after stage."""
+        """Solve one stage after the other."""
         seconds = self._context.journal.seconds
         seconds["solve"] = seconds.get("solve", 0.0) + self._solver.round_tables()
         inputs = {str(v.name) for v in self._plan.walked.model.graph.inputs}
@@ -90,17 +96,18 @@ class _Walk:
         return self._solved()
 
     def _solved(self) -> Solved:
-        """Return everything that is solved so far, as emission takes it."""
+        """Return what is solved so far."""
         ranges, solver = self._ranges, self._solver
         return Solved(self._plan, solver.solutions, ranges.grids, ranges.ranges, solver.seconds)
 
     def _tell(self) -> None:
+        """Show how many layers are solved."""
         self._context.progress("layers", self._solver.count, len(self._layers))
 
     # moments and solutions
 
     def _solve(self, layers: Sequence[Layer], x: Mapping[str, Any], x_hat: Mapping[str, Any]) -> None:
-        """Solve layers whose inputs lie in `x` and `x_hat`."""
+        """Solve layers; x, x_hat: their inputs in the float model and in the one quantized so far, by name."""
         for readers, moments in self._moments(layers, x, x_hat):
             spent = self._solver.solve(readers, moments, self._tell)
             seconds = self._context.journal.seconds
@@ -109,7 +116,7 @@ class _Walk:
     def _moments(
         self, layers: Sequence[Layer], x: Mapping[str, Any], x_hat: Mapping[str, Any]
     ) -> Iterator[tuple[list[Layer], Moments]]:
-        """Yield the layers that read the same rows, with the moments of those."""
+        """Yield each group of layers that read the same rows, with the moments of those rows."""
         sharing: dict[tuple[str, bool, object], list[Layer]] = {}
         for layer in layers:
             source = self._plan.probes.get(layer.name, layer.input)
@@ -120,6 +127,7 @@ class _Walk:
             yield group, moments
 
     def _input_moments(self, layer: Layer, x: Sequence[Any], x_hat: Sequence[Any]) -> Moments:
+        """Return the moments of a layer's input; x, x_hat: its arrays, one for each batch or iteration of a loop."""
         options = self._context.options
         quantized = self._plan.is_integer(layer) and not options.independent
         in_loop = layer.name in self._plan.probes
@@ -140,13 +148,16 @@ class _Walk:
         return input_moments(given, self._store, options.seed, refuse, self._fewer)
 
     def _out_of_range(self, name: str, array: Any, batch: int) -> ModelError:
-        """Return the error for an array of a value that is not finite or too large."""
+        """Return the error for an array of the value `name` whose numbers are not finite or too large."""
         return out_of_range(array, name, batch, self._counts, self._samples, self._plan.walked.layers)
 
-    # the way from cut to cut
+    # from one cut to the next
 
     def _advance(self, stage: Stage, float_cut: Tensors, quantized_cut: Tensors) -> None:
-        """Run the stage's segment both ways, and leave the tensors of the next cut in the two dictionaries."""
+        """Run the stage's segment both ways, and put the tensors of the next cut into the two dictionaries.
+
+        Layers in the bodies of loops are solved between the two runs.
+        """
         probes, independent = self._plan.probes, self._context.options.independent
         planned = [name for name in stage.makes if name in self._plan.activations.values]
         live = [name for name in stage.makes if name in stage.live_after]
@@ -157,16 +168,16 @@ class _Walk:
             made = self._run_float(stage, float_cut, wanted, [*live, *stacked])
             self._ranges.settle(planned)
             if inner:
-                hat = made if independent else self._run_shipped(stage, quantized_cut, stacked, made)
+                hat = made if independent else self._run_quantized(stage, quantized_cut, stacked, made)
                 self._solve(inner, *({name: _iterations(t[name]) for name in stacked} for t in (made, hat)))
-            hat = made if independent or not live else self._run_shipped(stage, quantized_cut, live, made)
+            hat = made if independent or not live else self._run_quantized(stage, quantized_cut, live, made)
             for name in live:
                 float_cut[name], quantized_cut[name] = made[name], hat[name]
         for name in [n for n in float_cut if n not in stage.live_after]:
             del float_cut[name], quantized_cut[name]
 
     def _run_float(self, stage: Stage, given: Tensors, wanted: Sequence[str], kept: Sequence[str]) -> Tensors:
-        """Return the tensors `kept` that the float segment makes, and observe the ranges of all that are wanted."""
+        """Run the float segment: return the tensors `kept`, and observe the ranges of all that are `wanted`."""
         with self._context.journal.timed("calibrate"):
             made: Tensors = {name: [] for name in kept}
             for i, outputs in enumerate(self._run(stage, given, wanted, None)):
@@ -176,10 +187,11 @@ class _Walk:
                     made[name].append(self._store.keep(outputs[name]))
             return made
 
-    def _run_shipped(self, stage: Stage, given: Tensors, wanted: Sequence[str], made: Tensors) -> Tensors:
-        """Return the tensors that the segment makes as it will be shipped, from those of the model quantized so far.
+    def _run_quantized(self, stage: Stage, given: Tensors, wanted: Sequence[str], made: Tensors) -> Tensors:
+        """Run the segment as it will be written, on the tensors of the model quantized so far.
 
-        A tensor that no quantization reaches is kept once: it is the one of `made`.
+        made: the tensors of the float segment. One that quantization does not change is kept once: the result holds
+        that of `made`.
         """
         with self._context.journal.timed("calibrate"):
             hat: Tensors = {name: [] for name in wanted}
@@ -207,11 +219,12 @@ class _Walk:
 
 
 def _iterations(stacked: list[Any]) -> list[Any]:
-    """Take inputs of a layer in a loop's body, stacked over the iterations, apart: one array per iteration."""
+    """Divide inputs of a layer in a loop's body, stacked over the iterations, into one array for each iteration."""
     return [one for array in stacked for one in array]
 
 
 def _same(a: Any, b: Any) -> bool:
+    """Tell whether two arrays or tensors hold the same numbers."""
     if arrays.is_tensor(a):
         return arrays.is_tensor(b) and a.shape == b.shape and bool((a == b).all())
     return isinstance(a, np.ndarray) and a.shape == b.shape and np.array_equal(a, b)

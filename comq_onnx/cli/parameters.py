@@ -175,8 +175,13 @@ def by_long_name(command: click.Command) -> dict[str, click.Option]:
 def _read_config(ctx: click.Context, _param: click.Parameter, path: Path | None) -> Path | None:
     """Take the options of a configuration file for those that the command line does not give."""
     if path is not None:
-        ctx.default_map = _by_parameter(load_config(path), path, ctx.command)
+        ctx.default_map = read_by_parameter(path, ctx.command)
     return path
+
+
+def read_by_parameter(path: Path, command: click.Command) -> dict[str, Any]:
+    """Read a configuration file as values by parameter. Raises OptionError."""
+    return _by_parameter(load_config(path), path, command)
 
 
 def _by_parameter(given: dict[str, Any], path: Path, command: click.Command) -> dict[str, Any]:

@@ -47,7 +47,7 @@ class Option:
     other: str | None = None
     bounds: tuple[float, float] = (-math.inf, math.inf)
     above: bool = False
-    expected: str = "must be 1 or more"
+    expected: str = "1 or more"
     check: Callable[[Any], object] | None = None
     separator: str | None = None
     off: str | None = None
@@ -66,7 +66,7 @@ class Option:
         if self.bounds != (-math.inf, math.inf) and not (
             (value > least if self.above else value >= least) and value <= most
         ):
-            raise OptionError(f"--{self.name} {value}: {self.expected}")
+            raise OptionError(f"--{self.name} {value}: must be {self.expected}")
         if self.check is not None:
             self.check(value)
 

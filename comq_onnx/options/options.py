@@ -122,7 +122,7 @@ class Options(SampleOptions):
         None, RUNNING, "For tensors kept between stages, then the disk.  [default: half of what is free]",
         name="memory",
         metavar="GB",
-        bounds=(0.0, np.inf), expected="must be 0 or more gigabytes", lasting=False,
+        bounds=(0.0, np.inf), expected="0 or more gigabytes", lasting=False,
     )  # fmt: skip
     sensitivity: bool = declare(
         False, INPUT_OUTPUT, "With --plan: rank the layers by what quantizing each costs.", in_config=False

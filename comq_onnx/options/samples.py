@@ -106,5 +106,3 @@ class SampleOptions:
 PICTURE_OPTIONS = ("preprocess", "mean", "std", "resize", "crop", "layout", "channels", "dtype")
 TEXT_OPTIONS = ("tokenizer", "text_field", "length")
 KINDS = {"images": PICTURE_OPTIONS, "text": ("tokenizer", "text_field"), "text and sound": ("length",)}
-
-Recipe = SampleOptions

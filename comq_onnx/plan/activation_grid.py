@@ -1,4 +1,4 @@
-"""Scale and zero point of an activation."""
+"""Define the grid of an activation: its scale and its zero point."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ from comq_onnx.solve.grid import Array
 
 @dataclass(frozen=True)
 class ActivationGrid:
-    """Scale and zero point of one activation, per tensor: q = clip(round(x / scale) + zero_point, qmin, qmax)."""
+    """Describe the grid of one activation, the same for the whole tensor.
+
+    The code of x is clip(round(x / scale) + zero_point, qmin, qmax).
+
+    scale: the step between two neighbouring codes
+    zero_point: the code of 0
+    dtype: the integer type of the codes, such as uint8
+    """
 
     scale: np.float32
     zero_point: int
@@ -19,26 +26,28 @@ class ActivationGrid:
 
     @property
     def qmin(self) -> int:
-        """The lowest code of the type."""
+        """Return the lowest code of the type."""
         return int(np.iinfo(self.dtype).min)
 
     @property
     def qmax(self) -> int:
-        """The highest code of the type."""
+        """Return the highest code of the type."""
         return int(np.iinfo(self.dtype).max)
 
     def fake_quantize(self, x: Array) -> Array:
-        """DequantizeLinear(QuantizeLinear(x)), as the runtime computes it: rounding half to even, in float32."""
+        """Compute DequantizeLinear(QuantizeLinear(x)) as the runtime does: in float32, half rounded to even."""
         q = np.clip(np.rint(x / self.scale) + np.float32(self.zero_point), self.qmin, self.qmax)
         return np.asarray((q - np.float32(self.zero_point)) * self.scale, np.float32)
 
 
 def fit_range(low: float, high: float, dtype: str, bounds: tuple[float, float] | None = None) -> ActivationGrid:
-    """The grid that spans [low, high] and 0. Within `bounds` all codes stay inside them, so that a runtime can drop the
-    Clip or Relu that made them (it compares the range of all codes with the bounds).
+    """Return the grid that spans [low, high] and 0.
 
-    Of a signed type the zero point is 0 and the span symmetric, whatever the bounds: runtimes that want signed codes
-    take no other zero point, and drop a Relu by themselves."""
+    dtype: the type of the codes. With a signed type the zero point is 0 and the span is symmetric, whatever the bounds:
+        runtimes that want signed codes take no other zero point, and drop a Relu by themselves
+    bounds: what the Clip or Relu that makes the activation lets through; the values of all codes stay inside them, so
+        that a runtime can drop that node (it compares the range of all codes with the bounds); None where there is none
+    """
     qmax = int(np.iinfo(dtype).max)
     low, high = min(low, 0.0), max(high, 0.0)
     if np.iinfo(dtype).min < 0:

@@ -1,4 +1,4 @@
-"""The source made ready in the most thorough way that leaves its outputs as they were."""
+"""Prepare the source in the most thorough way that leaves its outputs as they were."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from comq_onnx.plan.initial_bits import REFERENCE_BITS
 from comq_onnx.runtime.session import Session
 from comq_onnx.samples.dataset import Dataset
 
-# what folding may change: float32 sums in another order stay above 90 dB in deep models, half precision above 40
+# the SQNR that must remain: float32 sums in another order stay above 90 dB in deep models, half precision above 40
 SAME_DB, SAME_HALF_DB = 60.0, 30.0
 # blocks of a weight-only MatMul, and uint16 activations, came with this opset
 BLOCKS_OPSET = 21
 
 
 def prepare_faithfully(source: FloatModel, data: Dataset, context: Context) -> Prepared:
-    """Prepare the source: constants and BatchNorms folded, at the opset wanted, the layers chosen that options ask for.
+    """Prepare the source: fold constants and BatchNorms, raise the opset, and select the layers that options ask for.
 
-    Where folding or the higher opset changes the outputs, or fails, a plainer way is taken. Raises ModelError where
-    none works, OptionError for patterns that match no layer.
+    Where folding or the higher opset changes the outputs, or fails, a simpler way is taken.
+
+    Raises ModelError where no way works, OptionError for patterns that match no layer.
     """
     least, wanted = context.target.min_opset, _wanted_opset(context)
     failed = []
@@ -47,7 +48,7 @@ def prepare_faithfully(source: FloatModel, data: Dataset, context: Context) -> P
 
 
 def _wanted_opset(context: Context) -> int:
-    """Return the opset at which the model is written as small and fast as the target runs it."""
+    """Return the opset that the smallest and fastest form of the model needs on the target."""
     options, target = context.options, context.target
     # where a budget decides, 4 bits have a container, and all other widths are bit planes
     widths = [options.fixed_bits or REFERENCE_BITS, *(bits for _, bits in options.bits_for)]
@@ -63,7 +64,7 @@ def _wanted_opset(context: Context) -> int:
 
 
 def _fidelity(prepared: Prepared, source: FloatModel, data: Dataset, context: Context) -> float:
-    """Return the SQNR in dB of the prepared model's outputs on the first batch; 200 for a model that is random."""
+    """Return the SQNR in dB of the prepared model's outputs on the first batch; 200 for a model with random outputs."""
     with private_directory() as work:
         model = to_bytes_or_file(prepared.model, work, "prepared")
         outputs = Session(model, context.device, what="the prepared model").run(data.first_feeds)

@@ -1,4 +1,4 @@
-"""How the weight of a layer is written on a target: its form, its grid and its container."""
+"""Choose how the weight of a layer is written on a target: its form, its grid and its container."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from comq_onnx.plan.activations import ActivationPlan
 from comq_onnx.solve.grid import Grid
 from comq_onnx.targets.target import WIDTHS, Target
 
-# what the nodes that join the bit planes of a layer take in a file, about
+# about how many bytes the nodes that join the bit planes of a layer take in a file
 PLANE_NODE_BYTES = 1500
 
 
 class WeightForm(Enum):
     """Name the ways in which a weight is written, from the fastest to the most general.
 
-    - INTEGER: codes -> (Cast to INT8) -> DequantizeLinear per channel, the layer's input quantized, an int32 bias of
-      scale s_x * s_w (float where the target wants that, or it would be dequantized at every call). ONNX Runtime folds
-      the Cast at load and runs its int8 kernels; the file holds 4 (2) bits a weight.
-    - BLOCKED (weight-only MatMul): codes in blocks along the inputs -> DequantizeLinear: MatMulNBits.
-    - FOLDED (any other weight-only layer): codes -> Cast to FLOAT -> Mul by the scale. Runtimes fold both at load: the
-      file is small, the speed that of the float layer. A DequantizeLinear there would run at every call in ONNX
-      Runtime; TensorRT takes codes nowhere else, so there one of scale 1 takes the place of the Cast.
-    - LOOKED_UP (embeddings): Gather of codes -> Cast -> Mul by the Gather of scales; only rows that are looked up
-      become float.
+    INTEGER: codes -> (Cast to INT8) -> DequantizeLinear per channel. The layer's input is quantized, and its bias is
+        int32 of scale s_x * s_w (float where the target wants that, or where an int32 bias would be dequantized at
+        every call). ONNX Runtime folds the Cast at load and runs its int8 kernels; the file holds 4 (2) bits a weight.
+    BLOCKED: for a weight-only MatMul, codes in blocks along the inputs -> DequantizeLinear; it becomes MatMulNBits.
+    FOLDED: for any other weight-only layer, codes -> Cast to FLOAT -> Mul by the scale. Runtimes fold both at load: the
+        file is small, and the layer as fast as the float one. A DequantizeLinear would run at every call in ONNX
+        Runtime. TensorRT takes codes only from a DequantizeLinear, so one of scale 1 stands there for the Cast.
+    LOOKED_UP: for embeddings, Gather of codes -> Cast -> Mul by the Gather of scales. Only the rows that are looked up
+        become floats.
     """
 
     INTEGER = "integer"
@@ -48,17 +48,17 @@ def form_of(layer: Layer, activations: ActivationPlan) -> WeightForm:
 
 
 def may_add_bias(layer: Layer, activations: ActivationPlan) -> bool:
-    """Tell whether a layer without a bias can be given one: a weight-only MatMul, whose kernel takes it in."""
+    """Tell whether a layer without a bias can be given one: a weight-only MatMul, whose kernel adds biases too."""
     return layer.kind.bias_index is None and form_of(layer, activations) is WeightForm.BLOCKED
 
 
 def container_of(
     layer: Layer, bits: int, activations: ActivationPlan, target: Target, opset: int
 ) -> tuple[str, tuple[int, ...]]:
-    """Return the container of a layer's codes, and the widths of the bit planes that take its place.
+    """Return the container of a layer's codes, and the widths of the bit planes that are stored in its place.
 
-    There are no planes where they save less than the nodes that join them take, or in a weight-only MatMul that would
-    lose its 4-bit kernel by them.
+    There are no planes, (), where they save less than the nodes that join them take, and in a weight-only MatMul that
+    would lose its 4-bit kernel by them.
     """
     form = form_of(layer, activations)
     storage = target.integer if form is WeightForm.INTEGER else target.weight_only
@@ -66,26 +66,24 @@ def container_of(
     if int(np.prod(layer.weight_shape)) * (WIDTHS[container] - bits) < 8 * PLANE_NODE_BYTES:
         planes = ()
     if form is WeightForm.BLOCKED and container != "INT8":
-        columns = layer.kind.axis
-        assert columns is not None
-        if container == "INT2" and layer.weight_shape[columns] % target.int2_columns:
+        if container == "INT2" and layer.kind.outputs % target.int2_columns:
             container = "INT4"
         return container, ()
     return container, planes
 
 
 def code_bytes(layer: Layer, bits: int, activations: ActivationPlan, target: Target, opset: int) -> int:
-    """Return the bytes that the codes of a layer take in the file at some bits."""
+    """Return the bytes that the codes of a layer take in the file at `bits` bits."""
     container, planes = container_of(layer, bits, activations, target, opset)
     count = int(np.prod(layer.weight_shape))
     return sum(-(-count * width // 8) for width in planes or (WIDTHS[container],))
 
 
 def supported_grid(layer: Layer, grid: Grid, target: Target) -> Grid:
-    """Return the grid nearest to `grid` that the form of a layer can carry on a target.
+    """Return the grid nearest to `grid` that the form of a layer can hold on a target.
 
-    Blocks lie only along the inputs of a matrix, a grouped ConvTranspose has one scale, and where a zero point would
-    have no place the grid is symmetric.
+    Only a matrix can have blocks, along its inputs. A grouped ConvTranspose has one scale. Where the target takes no
+    zero points the grid is symmetric.
     """
     kind = layer.kind
     if kind.is_lookup:

@@ -1,4 +1,4 @@
-"""The bits of each layer before any survey: what the options say, and what containers hold anyway."""
+"""Give each layer its bits before any survey: those of the options, or as many as its container holds anyway."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from comq_onnx.plan.plan import Bits, Plan
 from comq_onnx.solve.grid import MAX_BITS
 
 EMBEDDING_BITS = 8
-# the bits at which layers are compared, and that they have where a budget is to decide
+# the bits at which layers are compared, and which they have until a budget has decided
 REFERENCE_BITS = 4
 
 
@@ -30,12 +30,15 @@ def initial_bits(layers: Sequence[Layer], options: Options) -> Bits:
 
 
 def has_explicit_bits(name: str, options: Options) -> bool:
-    """Tell whether --bits-for says what a layer gets."""
+    """Tell whether --bits-for gives the bits of a layer."""
     return any(compile_pattern(pattern, "--bits-for").search(name) for pattern, _ in options.bits_for)
 
 
 def fill_containers(plan: Plan, bits: Bits, context: Context) -> Bits:
-    """Give each layer the most bits that take as many bytes as those asked for: its container holds them anyway."""
+    """Give each layer the most bits that take no more bytes than those asked for: its container holds them anyway.
+
+    Layers whose bits --bits-for gives and embeddings keep theirs.
+    """
     sharing: dict[str, list[Layer]] = {}
     for layer in plan.layers:
         sharing.setdefault(layer.weight, []).append(layer)
@@ -54,6 +57,6 @@ def fill_containers(plan: Plan, bits: Bits, context: Context) -> Bits:
 
 
 def most_bits_in_container(plan: Plan, layer: Layer, bits: int) -> int:
-    """Return the most bits whose codes are stored as those of `bits` are."""
+    """Return the most bits whose codes go into the same container as those of `bits` bits."""
     stored = [plan.container(layer, n) for n in range(bits, MAX_BITS + 1)]
     return max(bits + i for i, container in enumerate(stored) if container == stored[0])

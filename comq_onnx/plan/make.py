@@ -1,4 +1,4 @@
-"""Make the plan: which values are quantized, which layers gain by integers, and the bits of each before any survey."""
+"""Make the plan: which values are quantized, which layers run in integers, and the bits of each before any survey."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from comq_onnx.plan.plan import Plan
 from comq_onnx.plan.subgraphs import Specialized, specialize
 from comq_onnx.samples.dataset import Dataset
 
-# samples that tell how the channels of activations compare, and how many of them run at once
+# the number of samples that show how large the channels of activations are, and how many of them run at once
 SMOOTHING_SAMPLES, SMOOTHING_BATCH = 64, 4
 PROBED = "the model with its activations as outputs"
 
@@ -29,7 +29,7 @@ PROBED = "the model with its activations as outputs"
 def make_plan(source: FloatModel, prepared: Prepared, data: Dataset, context: Context) -> Plan:
     """Plan the quantization of a prepared model.
 
-    Raises ModelError where the samples reach no layer, OptionError for options that its opset does not have.
+    Raises ModelError where the samples reach no layer, OptionError for options that the model's opset cannot express.
     """
     specialized = specialize(prepared, data.calibration, context)
     prepared = _reached(prepared, specialized, source)
@@ -54,6 +54,7 @@ def _reached(prepared: Prepared, specialized: Specialized, source: FloatModel) -
 
 
 def _check_opset(prepared: Prepared, dtype: str | None, context: Context) -> None:
+    """Raise OptionError for options that need a newer opset than the model has."""
     if prepared.opset >= BLOCKS_OPSET:
         return
     if context.options.block_size is not None:
@@ -68,9 +69,9 @@ def _check_opset(prepared: Prepared, dtype: str | None, context: Context) -> Non
 
 
 def _choose_activations(plan: Plan, dtype: str | None, data: Dataset, context: Context) -> Plan:
-    """Choose the values that are quantized: where the options leave it open, those that make the model faster."""
+    """Choose the values that are quantized; with --activations auto only where that makes the model faster."""
     walked = plan.walked
-    # with scales per block every MatMul is weight-only: one behind it that is not would cost it its kernel
+    # with scales per block every MatMul is weight-only: one before a MatMul in integers would lose its kernel
     blocks = context.options.block_size is not None
     whole = [
         layer
@@ -81,11 +82,11 @@ def _choose_activations(plan: Plan, dtype: str | None, data: Dataset, context: C
     def planned(layers: Sequence[Layer]) -> ActivationPlan:
         return plan_activations(walked.model, layers, plan.target, dtype)
 
-    found, costs = planned(whole), plan.target.costs
-    open_to_doubt = any(x.name in found.integer_layers and integer_gain.is_measured(x) for x in whole)
-    if context.options.activations != "auto" or costs is None or not open_to_doubt:
+    found = planned(whole)
+    may_be_slower = any(x.name in found.integer_layers and integer_gain.is_measured(x) for x in whole)
+    if context.options.activations != "auto" or plan.target.costs is None or not may_be_slower:
         return replace(plan, activations=found)
-    faster = integer_gain.choose(walked, whole, planned, _shapes(walked.model, data, context), costs)
+    faster = integer_gain.choose(walked, whole, planned, _shapes(walked.model, data, context), plan.target)
     slower = found.integer_layers - faster.integer_layers
     if slower:
         context.journal.notes.append(
@@ -96,7 +97,7 @@ def _choose_activations(plan: Plan, dtype: str | None, data: Dataset, context: C
 
 
 def _shapes(model: ir.Model, data: Dataset, context: Context) -> integer_gain.Shapes:
-    """Return the shape of every tensor of the main graph, for one sample."""
+    """Return the shape of every tensor of the main graph for one sample, by name."""
     names = [str(v.name) for node in model.graph for v in node.outputs if v.name]
     feeds = next(data.calibration.batches(1))
     made = {**feeds, **next(iter(probe(model, names, [feeds], context.device, PROBED)))}
@@ -104,7 +105,10 @@ def _shapes(model: ir.Model, data: Dataset, context: Context) -> integer_gain.Sh
 
 
 def smooth_activations(plan: Plan, dtype: str | None, data: Dataset, context: Context) -> Plan:
-    """Even out the channels of activations where that gains, in the model that is walked and in the written one."""
+    """Even out the channels of activations where that gains, in the model that is walked and in the written one.
+
+    dtype: the type of quantized activations; None where there are none
+    """
     factors = _smoothing_factors(plan, data, context)
     if not factors:
         return plan
@@ -121,11 +125,11 @@ def smooth_activations(plan: Plan, dtype: str | None, data: Dataset, context: Co
 
 
 def _smoothing_factors(plan: Plan, data: Dataset, context: Context) -> smoothing.Factors:
-    """Find by what to multiply the channels of some activations, from a few samples."""
-    names = list(smoothing.candidates(plan.walked, plan.activations))
-    if not names:
+    """Find the factors for the channels of some activations, from a few samples."""
+    candidates = smoothing.candidates(plan.walked, plan.activations)
+    if not candidates:
         return {}
     few = data.calibration.few(SMOOTHING_SAMPLES)
     masks = [None if data.mask is None else batch[data.mask] == 1 for batch in few.batches(SMOOTHING_BATCH)]
-    values = probe(plan.walked.model, names, few.batches(SMOOTHING_BATCH), context.device, PROBED)
-    return smoothing.find_factors(plan.walked, plan.activations, plan.grids, values, masks)
+    values = probe(plan.walked.model, list(candidates), few.batches(SMOOTHING_BATCH), context.device, PROBED)
+    return smoothing.find_factors(plan.walked, candidates, plan.activations.dtype, plan.grids, values, masks)

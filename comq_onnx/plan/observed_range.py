@@ -1,4 +1,4 @@
-"""The range of an activation, as the samples show it."""
+"""Gather the range of an activation from samples."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ import numpy.typing as npt
 
 from comq_onnx.plan.activation_grid import ActivationGrid, fit_range
 
-# of each batch so many values, drawn at random, tell how an activation is spread
+# this many values of each batch, drawn at random, tell how the values of an activation are distributed
 SPREAD_VALUES = 8192
 # the sign, the exponent and two bits of the mantissa of a float32: bins a quarter of a power of two wide
 _BIN_SHIFT, _BINS = 21, 2048
 
 
 class ObservedRange:
-    """Gather the span of an activation over all samples, batch by batch, and how its values are spread in it."""
+    """Gather the range of an activation over all samples, batch by batch, and how its values are distributed in it.
+
+    low, high: the ends of the range; inf and -inf where nothing was seen yet
+    """
 
     def __init__(self) -> None:
         self.low, self.high = np.inf, -np.inf
@@ -22,9 +25,9 @@ class ObservedRange:
         self._rng = np.random.default_rng(0)
 
     def observe(self, x: npt.NDArray[np.float32]) -> None:
-        """Widen the span by one batch."""
+        """Widen the range by one batch; an x without values changes nothing."""
         if x.size:
-            # numpy's minimum hands NaN on, Python's drops it
+            # numpy's minimum keeps a NaN, Python's loses it
             self.low, self.high = float(np.minimum(self.low, x.min())), float(np.maximum(self.high, x.max()))
             flat = np.ascontiguousarray(x, np.float32).reshape(-1)
             if flat.size > SPREAD_VALUES:
@@ -34,7 +37,7 @@ class ObservedRange:
     def between(self, share: float) -> tuple[float, float]:
         """Return bounds that leave out at most (1 - share) / 2 of the values on either side.
 
-        They are up to a quarter too wide, as the bins are, and never wider than the span; (0, 0) where nothing was
+        They are up to a quarter too wide, as the bins are, and never wider than the range. (0, 0) where nothing was
         seen.
         """
         if not np.isfinite(self.low):
@@ -50,6 +53,9 @@ class ObservedRange:
         return max(self.low, float(lower[first])), min(self.high, float(upper[last]))
 
     def grid(self, dtype: str, bounds: tuple[float, float] | None) -> ActivationGrid:
-        """Return the min-max grid; that of [0, 0] where nothing was seen."""
+        """Return the grid that spans the whole range, or [0, 0] where nothing was seen.
+
+        dtype, bounds: as `fit_range` takes them
+        """
         low, high = (self.low, self.high) if np.isfinite(self.low) else (0.0, 0.0)
         return fit_range(low, high, dtype, bounds)

@@ -1,4 +1,4 @@
-"""The plan of a quantization: one frozen value that goes from stage to stage."""
+"""Define the plan of a quantization: one frozen value that goes from stage to stage."""
 
 from __future__ import annotations
 
@@ -18,15 +18,17 @@ Bits = dict[str, int]
 
 @dataclass(frozen=True)
 class Plan:
-    """Hold what is quantized, and how.
+    """Describe what is quantized, and how.
 
     written: the model that is written, with its layers in topological order
-    walked: the same as calibration walks it: branches of If in line, loops with more outputs (subgraphs.py)
-    probes: for each layer in the body of a loop the value of `walked` that stacks its inputs
+    walked: the same model as calibration walks through it: branches of If inlined, loops with more outputs (see
+        subgraphs.py)
+    probes: for each layer in the body of a loop, the value of `walked` that stacks the layer's inputs
     activations: the values that are quantized, and the layers that run in integers
-    target: what runs the model
-    bits, grids: of the weight of each layer, by its name
-    slower: layers that are weight-only because integers would make them slower
+    target: the runtime that the model is written for
+    bits: the bits of each layer's weight, by the name of the layer
+    grids: the grid of each layer's weight, by the name of the layer
+    slower: the names of layers that are weight-only because integers would make them slower
     """
 
     written: Prepared
@@ -45,7 +47,7 @@ class Plan:
 
     @property
     def opset(self) -> int:
-        """Return the version of the standard operators in the model that is written."""
+        """Return the opset of the model that is written."""
         return self.written.opset
 
     def form(self, layer: Layer) -> WeightForm:
@@ -57,22 +59,22 @@ class Plan:
         return layer.name in self.activations.integer_layers
 
     def has_bias(self, layer: Layer) -> bool:
-        """Tell whether a bias can carry a shift of a layer's output: its own bias, or one that is added."""
+        """Tell whether a layer has a bias that can take a shift of its output, or can be given one."""
         return layer.has_bias or may_add_bias(layer, self.activations)
 
     def container(self, layer: Layer, bits: int) -> tuple[str, tuple[int, ...]]:
-        """Return the container of a layer's codes, and the widths of bit planes in its place: see `container_of`."""
+        """Return the container of a layer's codes, and the widths of bit planes in its place (see `container_of`)."""
         return container_of(layer, bits, self.activations, self.target, self.opset)
 
     def code_bytes(self, layer: Layer, bits: int) -> int:
-        """Return the bytes that the codes of a layer take in the file."""
+        """Return the bytes that the codes of a layer take in the file at `bits` bits."""
         return code_bytes(layer, bits, self.activations, self.target, self.opset)
 
     def with_bits(self, bits: Bits, options: Options) -> Plan:
-        """Return the plan with other bits, and the grids that the options give for them."""
+        """Return the plan with other bits by the name of the layer, and the grids that the options give for them."""
         grids = {layer.name: self.grid_at(layer, bits[layer.name], options) for layer in self.layers}
         return replace(self, bits=bits, grids=grids)
 
     def grid_at(self, layer: Layer, bits: int, options: Options) -> Grid:
-        """Return the grid of a layer's weight at some bits."""
+        """Return the grid of a layer's weight at `bits` bits."""
         return supported_grid(layer, options.grid(bits), self.target)

@@ -1,15 +1,16 @@
-"""The range of an activation, chosen by what its rounding does to the layers that read it.
+"""Choose the range of an activation by what its rounding does to the layers that read it.
 
 An activation's scale and zero point are coordinates of the same objective as the codes of a weight,
 
     || Q(X) W - X W ||^2,
 
-and are minimized like those, one after the other: both ends of the range together, then each by itself, over fractions
-of what was seen. W is the weight of every layer that reads the activation, so an error counts for what comes of it, not
-for its size; what the bias takes, the mean of the error, does not count. A residual sum passes errors on as they are.
+and are minimized like those, one after the other: both ends of the range together, then each end alone, over fractions
+of the range that was seen. W is the weight of every layer that reads the activation, so an error counts by its effect
+on the outputs of those layers, not by its size. The mean of the error does not count where a bias takes it. A residual
+sum passes errors on as they are.
 
-The objective is computed on some positions of all samples: drawn at random, and besides those with the largest numbers,
-because what is lost by clipping lies in a few of them.
+The objective is computed on some positions of all samples: some drawn at random, and those with the largest numbers,
+because clipping changes only a few positions.
 """
 
 from __future__ import annotations
@@ -29,37 +30,39 @@ from comq_onnx.plan.activations import ActivationPlan
 from comq_onnx.solve.grid import Array
 from comq_onnx.solve.rounding_error import rounding_error
 
-# what part of all positions each of some stands for
+# the share of all positions that each kept position stands for, [n]
 Shares = npt.NDArray[np.float32]
-# positions drawn at random, and those with the largest numbers
+# the number of positions drawn at random, and of those with the largest numbers
 DRAWN, EXTREME = 1024, 256
-# what is best for fewer is chance
+# with fewer positions the best range is chance
 LEAST = 64
-# more numbers than these tell no more: of activations with many channels fewer positions are kept
+# more numbers tell no more: fewer positions of activations with many channels are kept
 MOST_NUMBERS = 1 << 20
-# a layer's outputs are mixed to so many, at random: what is left of an error keeps its size on average
+# the outputs of a layer are replaced by so many random sums of them: on average these keep the size of an error
 MIXED = 64
-# fractions of the range seen that are tried as ends, and then those about the best
+# fractions of the range seen that are tried as its ends, then fractions around the best ones
 COARSE = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.22, 0.16, 0.11, 0.08, 0.04)
 FINER = (1.05, 0.95, 0.85, 0.7)
 SWEEPS = 3
-# a narrower range must win so much, or the one that was seen stays
+# a narrower range must bring the cost down to this share, or the one that was seen stays
 WORTH = 0.98
 
 
 class Positions:
-    """Some positions [n, channels] of an activation, gathered batch by batch in bounded memory, and how many positions
-    each stands for. Which ones does not hang on how the positions are parted into batches."""
+    """Gather some positions of an activation batch by batch, in bounded memory, and how many positions each stands for.
+
+    The same positions are chosen however they are divided into batches.
+    """
 
     def __init__(self, axis: int) -> None:
-        """axis: that of the channels."""
+        """Begin with no positions; axis: the axis of the channels."""
         self._axis = axis
         self._seen = 0
         self._drawn: _Kept | None = None
         self._extreme: _Kept | None = None
 
     def observe(self, x: Array) -> None:
-        """Take some positions of one batch."""
+        """Choose among the positions of one batch."""
         if x.ndim < 2 or not x.size:
             return
         # [n, channels, places], a view where the layout allows it
@@ -74,7 +77,7 @@ class Positions:
         self._seen += len(at)
 
     def rows(self) -> tuple[Array, Shares]:
-        """The positions [n, channels] and their weights [n], which add up to 1."""
+        """Return the positions [n, channels] and the shares that they stand for, [n], which add up to 1."""
         assert self._drawn is not None
         assert self._extreme is not None
         rest = np.flatnonzero(~np.isin(self._drawn.at, self._extreme.at))
@@ -86,13 +89,18 @@ class Positions:
 
     @property
     def enough(self) -> bool:
-        """Whether there were positions enough to choose by."""
+        """Tell whether there were enough positions to choose a range."""
         return self._seen >= LEAST
 
 
 @dataclass(frozen=True)
 class _Kept:
-    """The positions of least keys, those first of equals: rows [n, channels], which they are, their keys."""
+    """Hold the positions with the smallest keys; of positions with equal keys the first ones.
+
+    rows: the positions, [n, channels]
+    at: their places among all positions, [n]
+    keys: their keys in ascending order, [n]
+    """
 
     rows: Array
     at: npt.NDArray[np.int64]
@@ -102,7 +110,12 @@ class _Kept:
     def best(
         cls, before: _Kept | None, x: Array, at: npt.NDArray[np.int64], keys: npt.NDArray[Any], most: int
     ) -> _Kept:
-        """Of those before and of x [n, channels, places], with a key for each position."""
+        """Return the best of the positions kept before and of those of a batch.
+
+        x: the batch, [n, channels, places]
+        at, keys: the place and the key of each of its positions, [n * places]
+        most: how many positions are kept
+        """
         new = np.arange(len(keys))
         if before is not None and len(before.at) == most:
             new = np.flatnonzero(keys < before.keys[-1])
@@ -117,8 +130,10 @@ class _Kept:
 
 
 def _shuffled(at: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
-    """A number for each position that has nothing to do with where it is: the finalizer of SplitMix64 (Steele et al.,
-    Fast splittable pseudorandom number generators, 2014)."""
+    """Return a pseudorandom number for each position, from its place: the finalizer of SplitMix64.
+
+    Steele et al., Fast splittable pseudorandom number generators, 2014.
+    """
     z = at.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -127,20 +142,26 @@ def _shuffled(at: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
 
 @dataclass(frozen=True)
 class Readers:
-    """Who reads a quantized value: the layers, all with their channels on one axis, and whether anything else does."""
+    """Describe the readers of a quantized value.
+
+    layers: the layers that read it, all with their channels on the same axis
+    passed_on: whether something else reads it
+    """
 
     layers: tuple[Layer, ...]
     passed_on: bool
 
     @property
     def axis(self) -> int:
-        """The axis of the channels of what they read."""
+        """Return the axis of the channels of the value."""
         return 1 if self.layers[0].kind.is_convolution else -1
 
 
 def readers(prepared: Prepared, plan: ActivationPlan) -> dict[str, Readers]:
-    """For each value with a scale of its own who reads it, itself or what a MaxPool makes of it; without those that no
-    layer reads."""
+    """Return the readers of each value with a scale of its own, or of what a MaxPool makes of it, by name.
+
+    Values that no layer reads are left out.
+    """
     values = {str(v.name): v for v in graphs.walk_values(prepared.model)}
     integer = {x.name: x for x in prepared.layers if x.name in plan.integer_layers and not x.nested}
     found = {}
@@ -164,9 +185,13 @@ def readers(prepared: Prepared, plan: ActivationPlan) -> dict[str, Readers]:
 
 
 def mix(kind: OpKind, matrix: Array, rng: np.random.Generator) -> Array:
-    """The outputs of a layer with weight [groups, out, in] as random sums of them, [channels, MIXED], or as they are
-    where they are no more: those of a convolution over all places of its window, as if the errors at them had nothing
-    in common."""
+    """Mix the outputs of a layer: return the weights of MIXED random sums of them, [channels, MIXED].
+
+    Where the outputs are no more than MIXED, their own weights are returned. The places in the window of a convolution
+    count as outputs of their own, as if the errors at them were independent.
+
+    matrix: the weight, [groups, out, in]
+    """
     groups, outputs, inputs = matrix.shape
     places = int(np.prod(kind.kernel))
     # [groups, channels, outputs * places]
@@ -180,7 +205,11 @@ def mix(kind: OpKind, matrix: Array, rng: np.random.Generator) -> Array:
 
 @dataclass(frozen=True)
 class Reader:
-    """What a layer makes of its input: `mix` of its weight, and whether a bias takes the mean of its error."""
+    """Describe what a layer computes of its input.
+
+    mixed: what `mix` returns for its weight, [channels, MIXED]
+    has_bias: whether a bias takes the mean of its error
+    """
 
     mixed: Array
     has_bias: bool
@@ -188,22 +217,33 @@ class Reader:
 
 @dataclass(frozen=True)
 class Objective:
-    """What rounding costs: the error that comes out of each reader, over what comes out of it without."""
+    """Measure what rounding costs: the error in the outputs of each reader, relative to those outputs.
+
+    rows: some positions of the activation, [n, channels]
+    shares: the shares that they stand for, [n]
+    mixed: the mixed weights of all readers, [channels, readers * MIXED], each over the size of its outputs; None where
+        nothing reads the activation
+    unbiased: 1 where a bias takes the mean of the error, 0 elsewhere, [readers * MIXED]
+    passed_on: the weight of the error of the rows themselves: one over their variance; 0 where nothing passes them on
+    """
 
     rows: Array
     shares: Shares
-    mixed: Array | None  # [channels, readers * MIXED], each over the size of its outputs
-    unbiased: Array  # [readers * MIXED], 1 where a bias takes the mean
-    passed_on: float  # over the variance of the rows; 0 where nothing passes them on
+    mixed: Array | None
+    unbiased: Array
+    passed_on: float
 
     @classmethod
     def of(cls, rows: Array, shares: Shares, readers: Sequence[Reader], passed_on: bool) -> Objective:
-        """rows, shares: some positions as `Positions` gives them; passed_on: whether something reads the values as they
-        are."""
+        """Make the objective of an activation.
+
+        rows, shares: some positions of it, as `Positions.rows` gives them
+        passed_on: whether something reads the values as they are
+        """
         centred = rows - shares @ rows
         parts, unbiased = [], []
         for reader in readers:
-            with np.errstate(over="ignore", invalid="ignore"):  # weights without measure are refused by their solver
+            with np.errstate(over="ignore", invalid="ignore"):  # their solver refuses weights that are too large
                 outputs = (centred if reader.has_bias else rows) @ reader.mixed
                 size = float(shares @ np.square(outputs, dtype=np.float64).sum(axis=1))
             if 0 < size < np.inf:
@@ -216,7 +256,7 @@ class Objective:
         return cls(rows, shares, np.concatenate(parts, axis=1), np.concatenate(unbiased), alone)
 
     def cost(self, grid: ActivationGrid) -> float:
-        """The relative error for a grid."""
+        """Return the relative error with a grid."""
         error = rounding_error(
             self.rows, grid.scale, np.float32(grid.zero_point), np.float32(grid.qmin), np.float32(grid.qmax)
         )
@@ -233,7 +273,11 @@ class Objective:
 def choose(
     objective: Objective, low: float, high: float, dtype: str, bounds: tuple[float, float] | None
 ) -> ActivationGrid:
-    """The grid of least cost, of those whose range is a part of [low, high] and holds 0."""
+    """Choose the grid of least cost among those whose range is a part of [low, high] and holds 0.
+
+    low, high: the range that was seen
+    dtype, bounds: as `fit_range` takes them
+    """
     low, high = ends = min(low, 0.0), max(high, 0.0)
     best = fit_range(low, high, dtype, bounds)
     widest, least = best, objective.cost(best)
@@ -248,7 +292,7 @@ def choose(
 
 
 def _narrower(low: float, high: float, fractions: Sequence[float]) -> list[tuple[float, float]]:
-    """Both ends at a fraction, or one of them."""
+    """Return the ranges with both ends, or one of them, at each of some fractions."""
     tried = [(low * f, high * f) for f in fractions]
     if low < 0 < high:
         tried += [(low, high * f) for f in fractions] + [(low * f, high) for f in fractions]

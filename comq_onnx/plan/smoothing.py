@@ -1,18 +1,19 @@
-"""Channels of very different size evened out before they share one activation scale.
+"""Even out channels of very different size before they share one activation scale.
 
-A few channels of a transformer's activations are many times larger than the rest, and one scale for all leaves the rest
-a few codes. X diag(t) times diag(1/t) W is the same product, so scale can move from the activation to the weight, as
-SmoothQuant does (https://arxiv.org/abs/2211.10438): t_c = max |x_c|^-alpha. How much is decided for each activation by
-what the objective makes of it, || Q(X t) Q(W / t) - X W ||^2, since what the activation wins the weight may lose.
+A few channels of a transformer's activations are many times larger than the rest, and with one scale for all the rest
+gets only a few codes. X diag(t) times diag(1/t) W is the same product, so scale can move from the activation to the
+weight, as SmoothQuant does (https://arxiv.org/abs/2211.10438): t_c = max |x_c|^-alpha. alpha is chosen for each
+activation by the objective || Q(X t) Q(W / t) - X W ||^2, since the weight may lose what the activation gains.
 
 Where the values come out of a layer norm or a product with a constant, and only the layers read them, t goes into that
-constant; elsewhere one Mul stands before the QuantizeLinear, a few per cent of the product's time. A QuantizeLinear per
-channel would do without the Mul, but takes several times as long as the product (both: tools/bench/forms.py).
+constant. Elsewhere a Mul is put before the QuantizeLinear, which takes a few per cent of the product's time. A
+QuantizeLinear per channel would need no Mul, but takes several times as long as the product (both measured by
+tools/bench/forms.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -27,22 +28,27 @@ from comq_onnx.plan.ranges import Objective, Positions, Reader
 from comq_onnx.samples.padding import Mask, take_kept
 from comq_onnx.solve.grid import Array, Grid, fit_mse, round_to_grid
 
+# the alphas that are tried
 ALPHAS = (0.15, 0.3, 0.45, 0.6, 0.75)
-# what the solver leaves of rounding's squared error, about (docs/solver.md)
+# about the share of rounding's squared error that the solver leaves (docs/solver.md)
 SOLVED = 0.35
-# parts of the range of an activation that are tried
+# fractions of the range of an activation that are tried
 ENDS = (1.0, 0.75, 0.5)
-# output channels whose rounding is looked at
+# the number of output channels of a layer whose rounding is measured
 CHANNELS = 64
-# a Mul must win so much of the error, and be little work beside the layers' own
+# the error must fall to these shares, without and with a new Mul; a Mul is little work beside so many outputs of layers
 WORTH, WORTH_A_NODE, LEAST_OUTPUTS = 0.98, 0.85, 128
-# channels smaller than the largest by more than this are rounding errors
+# channels below this share of the largest hold only rounding errors
 FLOOR = 1e-3
+# the factors [channels] of an activation, by the name of the value
 Factors = dict[str, Array]
 
 
 def candidates(prepared: Prepared, plan: ActivationPlan) -> dict[str, list[Layer]]:
-    """The quantized values that only matrix products read quantized, with those layers. No weight is used elsewhere."""
+    """Return the quantized values that only matrix products read dequantized, with those layers.
+
+    The weights of the layers have no other use.
+    """
     initializers = prepared.model.graph.initializers
     found: dict[str, list[Layer]] = {}
     for layer in prepared.layers:
@@ -59,17 +65,20 @@ def candidates(prepared: Prepared, plan: ActivationPlan) -> dict[str, list[Layer
 
 def find_factors(
     prepared: Prepared,
-    plan: ActivationPlan,
+    among: Mapping[str, Sequence[Layer]],
+    dtype: str,
     grids: Mapping[str, Grid],
     values: Iterable[Mapping[str, Array]],
     masks: Sequence[Mask | None],
 ) -> Factors:
-    """The factors [channels] of each candidate, for those that gain by them.
+    """Find the factors [channels] of values, for those that gain by them.
 
-    values: what the candidates are, batch by batch; masks: which positions of a batch count; grids: of the weights of
-    layers.
+    among: the values, with the layers that read them, as `candidates` gives them
+    dtype: the type of quantized activations
+    grids: the grid of each layer's weight, by the name of the layer
+    values: the arrays of the values, batch by batch
+    masks: the positions of each batch that count; None for all
     """
-    among = candidates(prepared, plan)
     seen = {name: Positions(-1) for name in among}
     largest: dict[str, Array] = {}
     for batch, mask in zip(values, masks, strict=True):
@@ -84,13 +93,13 @@ def find_factors(
         if seen[name].enough and np.isfinite(largest[name]).all() and largest[name].max() > 0:
             worth = WORTH if _absorbing(prepared.model, name, layers) else WORTH_A_NODE
             if worth == WORTH or sum(x.weight_shape[x.kind.axis or 0] for x in layers) >= LEAST_OUTPUTS:
-                factors = _best(prepared, layers, grids, plan.dtype, seen[name], largest[name], worth)
+                factors = _best_factors(prepared, layers, grids, dtype, seen[name], largest[name], worth)
                 if factors is not None:
                     found[name] = factors
     return found
 
 
-def _best(
+def _best_factors(
     prepared: Prepared,
     layers: Sequence[Layer],
     grids: Mapping[str, Grid],
@@ -99,11 +108,32 @@ def _best(
     largest: Array,
     worth: float,
 ) -> Array | None:
+    """Choose the factors of least error for one value; None where the error stays above `worth` of what it was.
+
+    positions: some positions of the value
+    largest: the largest magnitude of each channel, [channels]
+    """
+    cost = _cost_of_factors(prepared, layers, grids, dtype, positions)
+    size = np.maximum(largest, largest.max() * FLOOR)
+    size = (size / np.exp(np.log(size).mean())).astype(np.float32)
+    plain = cost(np.ones_like(size))
+    costs = {alpha: cost(size**-alpha) for alpha in ALPHAS}
+    alpha = min(costs, key=costs.__getitem__)
+    return size**-alpha if costs[alpha] < worth * plain else None
+
+
+def _cost_of_factors(
+    prepared: Prepared, layers: Sequence[Layer], grids: Mapping[str, Grid], dtype: str, positions: Positions
+) -> Callable[[Array], float]:
+    """Return the function that gives the cost of factors [channels]: the errors of the activation and of the weights.
+
+    Both are relative to the outputs of the layers.
+    """
     rows, shares = positions.rows()
     rng = np.random.default_rng(0)
     weights = [prepared.weight(x) for x in layers]
     mixed = [ranges.mix(x.kind, weight, rng) for x, weight in zip(layers, weights, strict=True)]
-    # what a bias takes does not count
+    # the mean of the error does not count where a bias takes it
     squares = [shares @ np.square(rows - shares @ rows if x.has_bias else rows) for x in layers]
     energies = [float((np.square(w[0]) @ square).sum()) for w, square in zip(weights, squares, strict=True)]
 
@@ -120,52 +150,67 @@ def _best(
             total += SOLVED * lost / max(energy, 1e-30)
         return total
 
-    size = np.maximum(largest, largest.max() * FLOOR)
-    size = (size / np.exp(np.log(size).mean())).astype(np.float32)
-    plain = cost(np.ones_like(size))
-    costs = {alpha: cost(size**-alpha) for alpha in ALPHAS}
-    alpha = min(costs, key=costs.__getitem__)
-    return size**-alpha if costs[alpha] < worth * plain else None
+    return cost
 
 
 def apply(model: ir.Model, layers: Sequence[Layer], factors: Factors) -> list[Layer]:
-    """Rewrite `model` in place so that the layers read their inputs times the factors, with weights divided by them;
-    the layers as they are now."""
+    """Rewrite `model` in place: the layers read their inputs times the factors, their weights are divided by them.
+
+    Returns the layers as they are now.
+    """
     nodes = {str(node.name): node for node in model.graph}
     values = {str(v.name): v for v in graphs.walk_values(model)}
     changed: dict[str, Layer] = {}
     for name, t in factors.items():
         readers = [layer for layer in layers if layer.input == name]
         for layer in readers:
-            weight = model.graph.initializers[layer.weight]
-            assert weight.const_value is not None
-            matrix = layer.kind.to_matrix(weight.const_value.numpy()) / t
-            weight.const_value = ir.tensor(
-                np.ascontiguousarray(layer.kind.from_matrix(matrix), np.float32), name=layer.weight
-            )
-            changed[layer.name] = layer
+            _divide_weight(model, layer, t)
         constants = _absorbing(model, name, readers)
-        if constants:
-            for constant in constants:
-                _scale(constant, t)
-            continue
-        value, parts = values[name], graphs.add_initializer(model.graph, f"{name}.factors", t)
-        made = ir.node("Mul", [value, parts], name=f"{name}.even")
-        made.outputs[0].name, made.outputs[0].type, made.outputs[0].shape = f"{name}.evened", value.type, value.shape
-        producer = value.producer()
-        if producer is not None:
-            model.graph.insert_after(producer, made)
-        else:
-            model.graph.insert_before(next(iter(model.graph)), made)
-        for layer in readers:
-            nodes[layer.name].replace_input_with(layer.kind.input_index, made.outputs[0])
-            changed[layer.name] = replace(layer, input=str(made.outputs[0].name))
+        for constant in constants:
+            _multiply(constant, t)
+        if not constants:
+            product = _insert_product(model, values[name], t)
+            for layer in readers:
+                nodes[layer.name].replace_input_with(layer.kind.input_index, product)
+                changed[layer.name] = replace(layer, input=str(product.name))
     return [changed.get(layer.name, layer) for layer in layers]
 
 
+def _divide_weight(model: ir.Model, layer: Layer, t: Array) -> None:
+    """Divide the weight of a layer by factors of its input channels, in place."""
+    weight = model.graph.initializers[layer.weight]
+    assert weight.const_value is not None
+    matrix = layer.kind.to_matrix(weight.const_value.numpy()) / t
+    weight.const_value = ir.tensor(np.ascontiguousarray(layer.kind.from_matrix(matrix), np.float32), name=layer.weight)
+
+
+def _multiply(constant: ir.Value, t: Array) -> None:
+    """Multiply a constant by factors, in place."""
+    assert constant.const_value is not None
+    scaled = np.asarray(constant.const_value.numpy() * t, np.float32)
+    constant.const_value = ir.tensor(scaled, name=str(constant.name))
+
+
+def _insert_product(model: ir.Model, value: ir.Value, t: Array) -> ir.Value:
+    """Insert a Mul by factors behind a value, and return its output."""
+    factors = graphs.add_initializer(model.graph, f"{value.name}.factors", t)
+    node = ir.node("Mul", [value, factors], name=f"{value.name}.even")
+    product = node.outputs[0]
+    product.name, product.type, product.shape = f"{value.name}.evened", value.type, value.shape
+    producer = value.producer()
+    if producer is not None:
+        model.graph.insert_after(producer, node)
+    else:
+        model.graph.insert_before(next(iter(model.graph)), node)
+    return product
+
+
 def _absorbing(model: ir.Model, name: str, layers: Sequence[Layer]) -> list[ir.Value]:
-    """The constants that take the factors of a value that only these layers read: the scale and bias of the layer norm,
-    or of the product and the sum, that make it. None where there are none."""
+    """Return the constants that can take the factors of a value: the scale and bias of the layer norm that makes it.
+
+    Or those of the product and the sum that make it. [] where there are none, or where others than `layers` read the
+    value.
+    """
     value = next(v for v in graphs.walk_values(model) if v.name == name)
     readers = {layer.name for layer in layers}
     if value.is_graph_output() or any(str(node.name) not in readers for node, _ in value.uses()):
@@ -174,6 +219,7 @@ def _absorbing(model: ir.Model, name: str, layers: Sequence[Layer]) -> list[ir.V
 
 
 def _constants(value: ir.Value) -> list[ir.Value]:
+    """Return the constants that scale and shift the channels of a value where it is made; [] where there are none."""
     node = value.producer()
     if node is None or node.domain not in ("", "ai.onnx"):
         return []
@@ -195,12 +241,6 @@ def _constants(value: ir.Value) -> list[ir.Value]:
 
 
 def _is_per_channel(value: ir.Value) -> bool:
-    """Whether a value is a constant of a number for each channel, used in one place."""
+    """Tell whether a value is a constant with one number for each channel, and has one use."""
     tensor = value.const_value
     return tensor is not None and len(tensor.shape) == 1 and tensor.shape[0] != 1 and len(value.uses()) == 1
-
-
-def _scale(constant: ir.Value, t: Array) -> None:
-    assert constant.const_value is not None
-    scaled = np.asarray(constant.const_value.numpy() * t, np.float32)
-    constant.const_value = ir.tensor(scaled, name=str(constant.name))

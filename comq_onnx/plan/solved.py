@@ -1,4 +1,4 @@
-"""A plan with what was found for it: the value that is written to a file."""
+"""Define the solved plan: the value that is written to a file."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from comq_onnx.solve.layer import Solution
 
 @dataclass(frozen=True)
 class Solved:
-    """Hold the solutions of a plan's layers; of some of them while it is calibrated.
+    """Hold a plan with the solutions of its layers; only of some layers during calibration.
 
-    solutions: by the name of the layer
-    activation_grids, ranges: the grid of each quantized activation, and the range that the samples showed
-    layer_seconds: how long each layer took to solve
+    solutions: the solution of each layer, by the name of the layer
+    activation_grids: the grid of each quantized activation, by the name of the value
+    ranges: the range of each quantized activation in the samples, by the name of the value
+    layer_seconds: the seconds that each layer took to solve, by the name of the layer
     """
 
     plan: Plan

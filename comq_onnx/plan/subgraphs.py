@@ -1,8 +1,8 @@
-"""Layers inside If, Loop and Scan made reachable for calibration."""
+"""Make the layers inside If, Loop and Scan reachable for calibration."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,10 +17,12 @@ from comq_onnx.samples.samples import Samples
 
 @dataclass(frozen=True)
 class Specialized:
-    """The model as the walk sees it, with the layers it reaches.
+    """Hold the model as calibration walks through it.
 
-    probes: for each layer in the body of a Loop or Scan the value of the main graph that stacks its inputs over the
-    iterations. skipped: the layers that the walk does not reach, and why.
+    prepared: the model, with the layers that the walk reaches
+    probes: for each layer in the body of a Loop or Scan, the value of the main graph that stacks the layer's inputs
+        over the iterations
+    skipped: the layers that the walk does not reach, and why
     """
 
     prepared: Prepared
@@ -29,8 +31,11 @@ class Specialized:
 
 
 def specialize(prepared: Prepared, samples: Samples, context: Context) -> Specialized:
-    """Make the layers in subgraphs reachable: each If is replaced by the branch that all samples take, and what layers
-    in the body of a Loop or Scan read becomes an output of it."""
+    """Make the layers in subgraphs reachable.
+
+    Each If is replaced by the branch that all samples take. What layers in the body of a Loop or Scan read becomes an
+    output of the Loop or Scan.
+    """
     model = prepared.model
     if any(node.op_type in ("If", "Loop", "Scan") for node in model.graph):
         model = model.clone()
@@ -44,7 +49,7 @@ def specialize(prepared: Prepared, samples: Samples, context: Context) -> Specia
             if attribute.type == ir.AttributeType.GRAPH:
                 inside.update({str(n.name): node.op_type for n in attribute.value.all_nodes()})
     skipped = {
-        layer.name: f"{layer.op}: {_inside(inside.get(layer.name))}"
+        layer.name: f"{layer.op}: {_why_unreached(inside.get(layer.name))}"
         for layer in prepared.layers
         if layer.name not in reached
     }
@@ -53,7 +58,10 @@ def specialize(prepared: Prepared, samples: Samples, context: Context) -> Specia
 
 
 def _probe_bodies(model: ir.Model, layers: Mapping[str, Layer]) -> dict[str, str]:
-    """Give each Loop and Scan of the main graph one more output per value that layers of its body read."""
+    """Give each Loop and Scan of the main graph one more output for every value that layers of its body read.
+
+    Returns the name of that output for each layer.
+    """
     probes: dict[str, str] = {}
     for node in model.graph:
         if node.op_type not in ("Loop", "Scan") or node.domain not in ("", "ai.onnx"):
@@ -72,6 +80,7 @@ def _probe_bodies(model: ir.Model, layers: Mapping[str, Layer]) -> dict[str, str
 
 
 def _add_scan_output(node: ir.Node, body: ir.Graph, value: ir.Value) -> str:
+    """Give a Loop or Scan one more output: a value of its body, stacked over the iterations. Returns its name."""
     copy = ir.node("Identity", [value], name=f"{value.name}.probe")
     copy.outputs[0].name, copy.outputs[0].type = f"{value.name}.probe", value.type or ir.TensorType(ir.DataType.FLOAT)
     body.append(copy)
@@ -84,7 +93,8 @@ def _add_scan_output(node: ir.Node, body: ir.Graph, value: ir.Value) -> str:
     return f"{value.name}.stacked"
 
 
-def _inside(op: str | None) -> str:
+def _why_unreached(op: str | None) -> str:
+    """Say why the walk does not reach a layer; op: the node of the main graph that it is in, None without one."""
     if op is None:
         return "in a branch that no sample takes"
     if op == "If":
@@ -93,21 +103,12 @@ def _inside(op: str | None) -> str:
 
 
 def _inline_one_level(model: ir.Model, samples: Samples, context: Context) -> bool:
-    """Inline the branches of main-graph Ifs whose condition is the same for all samples; whether there was one."""
+    """Inline the branch that all samples take, of each If of the main graph with one; False if there was none."""
     ifs = [node for node in model.graph if node.op_type == "If" and node.domain == ""]
     if not ifs:
         return False
     conditions = list(dict.fromkeys(str(node.inputs[0].name) for node in ifs if node.inputs[0] is not None))
-    seen: dict[str, set[bool]] = {name: set() for name in conditions}
-    known = {n: v for n in conditions if (v := graphs.constant(model.graph.initializers.get(n))) is not None}
-    for name, value in known.items():
-        seen[name].add(bool(value.all()))
-    asked = [name for name in conditions if name not in known]
-    if asked:
-        batches = samples.batches(context.options.batch_size)
-        for values in probe(model, asked, batches, context.device, "the conditions of the model"):
-            for name, value in values.items():
-                seen[name].add(bool(np.all(value)))
+    seen = _condition_values(model, conditions, samples, context)
     inlined = False
     for node in ifs:
         assert node.inputs[0] is not None
@@ -118,7 +119,25 @@ def _inline_one_level(model: ir.Model, samples: Samples, context: Context) -> bo
     return inlined
 
 
+def _condition_values(
+    model: ir.Model, conditions: Sequence[str], samples: Samples, context: Context
+) -> dict[str, set[bool]]:
+    """Return the values that each condition has over all samples, by its name."""
+    seen: dict[str, set[bool]] = {name: set() for name in conditions}
+    known = {n: v for n in conditions if (v := graphs.constant(model.graph.initializers.get(n))) is not None}
+    for name, value in known.items():
+        seen[name].add(bool(value.all()))
+    asked = [name for name in conditions if name not in known]
+    if asked:
+        batches = samples.batches(context.options.batch_size)
+        for values in probe(model, asked, batches, context.device, "the conditions of the model"):
+            for name, value in values.items():
+                seen[name].add(bool(np.all(value)))
+    return seen
+
+
 def _inline(graph: ir.Graph, node: ir.Node, branch: ir.Graph) -> None:
+    """Put the nodes of a branch in the place of its If."""
     outputs = list(branch.outputs)
     branch.outputs.clear()
     for inner in list(branch):

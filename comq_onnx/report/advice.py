@@ -1,4 +1,4 @@
-"""What stands out in a report, and what to do about it."""
+"""Point out what stands out in a report, and what to do about it."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from comq_onnx.report.report import LayerReport, Report
 
-# a layer that loses more than this, and this much more than the middle one, is worth more bits
+# a layer is worth more bits where its error is above LOSES_DB, and LOSES_MORE_DB above that of the middle layer
 LOSES_DB, LOSES_MORE_DB = -15.0, 6.0
-# where the span of an activation is so many times that of 99.9% of its values, 8 bits are 2 fewer for nearly all
+# where the range of an activation is 4 times that of 99.9% of its values, nearly all of them have 2 bits fewer
 OUTLIER_RATIO = 4.0
-# outputs below these have changed enough to matter to most
+# outputs below these have changed enough to matter to most users
 LOW_SQNR_DB, LOW_AGREEMENT = 10.0, 0.95
-MOST_NAMED = 4
+MOST_NAMED = 4  # layers in one message
 
 
 @dataclass(frozen=True)
 class Advice:
-    """What was found, and what to do about it."""
+    """Hold what was found, and what to do about it."""
 
     found: str
     remedy: str
 
 
 def advise(report: Report) -> list[Advice]:
-    """What stands out in a finished run, most telling first; nothing for a plan."""
+    """Return what stands out in a finished run, the most telling first; nothing for a plan."""
     if not report.outputs:
         return []
-    found = (_outputs(report), _layers(report), _activations(report), _float_kernels(report))
-    return [advice for advice in found if advice is not None]
+    advisers = (_advise_on_outputs, _advise_on_layers, _advise_on_activations, _advise_on_float_kernels)
+    return [advice for adviser in advisers if (advice := adviser(report)) is not None]
 
 
-def _outputs(report: Report) -> Advice | None:
+def _advise_on_outputs(report: Report) -> Advice | None:
     agreements = [o.top1_agreement for o in report.outputs if o.top1_agreement is not None]
     worst = min(o.sqnr_db for o in report.outputs)
     if agreements and min(agreements) < LOW_AGREEMENT:
@@ -55,7 +55,7 @@ def _outputs(report: Report) -> Advice | None:
     return Advice(what, f"{first}; docs/accuracy.md says what to try in which order")
 
 
-def _layers(report: Report) -> Advice | None:
+def _advise_on_layers(report: Report) -> Advice | None:
     solved = [layer for layer in report.layers if layer.error_db is not None]
     if len(solved) < 3:
         return None
@@ -71,7 +71,7 @@ def _layers(report: Report) -> Advice | None:
 
 
 def pattern(layers: Sequence[LayerReport]) -> str:
-    """A regular expression that matches just the first few of these layers, worst first."""
+    """Return a regular expression that matches the first MOST_NAMED of these layers and no others."""
     names = [re.escape(layer.name) for layer in layers[:MOST_NAMED]]
     return f"^{names[0]}$" if len(names) == 1 else f"^({'|'.join(names)})$"
 
@@ -80,10 +80,10 @@ def _count(things: Sequence[object], what: str) -> str:
     return f"{len(things)} {what}{'s' * (len(things) != 1)}"
 
 
-def _activations(report: Report) -> Advice | None:
+def _advise_on_activations(report: Report) -> Advice | None:
     bad = sorted(report.activations, key=lambda a: -a.outlier_ratio)
     bad = [a for a in bad if a.outlier_ratio >= OUTLIER_RATIO]
-    if not bad or not _outputs(report):
+    if not bad or not _advise_on_outputs(report):
         return None
     worst = bad[0]
     return Advice(
@@ -93,7 +93,7 @@ def _activations(report: Report) -> Advice | None:
     )
 
 
-def _float_kernels(report: Report) -> Advice | None:
+def _advise_on_float_kernels(report: Report) -> Advice | None:
     left = [layer for layer in report.layers if layer.form == "integer" and layer.runs_in_float]
     if not left:
         return None

@@ -1,4 +1,4 @@
-"""What the calibration samples look like: figures of each input, small pictures of those that are images."""
+"""Describe the calibration samples: figures of each input, and small pictures of those that are images."""
 
 from __future__ import annotations
 
@@ -12,14 +12,19 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-PICTURES, SIDE = 6, 112
-SHOWN_VALUES = 24
+PICTURES, SIDE = 6, 112  # how many are shown, and pixels of their longer side
+SHOWN_VALUES = 24  # of one sample that is no picture
 
 
 @dataclass(frozen=True)
 class InputReport:
-    """One input over the calibration samples: the shape of a sample, its range and mean (None where it holds no
-    numbers), the first values of one sample, and PNG data URIs of some samples where they look like images."""
+    """Describe one input over the calibration samples.
+
+    shape: of one sample
+    low, high, mean: over the samples; None where they are not numbers
+    values: the first values of the first sample, where it is no picture
+    pictures: some samples that look like images, as data URIs of PNG
+    """
 
     name: str
     dtype: str
@@ -32,14 +37,14 @@ class InputReport:
 
 
 def describe(arrays: Mapping[str, npt.NDArray[Any]]) -> list[InputReport]:
-    """One entry for each input; arrays hold the samples along the first axis."""
+    """Describe each input; arrays hold the samples along the first axis."""
     return [_describe(name, array) for name, array in arrays.items()]
 
 
 def _describe(name: str, array: npt.NDArray[Any]) -> InputReport:
     numbers = array.dtype.kind in "iufb" and array.size > 0
     some = array[: min(len(array), 64)]
-    pictures = tuple(_picture(array[i]) for i in _spread(len(array))) if _is_image(array) else ()
+    pictures = tuple(_picture(array[i]) for i in _choose_places(len(array))) if _is_image(array) else ()
     first = np.asarray(array[0]).reshape(-1)[:SHOWN_VALUES]
     return InputReport(
         name=name,
@@ -53,12 +58,13 @@ def _describe(name: str, array: npt.NDArray[Any]) -> InputReport:
     )
 
 
-def _spread(count: int) -> list[int]:
-    """A few places from all over the samples."""
+def _choose_places(count: int) -> list[int]:
+    """Choose PICTURES places, or fewer, evenly from all samples."""
     return sorted({round(i) for i in np.linspace(0, count - 1, PICTURES)})
 
 
 def _is_image(array: npt.NDArray[Any]) -> bool:
+    """Tell whether samples look like images: 1 or 3 channels, sides of 8 pixels or more."""
     if array.ndim != 4 or array.dtype.kind not in "fu" or min(array.shape) == 0:
         return False
     first, last = array.shape[1], array.shape[3]
@@ -67,7 +73,7 @@ def _is_image(array: npt.NDArray[Any]) -> bool:
 
 
 def _picture(sample: npt.NDArray[Any]) -> str:
-    """One sample [channels, height, width] or [height, width, channels], its own range spread over black to white."""
+    """Draw a sample [channels, height, width] or [height, width, channels], its range from black to white, as a URI."""
     pixels = np.asarray(sample, np.float32)
     if pixels.shape[0] in (1, 3):
         pixels = pixels.transpose(1, 2, 0)

@@ -1,10 +1,11 @@
-"""A report as one HTML page that needs nothing else: no scripts, no network, light or dark as the reader has it."""
+"""Render a report as one HTML page that needs nothing else: no scripts, no network, light or dark like its reader."""
 
 from __future__ import annotations
 
 import html
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -19,11 +20,12 @@ if TYPE_CHECKING:
     from comq_onnx.report.report import LayerReport, Report
 
 FRAME_HEIGHT = 900
-# plots of more marks than these are drawn once, and scrolled on a narrow page
+# a plot of more marks than these is drawn once, and a narrow page scrolls it
 MOST_TWICE = 250
 # activations and skipped nodes beyond these are counted, not listed
 MOST_ROWS = 400
 
+# by the form of a layer, why it does not run in integers
 WHY = {
     "blocked": "weight-only: its activations stay float, the kernel unpacks the weight as it multiplies",
     "looked up": "an embedding: only the rows that are looked up are unpacked",
@@ -31,13 +33,9 @@ WHY = {
 
 
 def render(report: Report) -> str:
-    """The page."""
-    loader = PackageLoader("comq_onnx.report", "")
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    environment.filters["kb"] = lambda size: "" if size is None else f"{size / 1e3:,.1f}"
-    environment.filters["db"] = lambda value: "" if value is None else f"{value:.1f}"
-    environment.filters["figure"] = _figure
-    return environment.get_template("page.html").render(
+    """Render a report as a page."""
+    template = _environment().get_template("page.html")
+    return template.render(
         report=report,
         title=re.split(r"[\\/]", report.model)[-1],
         tiles=_tiles(report),
@@ -53,20 +51,38 @@ def render(report: Report) -> str:
 
 
 def frame(page: str) -> str:
-    """A page inside another one, apart from its style; for notebooks."""
+    """Put a page in a frame inside another one, apart from its style; for notebooks."""
     style = f"width:100%;height:{FRAME_HEIGHT}px;border:0"
     return f'<iframe srcdoc="{html.escape(page)}" style="{style}"></iframe>'
 
 
-def _figure(value: float | None) -> str:
-    """A number as people write it, four digits of a fraction."""
+def _environment() -> Environment:
+    """Make the environment of page.html, with its filters."""
+    loader = PackageLoader("comq_onnx.report", "")
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    environment.filters["kb"] = lambda size: "" if size is None else f"{size / 1e3:,.1f}"
+    environment.filters["db"] = lambda value: "" if value is None else f"{value:.1f}"
+    environment.filters["figure"] = _write_number
+    return environment
+
+
+def _write_number(value: float | None) -> str:
+    """Write a number as people do: whole numbers with commas, others with four digits."""
     if value is None:
         return ""
     return f"{value:,.0f}" if float(value).is_integer() and abs(value) < 1e9 else f"{value:.4g}"
 
 
 def _tiles(report: Report) -> list[tuple[str, str, str]]:
-    """What it cost and won: (what, the figure, what stands below it)."""
+    """Say what the run cost and won: (what, the figure, the text below it) for each tile."""
+    tiles = [*_size_tiles(report), *_output_tiles(report)]
+    if not tiles:
+        bits = sorted({layer.bits for layer in report.layers})
+        tiles.append(("planned", f"{len(report.layers)} layers", f"at {' and '.join(map(str, bits))} bits"))
+    return tiles
+
+
+def _size_tiles(report: Report) -> list[tuple[str, str, str]]:
     tiles = []
     if report.size:
         before, after = report.size["before"], report.size["after"]
@@ -75,63 +91,75 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
     if report.latency_ms:
         slow, fast = report.latency_ms["before"], report.latency_ms["after"]
         tiles.append(("speed", f"{slow / fast:.2f}x", f"{slow:,.2f} ms to {fast:,.2f} ms, one sample, one thread"))
-    if report.outputs:
-        worst = min(report.outputs, key=lambda o: o.sqnr_db)
-        which = (
-            f"of {worst.name}, the worst of {len(report.outputs)}" if len(report.outputs) > 1 else f"of {worst.name}"
-        )
-        tiles.append(("SQNR", f"{worst.sqnr_db:.1f} dB", f"{which}; cosine {worst.cosine:.4f}"))
-        agreements = [(o.top1_agreement, o.name) for o in report.outputs if o.top1_agreement is not None]
-        if agreements:
-            agreement, name = min(agreements)
-            tiles.append(("agreement", f"{agreement:.1%}", f"same top-1 class in {name}"))
-    if not tiles:
-        bits = sorted({layer.bits for layer in report.layers})
-        tiles.append(("planned", f"{len(report.layers)} layers", f"at {' and '.join(map(str, bits))} bits"))
     return tiles
 
 
+def _output_tiles(report: Report) -> list[tuple[str, str, str]]:
+    if not report.outputs:
+        return []
+    worst = min(report.outputs, key=lambda o: o.sqnr_db)
+    which = f"of {worst.name}" + (f", the worst of {len(report.outputs)}" if len(report.outputs) > 1 else "")
+    tiles = [("SQNR", f"{worst.sqnr_db:.1f} dB", f"{which}; cosine {worst.cosine:.4f}")]
+    agreements = [(o.top1_agreement, o.name) for o in report.outputs if o.top1_agreement is not None]
+    if agreements:
+        agreement, name = min(agreements)
+        tiles.append(("agreement", f"{agreement:.1%}", f"same top-1 class in {name}"))
+    return tiles
+
+
+@dataclass(frozen=True)
+class _Figure:
+    """Describe a plot of the page.
+
+    draw: makes its SVG from an id, `data` and a size
+    """
+
+    id: str
+    title: str
+    text: str
+    draw: Callable[..., str]
+    data: Sequence[Any]
+
+    def drawn(self) -> dict[str, Any]:
+        """Draw the plot for a wide and for a narrow page, as page.html wants it."""
+        few = len(self.data) <= MOST_TWICE
+        # safe as markup: it is made here, and matplotlib and ElementTree escape the names in it
+        wide = Markup(self.draw(f"{self.id}-wide", self.data, plots.WIDE))
+        narrow = Markup(self.draw(f"{self.id}-narrow", self.data, plots.NARROW)) if few else None
+        return {"id": self.id, "title": self.title, "text": self.text, "wide": wide, "narrow": narrow}
+
+
 def _figures(report: Report) -> list[dict[str, Any]]:
-    """The plots, each for a wide and for a narrow page."""
-    drawn: list[tuple[str, str, str, Callable[..., str], Any]] = []
-    if any(layer.error_db is not None for layer in report.layers):
-        drawn.append((
+    """Draw the plots for which the report has data."""
+    layers = report.layers
+    figures = [
+        (any(layer.error_db is not None for layer in layers), _Figure(
             "errors", "Error of each layer",
             "The squared error of a layer's output relative to that output: lower is better. Grey is plain rounding on "
-            "the same grid, blue what was written.", plots.errors, report.layers,
-        ))  # fmt: skip
-    if any(layer.bytes_after is not None for layer in report.layers):
-        drawn.append((
+            "the same grid, blue what was written.", plots.errors, layers,
+        )),
+        (any(layer.bytes_after is not None for layer in layers), _Figure(
             "sizes", "Bytes of each layer", "What the weight takes in the source (grey) and in the result (blue).",
-            plots.sizes, report.layers,
-        ))  # fmt: skip
-    drawn.append(("bits", "Bits of each layer", "Bits of a weight.", plots.bits, report.layers))
-    if len(report.frontier) > 1:
-        drawn.append((
+            plots.sizes, layers,
+        )),
+        (True, _Figure("bits", "Bits of each layer", "Bits of a weight.", plots.bits, layers)),
+        (len(report.frontier) > 1, _Figure(
             "frontier", "Size against accuracy",
             "What other budgets would give, as predicted before anything was solved: the order is reliable, and the "
             "accuracy mostly better.", plots.frontier, report.frontier,
-        ))  # fmt: skip
-    if report.activations:
-        drawn.append((
+        )),
+        (bool(report.activations), _Figure(
             "ranges", "Ranges of activations",
             "The span of each quantized activation over the samples (grey), and that of the central 99.9% of its "
             "values (blue). Where grey goes far beyond blue, a few outliers take the codes from all others.",
             plots.ranges, report.activations,
-        ))  # fmt: skip
-    return [
-        {
-            "id": name, "title": title, "text": text,
-            # made here, out of escaped parts: matplotlib and ElementTree escape names
-            "wide": Markup(draw(f"{name}-wide", data, plots.WIDE)),
-            "narrow": Markup(draw(f"{name}-narrow", data, plots.NARROW)) if len(data) <= MOST_TWICE else None,
-        }
-        for name, title, text, draw, data in drawn
+        )),
     ]  # fmt: skip
+    return [figure.drawn() for known, figure in figures if known]
 
 
 def _why(layer: LayerReport, report: Report) -> str:
-    """Why a layer does not run in integers."""
+    """Say why a layer does not run in integers; nothing where it does."""
     if layer.form == "integer":
         return (
             f"written for an integer kernel, but ONNX Runtime runs it as {layer.kernel}: see --exclude"
@@ -148,7 +176,7 @@ def _why(layer: LayerReport, report: Report) -> str:
 
 
 def _float_operators(report: Report) -> list[tuple[str, str]]:
-    """The operators that are no integer kernels, counted, by why they are not."""
+    """Count the operators that are no integer kernels: (counts by type, why they are not) for each reason."""
     target = TARGETS[report.target]
     by_reason: dict[str, list[str]] = {}
     for op, count in report.float_kernels.items():

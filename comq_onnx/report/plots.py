@@ -1,7 +1,10 @@
-"""Plots as SVG text, by matplotlib: small, without scripts; every mark says what it is when pointed at.
+"""Draw plots as SVG text with matplotlib: small, without scripts; every mark says what it is when pointed at.
 
-Colours are the page's CSS variables, so that a plot is light or dark with the page. A plot is a list of `Marks` and
-two labels: `points` and `bars` draw any, the functions above them those of a report.
+Colours are the CSS variables of the page, so that a plot is light or dark with the page. A plot is a list of `Marks`
+and two labels: `points` and `bars` draw any plot, the functions above them the plots of a report.
+
+    name: begins every id in the SVG, so it must be unique in a page
+    size: width and height in inches
 """
 
 from __future__ import annotations
@@ -27,16 +30,23 @@ if TYPE_CHECKING:
 COLOURS = {
     "ink": "#010101", "grid": "#020202", "soft": "#030303", "accent": "#040404", "warn": "#050505", "paper": "#060606",
 }  # fmt: skip
-# inches at 72 points each: for a page of a desktop's and of a phone's width
+# inches of 72 points: for pages as wide as a desktop and as a phone
 WIDE, NARROW = (11.0, 2.7), (3.9, 2.5)
-# where the largest of some sizes is more than so many times the middle one, an axis is logarithmic
+# an axis is logarithmic where the largest size is more than so many times the middle one
 UNEVEN = 40
 _SVG = "http://www.w3.org/2000/svg"
 
 
 @dataclass(frozen=True)
 class Marks:
-    """Points or bars of one colour: where, how high, from where (bars), and what each says when pointed at."""
+    """Hold points or bars of one colour.
+
+    label: what the legend says
+    x, y: where each stands, and how high
+    titles: what each says when pointed at
+    colour: a key of COLOURS
+    base: where each bar begins; None for 0
+    """
 
     label: str
     x: Sequence[float]
@@ -47,33 +57,33 @@ class Marks:
 
 
 def errors(name: str, layers: Sequence[LayerReport], size: tuple[float, float] = WIDE) -> str:
-    """The error of each layer in graph order, beside that of plain rounding."""
+    """Draw the error of each layer in graph order, beside that of plain rounding."""
     solved = [(i, x) for i, x in enumerate(layers) if x.error_db is not None and x.rtn_error_db is not None]
     places = [i for i, _ in solved]
-    said = [
+    titles = [
         f"{x.name}\n{x.error_db:.1f} dB, plain rounding {x.rtn_error_db:.1f} dB\n{x.op}, {x.bits} bits"
         for _, x in solved
     ]
     return points(
         name,
         [
-            Marks("plain rounding", places, [x.rtn_error_db or 0.0 for _, x in solved], said, "soft"),
-            Marks("as quantized", places, [x.error_db or 0.0 for _, x in solved], said),
+            Marks("plain rounding", places, [x.rtn_error_db or 0.0 for _, x in solved], titles, "soft"),
+            Marks("as quantized", places, [x.error_db or 0.0 for _, x in solved], titles),
         ],
         ("layer, in graph order", "error, dB"), size, joined=True,
     )  # fmt: skip
 
 
 def frontier(name: str, found: Sequence[FrontierPoint], size: tuple[float, float] = WIDE) -> str:
-    """Predicted SQNR against the size of the file, and the allocation that was chosen."""
+    """Draw predicted SQNR against the size of the file, and the allocation that was chosen."""
 
     def marks(label: str, some: Sequence[FrontierPoint], colour: str) -> Marks:
-        said = [
+        titles = [
             f"{p.size / 1e6:,.2f} MB, {p.mean_bits:.2f} bits in the mean\npredicted {p.sqnr_db:.1f} dB"
             + ("" if p.top1_agreement is None else f", {p.top1_agreement:.1%} agreement")
             for p in some
         ]
-        return Marks(label, [p.size / 1e6 for p in some], [p.sqnr_db for p in some], said, colour)
+        return Marks(label, [p.size / 1e6 for p in some], [p.sqnr_db for p in some], titles, colour)
 
     others, chosen = [p for p in found if not p.chosen], [p for p in found if p.chosen]
     return points(
@@ -83,9 +93,9 @@ def frontier(name: str, found: Sequence[FrontierPoint], size: tuple[float, float
 
 
 def sizes(name: str, layers: Sequence[LayerReport], size: tuple[float, float] = WIDE) -> str:
-    """The bytes of each layer's weight, before and after."""
+    """Draw the bytes of the weight of each layer, before and after."""
     known = [(i, x) for i, x in enumerate(layers) if x.bytes_before and x.bytes_after is not None]
-    said = [
+    titles = [
         f"{x.name}\n{(x.bytes_before or 0) / 1e3:,.1f} kB -> {(x.bytes_after or 0) / 1e3:,.1f} kB\n{x.bits} bits, "
         f"{' x '.join(map(str, x.weight_shape))}"
         for _, x in known
@@ -93,12 +103,12 @@ def sizes(name: str, layers: Sequence[LayerReport], size: tuple[float, float] = 
     places = [i for i, _ in known]
     before = [(x.bytes_before or 0) / 1e3 for _, x in known]
     after = [(x.bytes_after or 0) / 1e3 for _, x in known]
-    # beside an embedding all other layers would be flat
+    # beside an embedding the bars of all other layers would be flat
     uneven = bool(before) and max(before) > UNEVEN * float(np.median(before))
     base = [min(after) / 2] * len(known) if uneven else None
     return bars(
         name,
-        [Marks("before", places, before, said, "soft", base), Marks("after", places, after, said, "accent", base)],
+        [Marks("before", places, before, titles, "soft", base), Marks("after", places, after, titles, "accent", base)],
         ("layer, in graph order", "weight, kB" + (", logarithmic" if uneven else "")), size,
         _logarithmic if uneven else None,
     )  # fmt: skip
@@ -111,16 +121,18 @@ def _logarithmic(axes: Axes) -> None:
 
 
 def bits(name: str, layers: Sequence[LayerReport], size: tuple[float, float] = WIDE) -> str:
-    """The bits of each layer's weight."""
-    said = [f"{x.name}\n{x.bits} bits, a scale per {x.granularity}" for x in layers]
-    marks = Marks("bits", list(range(len(layers))), [x.bits for x in layers], said)
+    """Draw the bits of the weight of each layer."""
+    titles = [f"{x.name}\n{x.bits} bits, a scale per {x.granularity}" for x in layers]
+    marks = Marks("bits", list(range(len(layers))), [x.bits for x in layers], titles)
     return bars(name, [marks], ("layer, in graph order", "bits"), (size[0], size[1] * 0.72), whole=True)
 
 
 def ranges(name: str, activations: Sequence[ActivationReport], size: tuple[float, float] = WIDE) -> str:
-    """The span of each quantized activation, and that of the central 99.9% of its values, on an axis that is
-    logarithmic beyond the smallest spans where they differ much."""
-    said = [
+    """Draw the range of each quantized activation, and that of the central 99.9% of its values.
+
+    Where ranges differ much the axis is logarithmic beyond the smallest of them.
+    """
+    titles = [
         f"{a.name}\n{a.low:.4g} to {a.high:.4g}\n99.9% in {a.typical_low:.4g} to {a.typical_high:.4g}\n"
         f"scale {a.scale:.3g}, zero point {a.zero_point}"
         for a in activations
@@ -139,8 +151,8 @@ def ranges(name: str, activations: Sequence[ActivationReport], size: tuple[float
     return bars(
         name,
         [
-            Marks("all values", places, [a.high for a in activations], said, "soft", [a.low for a in activations]),
-            Marks("99.9% of them", places, [a.typical_high for a in activations], said, "accent",
+            Marks("all values", places, [a.high for a in activations], titles, "soft", [a.low for a in activations]),
+            Marks("99.9% of them", places, [a.typical_high for a in activations], titles, "accent",
                   [a.typical_low for a in activations]),
         ],
         ("quantized activation, in graph order", "value" + (", logarithmic" if uneven else "")), size, adjust,
@@ -155,8 +167,12 @@ def points(
     joined: bool = False,
     lines: bool = False,
 ) -> str:
-    """Points; joined: those of two series at one place are joined by a line; lines: those of a series are, in order.
-    name: begins every id inside, unique in a page."""
+    """Draw series of points.
+
+    labels: of the axes, x and y
+    joined: a line joins the points of two series at one place
+    lines: a line joins the points of a series, in order
+    """
 
     def draw(axes: Axes) -> None:
         crowd = max((len(marks.x) for marks in series), default=1)
@@ -184,7 +200,12 @@ def bars(
     adjust: Callable[[Axes], None] | None = None,
     whole: bool = False,
 ) -> str:
-    """Bars, each series before the one ahead of it; adjust: called with the axes; whole: only whole numbers of y."""
+    """Draw series of bars, each in front of the one before it.
+
+    labels: of the axes, x and y
+    adjust: changes the axes in the end
+    whole: y has only whole numbers
+    """
 
     def draw(axes: Axes) -> None:
         for i, marks in enumerate(series):
@@ -205,6 +226,7 @@ def bars(
 def _plot(
     name: str, series: Sequence[Marks], labels: tuple[str, str], size: tuple[float, float], draw: Callable[[Axes], None]
 ) -> str:
+    """Draw a plot with matplotlib; draw: puts its marks on the axes, with the ids that `_marks` looks for."""
     style: Any = {
         "svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9, "axes.edgecolor": COLOURS["grid"],
         "axes.labelcolor": COLOURS["ink"], "text.color": COLOURS["ink"], "xtick.color": COLOURS["grid"],
@@ -227,32 +249,16 @@ def _plot(
             figure.legend(loc="outside upper left", ncols=len(series), frameon=False, handlelength=1.2, borderpad=0)
         data = io.StringIO()
         figure.savefig(data, format="svg", metadata={"Date": None})
-    # nothing is pointed at on a phone
+    # on a phone there is no pointer
     return _finish(data.getvalue(), name, series, labels, titled=size[0] > NARROW[0])
 
 
 def _finish(svg: str, name: str, series: Sequence[Marks], labels: tuple[str, str], titled: bool) -> str:
-    """The page's colours and font, ids that are unique in a page of several plots, and the marks in one group for each
-    title, so that all that belongs to a layer says it together."""
+    """Make the SVG of matplotlib ready for the page: marks with titles, colours and font of the page, unique ids."""
     ET.register_namespace("", _SVG)
     ET.register_namespace("xlink", "http://www.w3.org/1999/xlink")
     root = ET.fromstring(svg)
-    parents = {child: parent for parent in root.iter() for child in parent}
-    marks = _marks(root)
-    together: dict[str, ET.Element] = {}
-    for i, of_series in sorted(marks.items()):
-        axes = parents[of_series[0][0]]
-        for place, (group, mark) in enumerate(of_series):
-            title = series[i].titles[place]
-            if title not in together:
-                together[title] = ET.SubElement(axes, f"{{{_SVG}}}g", {"class": "mark"})
-                if titled:
-                    ET.SubElement(together[title], f"{{{_SVG}}}title").text = title
-            mark.attrib.pop("style", None)
-            mark.set("class", series[i].colour)
-            together[title].append(mark)
-            if group in axes and not list(group.iter(f"{{{_SVG}}}defs")):
-                axes.remove(group)
+    _group_marks(root, series, titled)
     root.set("role", "img")
     root.set("aria-label", f"{labels[1]} by {labels[0]}")
     for unwanted in ("width", "height"):
@@ -263,13 +269,32 @@ def _finish(svg: str, name: str, series: Sequence[Marks], labels: tuple[str, str
     for colour, stand_in in COLOURS.items():
         text = text.replace(stand_in, f"var(--{colour})")
     text = re.sub(r"(font: [\d.]+px )[^;\"]+", r"\1sans-serif", text)
-    # a hundredth of a point is nothing to see
+    # nobody sees a hundredth of a point
     text = re.sub(r"(\d\.\d\d)\d+", r"\1", text)
     return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
 
 
+def _group_marks(root: ET.Element, series: Sequence[Marks], titled: bool) -> None:
+    """Put all marks of one title in one group, so that pointing at any of them shows it; titled: give it the title."""
+    parents = {child: parent for parent in root.iter() for child in parent}
+    groups: dict[str, ET.Element] = {}
+    for i, marks in sorted(_marks(root).items()):
+        axes = parents[marks[0][0]]
+        for place, (holder, mark) in enumerate(marks):
+            title = series[i].titles[place]
+            if title not in groups:
+                groups[title] = ET.SubElement(axes, f"{{{_SVG}}}g", {"class": "mark"})
+                if titled:
+                    ET.SubElement(groups[title], f"{{{_SVG}}}title").text = title
+            mark.attrib.pop("style", None)
+            mark.set("class", series[i].colour)
+            groups[title].append(mark)
+            if holder in axes and not list(holder.iter(f"{{{_SVG}}}defs")):
+                axes.remove(holder)
+
+
 def _marks(root: ET.Element) -> dict[int, list[tuple[ET.Element, ET.Element]]]:
-    """The marks of each series in the order drawn, each with the group that matplotlib put it in."""
+    """Find the marks of each series in the order drawn: (the group that matplotlib put it in, the mark)."""
     found: dict[int, list[tuple[ET.Element, ET.Element]]] = {}
     for group in root.iter(f"{{{_SVG}}}g"):
         place = re.fullmatch(r"marks-(\d+)(-\d+)?", group.get("id", ""))
@@ -287,7 +312,7 @@ def _marks(root: ET.Element) -> dict[int, list[tuple[ET.Element, ET.Element]]]:
 
 
 def _rectangle(group: ET.Element) -> ET.Element:
-    """A bar's path as a rectangle, a third of the text."""
+    """Return a bar, which matplotlib writes as a path, as a rectangle: a third of the text."""
     path = group.find(f"{{{_SVG}}}path")
     assert path is not None
     numbers = [float(n) for n in re.findall(r"-?[\d.]+(?:e-?\d+)?", path.get("d", ""))]

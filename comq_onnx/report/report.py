@@ -1,10 +1,4 @@
-"""What a quantization did: one value with everything; as JSON, a table for the terminal, and one HTML page.
-
-advice     what stands out, and what to do about it
-terminal   tables for a terminal
-plots      SVG by matplotlib
-page       the HTML page, from page.html
-"""
+"""Hold everything that a run found out, in one value that can be saved as JSON or HTML, and shown in a terminal."""
 
 from __future__ import annotations
 
@@ -28,13 +22,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer: its grid, and ||X^ Wq - X W||^2 / ||X W||^2 in dB for the solution and for plain rounding.
+    """Describe one layer: its grid, its errors, its bytes. What only a run finds out is None in a plan.
 
-    form: how the weight is written (see qdq); stage: which cut it was solved at; input: the activation it reads;
-    bytes_before, bytes_after: what its weight takes in the source and in the result; kernel: the operator that ONNX
-    Runtime runs it with, where that could be told; output_noise_db: the noise over the energy of the model's output
-    that its quantization alone brings, by the survey; slower: weight-only because integers would take longer. What only
-    a run finds out is None in a plan.
+    op: the type of its operator
+    bits: of a weight
+    granularity: what shares a scale
+    form: how the weight is written
+    stage: the cut that it was solved at
+    error_db, rtn_error_db: ||X^ Wq - X W||^2 / ||X W||^2 in dB, for the solution and for plain rounding
+    seconds: that solving took
+    input: the activation that it reads
+    bytes_before, bytes_after: that its weight takes in the source and in the result
+    kernel: the operator that ONNX Runtime runs it with; None where that cannot be told
+    output_noise_db: the noise that its quantization alone brings to the outputs of the model, over their energy, in dB,
+        as the survey measured it
+    slower: it is weight-only because integers would take longer
     """
 
     name: str
@@ -56,14 +58,14 @@ class LayerReport:
 
     @property
     def gain_db(self) -> float | None:
-        """By how much the solution's error is below that of plain rounding."""
+        """Return by how many dB the error of the solution is below that of plain rounding."""
         if self.error_db is None or self.rtn_error_db is None:
             return None
         return self.rtn_error_db - self.error_db
 
     @property
     def runs_in_float(self) -> bool:
-        """Whether ONNX Runtime multiplies in float: by what it runs, or by the form where that is not known."""
+        """Tell whether ONNX Runtime multiplies in float: by its kernel, or by the form where no kernel is known."""
         if self.kernel is not None:
             return self.kernel in FLOAT_PRODUCTS | {"ConvTranspose"}
         return self.form == "folded"
@@ -71,8 +73,12 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class ActivationReport:
-    """One quantized activation: the span seen, the span of the central 99.9% of its values (up to a quarter too wide),
-    and its grid."""
+    """Describe one quantized activation: the ranges of its values, and its grid.
+
+    low, high: the least and the greatest value seen
+    typical_low, typical_high: the range of the central 99.9% of the values, up to a quarter too wide
+    scale, zero_point, dtype: the grid
+    """
 
     name: str
     low: float
@@ -85,7 +91,7 @@ class ActivationReport:
 
     @property
     def outlier_ratio(self) -> float:
-        """How many times as wide the whole span is as that of the central 99.9%; 1 where nothing stands out."""
+        """Return the width of the whole range over that of the central 99.9%; 1 where nothing stands out."""
         typical = max(self.typical_high, 0.0) - min(self.typical_low, 0.0)
         whole = max(self.high, 0.0) - min(self.low, 0.0)
         if not whole > 0:
@@ -95,10 +101,29 @@ class ActivationReport:
 
 @dataclass(frozen=True)
 class Report:
-    """All that a run found out; `save_json` and `save_html` write it, `rich` shows it, a notebook renders it.
+    """Hold everything that a run found out. `save_json` and `save_html` write it, `rich` shows it, notebooks render it.
 
-    command: the command line that does the same again. kernels, float_kernels: operators by type in the graph as ONNX
-    Runtime runs it.
+    model, output: paths of the source and of the result; output is None for a plan and for a result in memory
+    version: of this package
+    target: the name of what will run the model
+    bits: as asked for
+    layers: what is quantized, in graph order
+    skipped: why others are left as they are, by name
+    notes, warnings: what else was found or decided, and what may be wrong
+    options: all of them, by field of Options
+    runtime: versions, the device and the opset
+    samples: their source, and how many are used and held back
+    seconds: that each part of the run took, and all of it (`total`)
+    peak_rss_mb: the most memory that the process took, in MB; NaN where the system does not tell
+    size: bytes of the model before and after
+    outputs: how each output compares with that of the source, on samples held back
+    latency_ms: of one sample in one thread, before and after
+    kernels, float_kernels: how many operators of each type ONNX Runtime runs in integers, and how many in float
+    activations: the quantized ones, in graph order
+    inputs: the samples, described
+    frontier: what other budgets would give, as predicted
+    command: the command line that does the same again
+    in_memory: the result, where it was not written to a file
     """
 
     model: str
@@ -127,7 +152,7 @@ class Report:
     in_memory: bytes | None = field(default=None, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain values, without pictures and the model itself."""
+        """Return the report as plain values, without pictures and the model itself."""
         values = dataclasses.asdict(dataclasses.replace(self, in_memory=None))
         del values["in_memory"]
         for given in values["inputs"]:
@@ -135,31 +160,31 @@ class Report:
         return values
 
     def to_json(self) -> str:
-        """The report as JSON."""
+        """Return the report as JSON."""
         return json.dumps(self.to_dict(), indent=2, default=str)
 
     def save_json(self, path: str | Path) -> None:
-        """Write `to_json` to a file."""
+        """Write the report as JSON. Raises OptionError where the file cannot be written."""
         write_text(Path(path), self.to_json() + "\n")
 
     def to_html(self) -> str:
-        """The report as one HTML page that needs nothing else: no scripts, no network."""
+        """Render the report as one HTML page that needs nothing else: no scripts, no network."""
         from comq_onnx.report.page import render
 
         return render(self)
 
     def save_html(self, path: str | Path) -> None:
-        """Write `to_html` to a file."""
+        """Write the report as an HTML page. Raises OptionError where the file cannot be written."""
         write_text(Path(path), self.to_html())
 
     def rich(self, verbose: bool = False) -> RenderableType:
-        """The report for a terminal: what it cost and won, then the layers (all of them if `verbose`)."""
+        """Lay the report out for a terminal; `verbose` shows all layers instead of the worst."""
         from comq_onnx.report.terminal import render
 
         return render(self, verbose)
 
     def onnx_model(self) -> onnx.ModelProto:
-        """The quantized model. Raises ValueError for a plan, which has none."""
+        """Load the quantized model. Raises ValueError for a plan, which has none."""
         import onnx
 
         if self.in_memory is not None:
@@ -169,13 +194,13 @@ class Report:
         return onnx.load(self.output)
 
     def graph(self) -> Any:
-        """The quantized model as an onnx-graphsurgeon Graph. Raises ValueError for a plan, which has none."""
+        """Load the quantized model as an onnx-graphsurgeon Graph. Raises ValueError for a plan, which has none."""
         from comq_onnx.model.source import to_graphsurgeon
 
         return to_graphsurgeon(self.onnx_model())
 
     def _repr_html_(self) -> str:
-        """The page in a frame of its own, so that its style and a notebook's do not meet."""
+        """Render the page in a frame, so that its style and that of a notebook do not meet."""
         from comq_onnx.report.page import frame
 
         return frame(self.to_html())

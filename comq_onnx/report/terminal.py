@@ -1,4 +1,4 @@
-"""A report as tables for a terminal."""
+"""Lay a report out as tables for a terminal."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 
 
 def render(report: Report, verbose: bool = False) -> RenderableType:
-    """What it cost and won, then the layers (all of them if `verbose`), remarks and what to do about them."""
+    """Lay out the layers (all of them if `verbose`), what they cost and won, remarks, and what to do about them."""
     ranked = bool(report.options.get("sensitivity"))
     parts: list[RenderableType] = [_layer_table(report.layers, verbose, ranked)]
     if report.skipped:
-        parts.append(_skipped(report.skipped, verbose))
+        parts.append(_skipped_table(report.skipped, verbose))
     if report.frontier and report.output is None:
         parts.append(_frontier_table(report.frontier))
     if report.outputs:
         parts.append(_output_table(report.outputs))
     if report.size:
-        parts.append(Text(_gains(report)))
+        parts.append(Text(_gains_text(report)))
     parts += [Text(f"note: {note}") for note in report.notes]
     parts += [Text(f"warning: {warning}", style="yellow") for warning in report.warnings]
     parts += [Text(f"hint: {hint.found}: try {hint.remedy}", style="cyan") for hint in advise(report)]
@@ -36,7 +36,7 @@ def render(report: Report, verbose: bool = False) -> RenderableType:
 
 
 def _layer_table(layers: list[LayerReport], verbose: bool, ranked: bool) -> Table:
-    """ranked: all layers, from the one that costs the output most on."""
+    """Lay the layers out; ranked: all of them, those first that cost the outputs most."""
     solved = any(layer.error_db is not None for layer in layers)
     table = Table(title=f"{len(layers)} layers", title_justify="left", box=None, pad_edge=False, header_style="bold")
     table.add_column("layer", overflow="fold", max_width=46)
@@ -55,7 +55,7 @@ def _layer_table(layers: list[LayerReport], verbose: bool, ranked: bool) -> Tabl
         table.add_column("output dB", justify="right")
     if ranked:
         layers, verbose = sorted(layers, key=lambda layer: -(layer.output_noise_db or 0.0)), True
-    for layer in _shown(layers, verbose, solved):
+    for layer in _layers_shown(layers, verbose, solved):
         if layer is None:
             table.add_row("...")
             continue
@@ -66,8 +66,8 @@ def _layer_table(layers: list[LayerReport], verbose: bool, ranked: bool) -> Tabl
     return table
 
 
-def _shown(layers: list[LayerReport], verbose: bool, solved: bool) -> Iterable[LayerReport | None]:
-    """All layers, or the eight that lose most where there are many."""
+def _layers_shown(layers: list[LayerReport], verbose: bool, solved: bool) -> Iterable[LayerReport | None]:
+    """Return all layers, or where there are many the eight that lose most, and None for the rest."""
     if verbose or len(layers) <= 16 or not solved:
         return layers
     worst = sorted(layers, key=lambda layer: -(layer.error_db or 0.0))[:8]
@@ -78,7 +78,7 @@ def _db(value: float | None) -> str:
     return "" if value is None else f"{value:.1f}"
 
 
-def _skipped(skipped: dict[str, str], verbose: bool) -> Table:
+def _skipped_table(skipped: dict[str, str], verbose: bool) -> Table:
     table = Table(title=f"{len(skipped)} left as they are", title_justify="left", box=None, pad_edge=False)
     table.add_column("name", overflow="fold", max_width=46)
     table.add_column("reason", overflow="fold")
@@ -114,7 +114,8 @@ def _frontier_table(frontier: list[FrontierPoint]) -> Table:
     return table
 
 
-def _gains(report: Report) -> str:
+def _gains_text(report: Report) -> str:
+    """Write size, latency, kernels and time, a line each."""
     before, after = report.size["before"], report.size["after"]
     text = f"size     {before / 1e6:.2f} MB -> {after / 1e6:.2f} MB ({after / before:.0%})"
     if report.latency_ms:

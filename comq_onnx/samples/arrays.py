@@ -1,4 +1,4 @@
-"""Samples that are tensors already: .npz and .npy files, and the test data of ONNX models (input_0.pb)."""
+"""Read samples that are tensors already: .npz and .npy files, and the test data of ONNX models (input_0.pb)."""
 
 from __future__ import annotations
 
@@ -21,13 +21,17 @@ from comq_onnx.samples.samples import AnyArray, ModelInput, names_of
 
 
 def read_arrays(paths: Sequence[Path], inputs: Sequence[ModelInput]) -> dict[str, AnyArray]:
-    """The arrays by input name of .npz and .npy files, one after another. Nothing is unpickled. Raises SamplesError."""
-    return _join([(path, _read_arrays(path, inputs)) for path in paths])
+    """Read .npz and .npy files, and join the samples of all of them: arrays by input name.
+
+    Nothing is ever unpickled. Raises SamplesError.
+    """
+    return _join([(path, _read_file(path, inputs)) for path in paths])
 
 
-def _read_arrays(path: Path, inputs: Sequence[ModelInput]) -> dict[str, AnyArray]:
+def _read_file(path: Path, inputs: Sequence[ModelInput]) -> dict[str, AnyArray]:
     try:
-        _check_sizes(path, {i.name for i in inputs})
+        wanted = {i.name for i in inputs}
+        _check_sizes(path, wanted)
         loaded = np.load(path, allow_pickle=False)
         if isinstance(loaded, np.ndarray):
             if len(inputs) != 1:
@@ -37,17 +41,21 @@ def _read_arrays(path: Path, inputs: Sequence[ModelInput]) -> dict[str, AnyArray
                 )
             return {inputs[0].name: loaded}
         with loaded:
-            wanted = {i.name for i in inputs}
-            return {name: loaded[name] for name in loaded.files if name in wanted or len(inputs) == 0} or {
-                name: loaded[name] for name in loaded.files
-            }
+            # where none is wanted, all of them, so that the error can say what there is
+            found = [name for name in loaded.files if name in wanted] or loaded.files
+            return {name: loaded[name] for name in found}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError, zlib.error, NotImplementedError,
             RuntimeError) as error:  # fmt: skip
         raise SamplesError(f"{path}: cannot be read as numpy arrays without pickles ({error})") from error
 
 
 def _check_sizes(path: Path, wanted: set[str]) -> None:
-    """Refuse arrays that are not as large as they say, before memory is taken for them, and more of them than fit."""
+    """Check that the arrays of a file are as large as they claim, and fit in memory, before memory is taken for them.
+
+    wanted: the arrays that will be read; where the file has none of these, all are counted
+
+    Raises ValueError for a header that does not agree with the file, SamplesError for arrays that do not fit.
+    """
     with path.open("rb") as file:
         if file.read(2) != b"PK":
             file.seek(0)
@@ -68,23 +76,25 @@ def _check_sizes(path: Path, wanted: set[str]) -> None:
 
 
 def _check_header(file: IO[bytes], size: int, name: str) -> None:
+    """Check the header of an .npy file of `size` bytes. Raises ValueError."""
     read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     version = np.lib.format.read_magic(file)
     if version not in read:
         raise ValueError(f"{name} has version {version} of the format")
     try:
         shape, _, dtype = read[version](file)
-    except Exception as error:  # what the parsers of Python's literals raise
+    except Exception as error:  # the parser of Python's literals raises many kinds
         raise ValueError(f"{name} has a damaged header: {error}") from error
     if dtype.hasobject:
         return  # numpy itself refuses, and says why
-    # the product of Python's integers: numpy's overflows
+    # multiplied as Python's integers: numpy's overflow
     declared = math.prod(shape) * dtype.itemsize
     if min(shape, default=0) < 0 or declared > size - file.tell():
         raise ValueError(f"{name} should hold {shape} of {dtype}, {declared} bytes, and holds {size - file.tell()}")
 
 
 def _join(parts: list[tuple[Path, dict[str, AnyArray]]]) -> dict[str, AnyArray]:
+    """Join the samples of files with arrays of the same names and shapes. Raises SamplesError."""
     first = parts[0][1]
     for path, part in parts:
         if set(part) != set(first):
@@ -103,8 +113,11 @@ def _join(parts: list[tuple[Path, dict[str, AnyArray]]]) -> dict[str, AnyArray]:
 
 
 def read_test_data(paths: Sequence[Path], inputs: Sequence[ModelInput]) -> dict[str, AnyArray]:
-    """The input_<i>.pb files of test data sets, one complete feed for each folder of them. Tensors go to the input of
-    their name, else to input number i. Raises SamplesError."""
+    """Read the input_<i>.pb files of test data sets, each folder of them as one complete feed: arrays by input name.
+
+    A tensor goes to the input of its name, else to input number i. The layout of the files is that of ONNX's own tests,
+    https://github.com/onnx/onnx/tree/main/onnx/backend/test/data/node. Raises SamplesError.
+    """
     folders: dict[Path, dict[int, Path]] = {}
     for path in paths:
         if match := re.fullmatch(r"input_(\d+)\.pb", path.name):
@@ -126,7 +139,12 @@ def read_test_data(paths: Sequence[Path], inputs: Sequence[ModelInput]) -> dict[
 
 
 def stack_feeds(feeds: Sequence[dict[str, AnyArray]], places: Sequence[str]) -> dict[str, AnyArray]:
-    """Complete feeds along a new first axis. Raises SamplesError by the name of the place of the first that differs."""
+    """Stack complete feeds along a new first axis.
+
+    places: where each feed comes from
+
+    Raises SamplesError, with the place of the first feed that differs in shape.
+    """
     for place, feed in zip(places, feeds, strict=True):
         for name, array in feed.items():
             if array.shape != feeds[0][name].shape:
@@ -138,10 +156,11 @@ def stack_feeds(feeds: Sequence[dict[str, AnyArray]], places: Sequence[str]) -> 
 
 
 def _read_tensor(path: Path) -> tuple[str, AnyArray]:
+    """Read a tensor: (name, array). Raises SamplesError."""
     tensor = onnx.TensorProto()
     try:
         tensor.ParseFromString(path.read_bytes())
-        # its data might be any file of this machine
+        # the file that it names might be any of this machine
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             raise ValueError("its data lies in another file")
         return tensor.name, numpy_helper.to_array(tensor)

@@ -1,4 +1,4 @@
-"""Sound as samples: .wav files cut into windows of the waveform that the model takes."""
+"""Read sound as samples: .wav files cut into windows of the waveform that the model takes."""
 
 from __future__ import annotations
 
@@ -13,43 +13,36 @@ from scipy.io import wavfile
 from scipy.signal import resample_poly
 
 from comq_onnx.errors import OptionError, SamplesError
-from comq_onnx.options.samples import Recipe
-from comq_onnx.samples.beside import beside, parse_json
+from comq_onnx.options.samples import SampleOptions
+from comq_onnx.samples.model_folder import find_beside, parse_json
 from comq_onnx.samples.samples import AnyArray, Clues, ModelInput, names_of
 
 AUDIO_SUFFIXES = frozenset({".wav"})
-WINDOW = 16_000  # points, where the model leaves the length free
+DEFAULT_LENGTH = 16_000  # points, where the model leaves the length free
 
 
 def read_sounds(
-    paths: Sequence[Path], inputs: Sequence[ModelInput], recipe: Recipe, clues: Clues, count: int, seed: int
+    paths: Sequence[Path], inputs: Sequence[ModelInput], options: SampleOptions, clues: Clues, count: int, seed: int
 ) -> tuple[dict[str, AnyArray], list[str]]:
-    """Up to `count` windows of these files for the one input that takes a waveform, and what was decided.
+    """Read up to `count` windows of .wav files, drawn with `seed`: (arrays by input name, notes of what was decided).
 
     Channels are averaged and points lie in -1..1; a configuration beside the model says at which rate, and whether each
-    window is normalized. An input named like a sampling rate gets it, other ones of floats (a recurrent state) get
-    zeros. Raises SamplesError.
+    window is normalized. The window goes to the one input that takes a waveform. An input named like a sampling rate
+    gets it, other ones of floats (a recurrent state) get zeros. Raises SamplesError, and OptionError for a --length
+    that the model does not take.
     """
     info = wave_input(inputs)
-    others = [i for i in inputs if i is not info]
-    dims = info.dims or (None, None)
-    rate, normalize, notes = _configured(clues)
-    fixed = dims[-1]
-    if fixed is not None and recipe.length is not None and recipe.length != fixed:
-        raise OptionError(f"--length {recipe.length}: {info.name!r} has {fixed} points, always")
-    waves: list[AnyArray] = []
+    fixed = info.dims[-1] if info.dims else None
+    rate, normalize, notes = _read_config(clues)
+    if fixed is not None and options.length is not None and options.length != fixed:
+        raise OptionError(f"--length {options.length}: {info.name!r} has {fixed} points, always")
     rng = np.random.default_rng(seed)
-    enough = 2 * count * (fixed or recipe.length or WINDOW)  # points: a folder may hold more than memory does
-    for i in sorted(rng.permutation(len(paths))[:count].tolist()):
-        path = paths[i]
-        if sum(map(len, waves)) >= enough:
-            break
-        found, wave = read_wave(path, rate)
-        if rate is None:
-            rate = found
-            notes.append(f"sound taken at {found} Hz, the rate of {path.name}: no configuration lies beside the model")
-        waves.append(wave[:enough])
-    length = fixed or recipe.length or min(WINDOW, *map(len, waves), WINDOW)
+    drawn = [paths[i] for i in sorted(rng.permutation(len(paths))[:count].tolist())]
+    # a folder may hold more than memory does
+    waves, found = _read_waves(drawn, rate, most=2 * count * (fixed or options.length or DEFAULT_LENGTH))
+    if rate is None:
+        notes.append(f"sound taken at {found} Hz, the rate of {drawn[0].name}: no configuration lies beside the model")
+    length = fixed or options.length or min(DEFAULT_LENGTH, *map(len, waves), DEFAULT_LENGTH)
     windows = [w[start : start + length] for w in waves for start in range(0, len(w) - length + 1, length)]
     if not windows:
         longest = max(map(len, waves))
@@ -58,18 +51,37 @@ def read_sounds(
     array = np.stack([windows[i] for i in chosen])
     if normalize:
         array = (array - array.mean(-1, keepdims=True)) / np.sqrt(array.var(-1, keepdims=True) + 1e-7)
-    arrays = {info.name: array.reshape(len(array), *[1] * (len(dims) - 2), length).astype(info.dtype)}
-    if others:
-        assert rate is not None
-        # states have their batch anywhere, so each sample is a complete feed
-        arrays = {info.name: arrays[info.name].reshape(len(array), 1, *[1] * (len(dims) - 2), length)}
-        arrays |= {other.name: _beside_wave(other, len(array), rate) for other in others}
-    return arrays, notes
+    return _feed_inputs(array, info, inputs, found), notes
+
+
+def _read_waves(paths: Sequence[Path], rate: int | None, most: int) -> tuple[list[AnyArray], int]:
+    """Read files until they hold `most` points: (waveforms, their rate: the first file's where `rate` is None)."""
+    waves: list[AnyArray] = []
+    for path in paths:
+        if sum(map(len, waves)) >= most:
+            break
+        rate, wave = read_wave(path, rate)
+        waves.append(wave[:most])
+    assert rate is not None
+    return waves, rate
+
+
+def _feed_inputs(windows: AnyArray, info: ModelInput, inputs: Sequence[ModelInput], rate: int) -> dict[str, AnyArray]:
+    """Return arrays by input name: windows [samples, points] for the input `info`, and values for all others."""
+    count, length = windows.shape
+    others = [i for i in inputs if i is not info]
+    # states have their batch anywhere, so beside them each sample is a complete feed
+    batch = [1] if others else []
+    channels = [1] * (len(info.dims or (None, None)) - 2)
+    arrays = {info.name: windows.reshape(count, *batch, *channels, length).astype(info.dtype)}
+    return arrays | {other.name: _other_input(other, count, rate) for other in others}
 
 
 def wave_input(inputs: Sequence[ModelInput]) -> ModelInput:
-    """The input that takes a waveform: floats of rank 2 [batch, points], or 3 [batch, 1, points]. Raises
-    SamplesError."""
+    """Return the input that takes a waveform: floats of rank 2 [batch, points], or 3 [batch, 1, points].
+
+    Raises SamplesError where none does, or more than one.
+    """
     found = [
         i for i in inputs
         if i.dtype.kind == "f" and i.dims is not None
@@ -84,8 +96,11 @@ def wave_input(inputs: Sequence[ModelInput]) -> ModelInput:
 
 
 def read_wave(path: Path, rate: int | None) -> tuple[int, AnyArray]:
-    """(rate, points) of a .wav file of integers or floats, channels averaged, integers brought to -1..1, resampled to
-    `rate` where that is given. Raises SamplesError."""
+    """Read a .wav file of integers or floats: (rate in Hz, points [points]).
+
+    Channels are averaged, integers brought to -1..1, and points resampled to `rate` where that is given. Raises
+    SamplesError.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", wavfile.WavFileWarning)  # of chunks that hold no sound
@@ -107,9 +122,10 @@ def read_wave(path: Path, rate: int | None) -> tuple[int, AnyArray]:
     return int(rate or found), points
 
 
-def _configured(clues: Clues) -> tuple[int | None, bool, list[str]]:
-    """(rate, whether to normalize, notes) as a preprocessor_config.json beside the model says."""
-    for path in beside(clues.folder, ("preprocessor_config.json", "processor_config.json")) if clues.folder else []:
+def _read_config(clues: Clues) -> tuple[int | None, bool, list[str]]:
+    """Read a preprocessor_config.json beside the model: (rate or None, whether to normalize, notes)."""
+    names = ("preprocessor_config.json", "processor_config.json")
+    for path in find_beside(clues.folder, names) if clues.folder is not None else []:
         try:
             config = parse_json(path.read_text(encoding="utf-8"))
             config = config.get("feature_extractor", config)
@@ -127,8 +143,8 @@ def _configured(clues: Clues) -> tuple[int | None, bool, list[str]]:
     return None, False, []
 
 
-def _beside_wave(info: ModelInput, count: int, rate: int) -> AnyArray:
-    """What another input gets: the sampling rate, no padding, or zeros for a state."""
+def _other_input(info: ModelInput, count: int, rate: int) -> AnyArray:
+    """Return values for an input beside the waveform: the sampling rate, or zeros for a state. Raises SamplesError."""
     shape = (count, *(d or 1 for d in info.dims or ()))
     name = info.name.lower()
     if info.dtype.kind in "iu" and name in ("sr", "rate", "sample_rate", "sampling_rate"):

@@ -1,4 +1,4 @@
-"""What a model's graph tells about the samples it wants: vocabulary, layout, statistics of the first layers."""
+"""Find out what a model tells about the samples it wants: vocabulary, layout, statistics of the first layers."""
 
 from __future__ import annotations
 
@@ -10,21 +10,26 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from comq_onnx.errors import ComqError, ModelError
-from comq_onnx.model.files import private_directory, to_bytes_or_file
+from comq_onnx.errors import ComqError
+from comq_onnx.model.probe import probe
 from comq_onnx.runtime.session import Session
 from comq_onnx.samples.samples import Clues, Feeds
 
 Floats = npt.NDArray[np.float64]
-# what exporters put between an input and the first layer that tells the layout
+# operators that exporters put between an input and the first layer that tells the layout
 ELEMENTWISE = frozenset(
     {"Cast", "Identity", "Sub", "Add", "Mul", "Div", "Clip", "QuantizeLinear", "DequantizeLinear", "Pad"}
 )
-NORMS = 3  # BatchNormalizations compared: those behind saw what the ones before them made
+NORMS = 3  # BatchNormalizations compared: what later ones see depends on those before
 
 
 def read_clues(model: ir.Model, path: Path, session: Session, device: str) -> Clues:
-    """The clues of a model read from `path`, with the session of the float model."""
+    """Gather the clues of a model.
+
+    path: the file that the model was read from
+    session: runs the float model
+    device: where the first layers run alone
+    """
     norms, first = _first_norms(model), _first_bias(model)
     return Clues(
         folder=path.parent,
@@ -37,10 +42,10 @@ def read_clues(model: ir.Model, path: Path, session: Session, device: str) -> Cl
 
 
 def suspicious_statistics(clues: Clues, feeds: Feeds) -> str | None:
-    """Why the first layers make one doubt these feeds; None where they do not, or have no BatchNormalization to tell.
+    """Warn of feeds that do not look like those of training, by the statistics of the first layers.
 
-    Right pixels measure 0.01 to 0.2, those of another model's mean and deviation up to 2, those of another scale 30 and
-    more.
+    Returns None where the feeds look right, or where the model has no BatchNormalization that could tell. Right pixels
+    measure 0.01 to 0.2, those of another model's mean and deviation up to 2, those of another scale 30 and more.
     """
     try:
         found = clues.misfit(feeds) if clues.misfit is not None else 0.0
@@ -55,10 +60,10 @@ def suspicious_statistics(clues: Clues, feeds: Feeds) -> str | None:
 
 
 def token_limits(model: ir.Model) -> dict[str, int]:
-    """For inputs that index an embedding: how many rows it has."""
+    """Return the number of rows of the embedding, for each input that indexes one."""
     limits: dict[str, int] = {}
     for value in model.graph.inputs:
-        for node, index in _readers(value, {"Cast", "Identity"}):
+        for node, index in _find_readers(value, {"Cast", "Identity"}):
             table = node.inputs[0]
             if node.op_type == "Gather" and index == 1 and table is not None and table.const_value is not None:
                 rows = int(table.const_value.shape.numpy()[0])
@@ -67,10 +72,10 @@ def token_limits(model: ir.Model) -> dict[str, int]:
 
 
 def channels_last(model: ir.Model) -> dict[str, bool]:
-    """For inputs that reach a convolution: whether they are transposed from NHWC before."""
+    """Tell whether an input is NHWC (transposed before the first convolution), for each input that reaches one."""
     found: dict[str, bool] = {}
     for value in model.graph.inputs:
-        for node, index in _readers(value, ELEMENTWISE):
+        for node, index in _find_readers(value, ELEMENTWISE):
             if node.op_type == "Transpose" and list(node.attributes.get_ints("perm", [])) == [0, 3, 1, 2]:
                 found.setdefault(str(value.name), True)
             elif node.op_type == "Conv" and index == 0:
@@ -78,8 +83,8 @@ def channels_last(model: ir.Model) -> dict[str, bool]:
     return found
 
 
-def _readers(value: ir.Value, through: set[str] | frozenset[str]) -> Iterator[tuple[ir.Node, int]]:
-    """The nodes that read a value, also behind nodes of the ops in `through`, and as which of their inputs."""
+def _find_readers(value: ir.Value, through: set[str] | frozenset[str]) -> Iterator[tuple[ir.Node, int]]:
+    """Yield (node, index of its input) for the nodes that read a value, also behind nodes of the types in `through`."""
     pending, seen = deque([value]), set()
     while pending:
         for node, index in pending.popleft().uses():
@@ -94,7 +99,7 @@ def _readers(value: ir.Value, through: set[str] | frozenset[str]) -> Iterator[tu
 
 
 def _first_norms(model: ir.Model) -> list[tuple[ir.Value, Floats, Floats]]:
-    """(input, mean, variance) of the first BatchNormalizations behind convolutions."""
+    """Return (input, mean, variance) of the first BatchNormalizations that another node feeds."""
     found: list[tuple[ir.Value, Floats, Floats]] = []
     for node in model.graph:
         if node.op_type == "BatchNormalization" and len(found) < NORMS and len(node.inputs) == 5:
@@ -106,7 +111,10 @@ def _first_norms(model: ir.Model) -> list[tuple[ir.Value, Floats, Floats]]:
 
 
 def _first_bias(model: ir.Model) -> tuple[ir.Value, Floats] | None:
-    """(output, bias) of the first convolution, where it has one: into a model of folded BatchNormalizations."""
+    """Return (output, bias) of the first convolution; None where it has no bias.
+
+    A BatchNormalization that was folded into the convolution leaves a bias.
+    """
     node = next((n for n in model.graph if n.op_type == "Conv"), None)
     bias = _numbers(node.inputs[2]) if node is not None and len(node.inputs) > 2 else None
     return (node.outputs[0], bias) if node is not None and bias is not None and np.any(bias) else None
@@ -120,9 +128,12 @@ def _numbers(value: ir.Value | None) -> Floats | None:
 
 
 def _misfit(model: ir.Model, norms: list[tuple[ir.Value, Floats, Floats]], device: str) -> Callable[[Feeds], float]:
-    """The median over channels of (m - mean)^2 / var + log(s^2 / var)^2 / 4, with m and s^2 the mean and the variance
-    of what reaches each BatchNormalization, averaged over those."""
-    observe = _observer(model, [value for value, _, _ in norms], device)
+    """Return a function that measures how far feeds are from those of training.
+
+    It is the median over channels of (m - mean)^2 / var + log(s^2 / var)^2 / 4, averaged over BatchNormalizations, with
+    mean and var those of training, and m and s^2 the mean and the variance of what reaches the BatchNormalization.
+    """
+    observe = _channel_statistics(model, [value for value, _, _ in norms], device)
 
     def misfit(feeds: Feeds) -> float:
         found = []
@@ -135,9 +146,12 @@ def _misfit(model: ir.Model, norms: list[tuple[ir.Value, Floats, Floats]], devic
 
 
 def _balance(model: ir.Model, output: ir.Value, bias: Floats, device: str) -> Callable[[Feeds], float]:
-    """The norm of the deviations of the first convolution's channels over the norm of its biases: a folded
-    BatchNormalization makes both of one size."""
-    observe = _observer(model, [output], device)
+    """Return a function that measures the size of the first convolution's products beside that of its biases.
+
+    It is the norm of the standard deviations of its channels over the norm of its biases: a folded BatchNormalization
+    makes both of one size.
+    """
+    observe = _channel_statistics(model, [output], device)
 
     def balance(feeds: Feeds) -> float:
         [(_, variance)] = observe(feeds)
@@ -146,22 +160,17 @@ def _balance(model: ir.Model, output: ir.Value, bias: Floats, device: str) -> Ca
     return balance
 
 
-def _observer(model: ir.Model, values: list[ir.Value], device: str) -> Callable[[Feeds], list[tuple[Floats, Floats]]]:
-    """(mean, variance) over each channel (axis 1) of these values, for some feeds. The result raises ModelError or
-    RuntimeFailure where the first layers alone do not run."""
+def _channel_statistics(
+    model: ir.Model, values: list[ir.Value], device: str
+) -> Callable[[Feeds], list[tuple[Floats, Floats]]]:
+    """Return a function that runs the first layers alone: (mean, variance) of each channel (axis 1) of these values.
+
+    It raises ModelError or RuntimeFailure where they do not run without the rest.
+    """
     names = [str(value.name) for value in values]
 
     def observe(feeds: Feeds) -> list[tuple[Floats, Floats]]:
-        try:
-            part = ir.Model(
-                ir.convenience.extract(model.graph, list(model.graph.inputs), values), ir_version=model.ir_version
-            )
-        except ValueError as error:
-            raise ModelError(f"the first layers cannot be taken out: {error}") from error
-        part.graph.opset_imports.update(model.graph.opset_imports)
-        with private_directory() as work:
-            session = Session(to_bytes_or_file(part, work, "first"), device, what="the model's first layers")
-            outputs = session.run({i.name: feeds[i.name] for i in session.inputs}, names)
+        (outputs,) = probe(model, names, [feeds], device, "the model's first layers")
         arrays = [np.moveaxis(np.asarray(outputs[name], np.float64), 1, 0) for name in names]
         return [(a.mean(axis=tuple(range(1, a.ndim))), a.var(axis=tuple(range(1, a.ndim)))) for a in arrays]
 

@@ -1,4 +1,4 @@
-"""What the model is fed, for a person to check: shapes, ranges and means of the samples, and pictures as a sheet."""
+"""Describe samples for a person to check: shapes, ranges and means, and pictures on a contact sheet."""
 
 from __future__ import annotations
 
@@ -15,13 +15,17 @@ from rich.text import Text
 
 from comq_onnx.samples.samples import AnyArray, Samples
 
-TILE, COLUMNS = 112, 8
+TILE, COLUMNS = 112, 8  # of the sheet: pixels of a tile's side, tiles in a row
 
 
 @dataclass(frozen=True)
 class TensorFacts:
-    """One input or output: its name, dtype, the shape of a batch's array, range, mean and deviation; of pictures the
-    mean of each channel. Numbers are None for strings."""
+    """Describe an input or output.
+
+    shape: of the array of all samples
+    low, high, mean, std: over all numbers that are finite; None for strings
+    channels: the mean of each channel of pictures, else empty
+    """
 
     name: str
     dtype: str
@@ -35,7 +39,12 @@ class TensorFacts:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a model is fed and what it answers to the first batch; notes and warnings as in a report."""
+    """Hold what a model is fed, and what it answers to the first batch; notes and warnings as in a report.
+
+    source: where the samples come from
+    used, held_back: how many samples are calibrated on, and compared on
+    sheet: the PNG of a contact sheet, or None where there are no pictures
+    """
 
     source: str
     used: int
@@ -47,7 +56,7 @@ class Inspection:
     sheet: bytes | None = None
 
     def rich(self) -> RenderableType:
-        """For a terminal: a table of the inputs, one of the outputs, notes and warnings."""
+        """Lay it out for a terminal: a table of the inputs, one of the outputs, notes and warnings."""
         head = f"{self.used} samples to calibrate on and {self.held_back} to compare on, from {self.source}"
         parts: list[RenderableType] = [Text(head), _table("the model is fed", self.inputs)]
         parts.append(_table("and answers the first batch", self.outputs))
@@ -59,7 +68,7 @@ class Inspection:
 def describe(
     samples: Samples, held_back: int, outputs: Mapping[str, Any], notes: tuple[str, ...], warnings: tuple[str, ...]
 ) -> Inspection:
-    """The facts of the samples a model is calibrated on and of its outputs for the first of them."""
+    """Describe the samples that a model is calibrated on, and its outputs for the first batch."""
     inputs = tuple(tensor_facts(name, array) for name, array in samples.arrays.items())
     answers = tuple(tensor_facts(n, a) for n, a in outputs.items() if isinstance(a, np.ndarray))
     pictures = [sheet for a in samples.arrays.values() if (sheet := contact_sheet(a)) is not None]
@@ -68,7 +77,7 @@ def describe(
 
 
 def tensor_facts(name: str, array: AnyArray) -> TensorFacts:
-    """Range, mean and deviation of an array, over what is finite."""
+    """Compute the range, mean and deviation of an array, over its finite numbers."""
     basic = TensorFacts(name, "string" if array.dtype == object else str(array.dtype), array.shape)
     if array.dtype == object or not array.size:
         return basic
@@ -86,12 +95,13 @@ def tensor_facts(name: str, array: AnyArray) -> TensorFacts:
 
 
 def contact_sheet(array: AnyArray, most: int = 32) -> bytes | None:
-    """The first `most` pictures of an input's array [n, channels, height, width] or [n, height, width, channels], with
-    one or three channels, as the bytes of one PNG; None for an array of no pictures.
+    """Draw the first `most` pictures of an array on one sheet, as the bytes of a PNG; None where it holds no pictures.
 
-    All lie on one scale, from the least number to the greatest of each channel: so a wrong order of channels or axes,
-    a wrong crop and pictures of another range than their neighbours show; a wrong mean or deviation shows in the
-    numbers of `tensor_facts`.
+    array: [n, channels, height, width] or [n, height, width, channels], with one or three channels
+
+    All pictures have one scale, from the least to the greatest number of each channel. So the sheet shows a wrong order
+    of channels or axes, a wrong crop, and pictures of another range than the rest. It does not show a wrong mean or
+    deviation: the numbers of `tensor_facts` do.
     """
     axis = _channel_axis(array.shape)
     if axis is None or array.dtype.kind not in "fiu":
@@ -115,7 +125,7 @@ def contact_sheet(array: AnyArray, most: int = 32) -> bytes | None:
 
 
 def _channel_axis(shape: tuple[int, ...]) -> int | None:
-    """The axis of one or three channels of a batch of pictures, of 8 pixels or more a side; None for other arrays."""
+    """Find the axis of one or three channels of pictures of 8 pixels or more a side; None for other arrays."""
     if len(shape) not in (4, 5) or not all(shape):
         return None
     for axis, sides in ((-3, shape[-2:]), (-1, shape[-3:-1])):

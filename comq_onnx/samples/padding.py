@@ -1,8 +1,8 @@
-"""Padded positions: what an attention mask tells the model to ignore should not be calibrated on either.
+"""Find the positions that an attention mask tells the model to ignore: they should not be calibrated on either.
 
-Sentences of one batch are padded to one length, and often most of a batch is padding. Its activations reach every
-layer, but no output that counts. A mask is believed only after a test: with other tokens in the masked positions, the
-outputs (at the positions that are not masked, where they have positions) must stay as they are.
+Sentences of one batch are padded to one length, and often most of a batch is padding. The activations of padding reach
+every layer, but no output that counts. A mask is believed only after a test: with other tokens in the masked positions,
+the outputs must not change. Of outputs that have positions only those that are not masked are compared.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Arrays = Mapping[str, Any]
 
 
 def find_mask(arrays: Arrays) -> str | None:
-    """The name of the input that masks positions: rank 2, `...mask` in its name, zeros and ones and both of them."""
+    """Return the name of the input that masks positions: `mask` in its name, rank 2, only zeros and ones, and both."""
     for name, array in arrays.items():
         if "mask" in name.lower() and isinstance(array, np.ndarray) and array.ndim == 2 and array.dtype != object:
             ones = array == 1
@@ -30,10 +30,12 @@ def find_mask(arrays: Arrays) -> str | None:
 
 
 def is_ignored(run: Callable[[Arrays], Arrays], feeds: Arrays, mask: str, seed: int = 0) -> bool:
-    """Whether the outputs that `run` gives for `feeds` stay as they are when what is masked changes.
+    """Tell whether the outputs that `run` gives for `feeds` do not change when the masked positions do.
 
-    Every other input with an axis for the samples and one for the positions gets, where it is masked, values that it
-    has elsewhere. False where that changes nothing: then nothing is known.
+    mask: the name of the mask [samples, positions] in `feeds`
+
+    Every other input [samples, positions, ...] gets, where it is masked, values that it has elsewhere. False where that
+    changes no input, for then the test says nothing.
     """
     kept = np.asarray(feeds[mask]) == 1
     rng = np.random.default_rng(seed)
@@ -53,19 +55,26 @@ def _same(a: Any, b: Any) -> bool:
         return False
     if a.dtype.kind != "f":
         return np.array_equal(a, b)
-    # masks add large negative numbers, so what is masked still weighs some rounding errors
+    # masks add large negative numbers, so masked positions still cause rounding errors
     return bool(np.allclose(a, b, rtol=1e-3, atol=1e-4 * float(np.abs(a).max(initial=0))))
 
 
 def has_positions(array: Any, kept: Mask, least_rank: int = 2) -> bool:
-    """Whether an array has the mask's two axes first; least_rank 3: and one of features behind them, since the features
-    of a pooled [batch, features] may be as many as the positions."""
+    """Tell whether the first two axes of an array are those of the mask `kept` [samples, positions].
+
+    least_rank: 3 asks for an axis of features behind them too: a pooled array [samples, features] may have as many
+        features as there are positions
+    """
     return arrays.is_array(array) and array.ndim >= least_rank and tuple(array.shape[:2]) == kept.shape
 
 
 def take_kept(array: Any, kept: Mask | None, least_rank: int = 2) -> Any:
-    """The positions of an array that are not masked, where it has positions, also along one axis [batch * positions,
-    ...]; otherwise the array."""
+    """Return the positions of an array that are not masked; the whole array where it has no positions.
+
+    array: [samples, positions, ...] or [samples * positions, ...] to have positions
+    kept: the mask [samples, positions], None for no mask
+    least_rank: as in `has_positions`
+    """
     if kept is None:
         return array
     if has_positions(array, kept, least_rank):

@@ -1,5 +1,7 @@
-"""Samples from Python: a callable, an ONNX Runtime CalibrationDataReader, a DataLoader, a dataset, anything that yields
-them. The only place where a caller's code runs, and only what the caller named."""
+"""Take samples from Python: a callable, a CalibrationDataReader of ONNX Runtime, a DataLoader, a dataset, an iterable.
+
+This is the only place where code of the caller runs, and only code that the caller named.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +19,28 @@ import numpy as np
 from PIL import Image
 
 from comq_onnx.errors import SamplesError
-from comq_onnx.options.samples import PICTURE_OPTIONS, TEXT_OPTIONS, Recipe
+from comq_onnx.options.samples import PICTURE_OPTIONS, TEXT_OPTIONS, SampleOptions
 from comq_onnx.samples.arrays import stack_feeds
-from comq_onnx.samples.images.files import read_images
+from comq_onnx.samples.images.read import read_images
 from comq_onnx.samples.samples import AnyArray, Clues, ModelInput, names_of
 from comq_onnx.samples.text import texts_wanted, tokenize
 
 
 def is_reader(text: str) -> bool:
-    """Whether text has the form module:name or file.py:name."""
+    """Tell whether a text has the form module:name or file.py:name."""
     module, colon, name = text.rpartition(":")
     return bool(colon) and name.isidentifier() and (module.endswith(".py") or bool(re.fullmatch(r"[\w.]+", module)))
 
 
 def load_reader(text: str) -> Any:
-    """The object that module:name or file.py:name names: this imports, and so runs, that code. Raises SamplesError."""
+    """Import the object that module:name or file.py:name names, which runs that code. Raises SamplesError."""
     place, _, name = text.rpartition(":")
     try:
         module = _import_file(Path(place)) if place.endswith(".py") else _import_module(place)
     except SamplesError:
         raise
     except (Exception, SystemExit) as error:
-        raise SamplesError(f"{text}: importing {place} failed with {_said(error)}") from error
+        raise SamplesError(f"{text}: importing {place} failed with {_in_one_line(error)}") from error
     if not hasattr(module, name):
         raise SamplesError(f"{text}: {place} has no {name!r}")
     return getattr(module, name)
@@ -61,7 +63,7 @@ def _import_file(path: Path) -> Any:
 
 
 def _import_module(name: str) -> Any:
-    # as `python -m` finds it: from where the user stands
+    # found as `python -m` finds it: from the current folder
     sys.path.insert(0, os.getcwd())
     try:
         return importlib.import_module(name)
@@ -70,43 +72,40 @@ def _import_module(name: str) -> Any:
 
 
 def read_python(
-    source: Any, what: str, inputs: Sequence[ModelInput], recipe: Recipe, clues: Clues, count: int
+    source: Any, what: str, inputs: Sequence[ModelInput], options: SampleOptions, clues: Clues, count: int
 ) -> tuple[dict[str, AnyArray], list[str]]:
-    """Up to `count` samples of `source`, the first that it gives, as arrays by input name, and what was decided.
+    """Take the first `count` samples that `source` gives, at most: (arrays by input name, notes of what was decided).
 
-    source: a callable or a class is called without arguments; what has get_next() is asked until it gives None; the
-    rest is iterated, or indexed. An item is a mapping by input names (of batches or single samples), a picture or a
-    text alone or in a mapping, or the inputs in their order, as tuples of a DataLoader have them with labels behind.
-    Raises SamplesError.
+    source: a callable or a class is called without arguments; an object with get_next() is asked until it gives None;
+        anything else is iterated, or indexed
+    what: how messages name the source
+
+    An item is a mapping by input names (of batches or single samples), a picture or a text, alone or in a mapping, or
+    the inputs in their order: tuples of a DataLoader have labels behind them. Raises SamplesError, and OptionError for
+    options that are for samples of another kind.
     """
-    items = _items(source, what)
+    items = _iterate(source, what)
     try:
         first = next(items)
     except StopIteration:
         raise SamplesError(f"{what}: gave no samples") from None
-    field = _content(first, inputs, recipe, what)
-    if field is not None:
-        is_text = isinstance(_take(first, field, what), str)
-        wanted = texts_wanted(inputs, count) if is_text else count
-        contents = [_take(item, field, what) for item in islice(_chain(first, items), wanted)]
-        if is_text:
-            recipe.only(TEXT_OPTIONS, "text")
-            return tokenize([str(c) for c in contents], inputs, recipe, clues, count)
-        recipe.only(PICTURE_OPTIONS, "images")
-        return read_images(contents, inputs, recipe, clues)
-    recipe.only((), "tensors from Python")
-    feeds, gathered = [], 0
-    for item in _chain(first, items):
-        feed = _feed(item, inputs, what)
-        feeds.append(feed)
-        gathered += _samples_in(feed, inputs)
-        if gathered >= count:
-            break
-    return _assemble(feeds, inputs, what), []
+    items = chain([first], items)
+    field = _find_content(first, inputs, options, what)
+    if field is None:
+        options.only((), "tensors from Python")
+        return _join(_gather_feeds(items, inputs, what, count), inputs, what), []
+    is_text = isinstance(_take_content(first, field, what), str)
+    wanted = texts_wanted(inputs, count) if is_text else count
+    contents = [_take_content(item, field, what) for item in islice(items, wanted)]
+    if is_text:
+        options.only(TEXT_OPTIONS, "text")
+        return tokenize([str(c) for c in contents], inputs, options, clues, count)
+    options.only(PICTURE_OPTIONS, "images")
+    return read_images(contents, inputs, options, clues)
 
 
-def _items(source: Any, what: str) -> Iterator[Any]:
-    """The items of a source; errors in the caller's code come out as SamplesError."""
+def _iterate(source: Any, what: str) -> Iterator[Any]:
+    """Yield the items of a source. Raises SamplesError, also for whatever the code of the caller raises."""
     try:
         if isinstance(source, type) or (callable(source) and not hasattr(source, "get_next")):
             source = source()
@@ -121,42 +120,60 @@ def _items(source: Any, what: str) -> Iterator[Any]:
             yield from (source[i] for i in range(len(source)))
         else:
             raise SamplesError(
-                f"{what}: is {_kind(source)}; samples from Python are a callable, a CalibrationDataReader or "
+                f"{what}: is {_type_of(source)}; samples from Python are a callable, a CalibrationDataReader or "
                 "something that can be iterated"
             )
     except SamplesError:
         raise
     except Exception as error:
-        raise SamplesError(f"{what}: failed with {_said(error)}") from error
+        raise SamplesError(f"{what}: failed with {_in_one_line(error)}") from error
 
 
-def _content(item: Any, inputs: Sequence[ModelInput], recipe: Recipe, what: str) -> str | int | None:
-    """Where an item holds a picture or a text: its field, 0 for the item itself; None where it holds tensors."""
+def _find_content(item: Any, inputs: Sequence[ModelInput], options: SampleOptions, what: str) -> str | int | None:
+    """Find the picture or text of an item: its field, 0 for the item itself; None where the item holds tensors.
+
+    Raises SamplesError where several fields hold one and none is chosen.
+    """
     if isinstance(item, (str, Image.Image)):
         return 0
     if not isinstance(item, Mapping) or {i.name for i in inputs} <= set(item):
         return None
     fields = [str(k) for k, v in item.items() if isinstance(v, (str, Image.Image))]
-    if recipe.text_field is not None and recipe.text_field not in fields:
-        raise SamplesError(f"{what}: no text in {recipe.text_field!r}; it has {names_of(fields)}")
-    if len(fields) > 1 and recipe.text_field is None:
+    if options.text_field is not None and options.text_field not in fields:
+        raise SamplesError(f"{what}: no text in {options.text_field!r}; it has {names_of(fields)}")
+    if len(fields) > 1 and options.text_field is None:
         pictures = [f for f in fields if isinstance(item[f], Image.Image)]
         preferred = pictures if len(pictures) == 1 else [f for f in fields if f == "text"]
         if not preferred:
             raise SamplesError(f"{what}: text in {names_of(fields)}; choose one with --text-field")
         return preferred[0]
-    return recipe.text_field or (fields[0] if fields else None)
+    return options.text_field or (fields[0] if fields else None)
 
 
-def _take(item: Any, field: str | int, what: str) -> Any:
+def _take_content(item: Any, field: str | int, what: str) -> Any:
+    """Return the picture or text in the field of an item. Raises SamplesError where it holds neither."""
     value = item if field == 0 else item.get(field) if isinstance(item, Mapping) else None
     if not isinstance(value, (str, Image.Image)):
-        raise SamplesError(f"{what}: an item is {_kind(value)} where the first has a text or a picture")
+        raise SamplesError(f"{what}: an item is {_type_of(value)} where the first has a text or a picture")
     return value
 
 
-def _feed(item: Any, inputs: Sequence[ModelInput], what: str) -> dict[str, AnyArray]:
-    """An item's arrays by input name."""
+def _gather_feeds(
+    items: Iterator[Any], inputs: Sequence[ModelInput], what: str, count: int
+) -> list[dict[str, AnyArray]]:
+    """Take items as feeds until they hold `count` samples."""
+    feeds, gathered = [], 0
+    for item in items:
+        feed = _as_feed(item, inputs, what)
+        feeds.append(feed)
+        gathered += _count_samples(feed, inputs)
+        if gathered >= count:
+            break
+    return feeds
+
+
+def _as_feed(item: Any, inputs: Sequence[ModelInput], what: str) -> dict[str, AnyArray]:
+    """Return the arrays of an item by input name. Raises SamplesError."""
     names = [i.name for i in inputs]
     if isinstance(item, Mapping):
         if missing := [n for n in names if n not in item]:
@@ -171,43 +188,45 @@ def _feed(item: Any, inputs: Sequence[ModelInput], what: str) -> dict[str, AnyAr
         values = [item]
     else:
         raise SamplesError(
-            f"{what}: an item is {_kind(item)}; the model has {len(names)} inputs ({names_of(names)}): give mappings "
-            "by name"
+            f"{what}: an item is {_type_of(item)}; the model has {len(names)} inputs ({names_of(names)}): give "
+            "mappings by name"
         )
-    return {name: _array(value, name, what) for name, value in zip(names, values, strict=True)}
+    return {name: _as_array(value, name, what) for name, value in zip(names, values, strict=True)}
 
 
-def _array(value: Any, name: str, what: str) -> AnyArray:
+def _as_array(value: Any, name: str, what: str) -> AnyArray:
+    """Return a value as an array of numbers or strings. Raises SamplesError."""
     if hasattr(value, "detach"):  # a tensor of PyTorch
         value = value.detach().cpu().numpy()
     try:
         array = np.asarray(value)
     except (ValueError, TypeError) as error:
-        raise SamplesError(f"{what}: {name!r} is {_kind(value)}, not an array ({error})") from error
+        raise SamplesError(f"{what}: {name!r} is {_type_of(value)}, not an array ({error})") from error
     if array.dtype == object and not all(isinstance(v, str) for v in array.flat):
-        raise SamplesError(f"{what}: {name!r} is {_kind(value)}, not an array of numbers")
+        raise SamplesError(f"{what}: {name!r} is {_type_of(value)}, not an array of numbers")
     return array
 
 
-def _single(feed: dict[str, AnyArray], inputs: Sequence[ModelInput]) -> bool:
-    """Whether a feed is one sample without its batch axis."""
+def _is_single_sample(feed: dict[str, AnyArray], inputs: Sequence[ModelInput]) -> bool:
+    """Tell whether a feed is one sample without its batch axis."""
     return all(i.dims is not None and feed[i.name].ndim == len(i.dims) - 1 for i in inputs)
 
 
-def _joined(feed: dict[str, AnyArray], inputs: Sequence[ModelInput]) -> bool:
-    """Whether the first axis of every array of a feed is the batch."""
+def _is_batch(feed: dict[str, AnyArray], inputs: Sequence[ModelInput]) -> bool:
+    """Tell whether the first axis of every array of a feed is the batch."""
     counts = {feed[i.name].shape[:1] for i in inputs}
     return len(counts) == 1 and () not in counts
 
 
-def _samples_in(feed: dict[str, AnyArray], inputs: Sequence[ModelInput]) -> int:
-    if _single(feed, inputs) or not _joined(feed, inputs):
+def _count_samples(feed: dict[str, AnyArray], inputs: Sequence[ModelInput]) -> int:
+    if _is_single_sample(feed, inputs) or not _is_batch(feed, inputs):
         return 1
     return len(feed[inputs[0].name])
 
 
-def _assemble(feeds: list[dict[str, AnyArray]], inputs: Sequence[ModelInput], what: str) -> dict[str, AnyArray]:
-    if _single(feeds[0], inputs) or not _joined(feeds[0], inputs):
+def _join(feeds: list[dict[str, AnyArray]], inputs: Sequence[ModelInput], what: str) -> dict[str, AnyArray]:
+    """Join feeds along their batch axis, or stack them where they are single samples or complete feeds."""
+    if _is_single_sample(feeds[0], inputs) or not _is_batch(feeds[0], inputs):
         return stack_feeds(feeds, [f"{what}, item {i}" for i in range(len(feeds))])
     for i, feed in enumerate(feeds):
         for name, array in feed.items():
@@ -219,14 +238,9 @@ def _assemble(feeds: list[dict[str, AnyArray]], inputs: Sequence[ModelInput], wh
     return {name: np.concatenate([feed[name] for feed in feeds]) for name in feeds[0]}
 
 
-def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
-    yield first
-    yield from rest
-
-
-def _kind(value: Any) -> str:
+def _type_of(value: Any) -> str:
     return "None" if value is None else f"of type {type(value).__name__}"
 
 
-def _said(error: BaseException) -> str:
+def _in_one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"

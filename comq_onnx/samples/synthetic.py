@@ -1,6 +1,6 @@
-"""Made-up samples for a model without any: procedural pictures, text of a bundled page, sound-like noise.
+"""Make samples for a model that has none: procedural pictures, text of a bundled page, tokens, noise.
 
-What each costs against real samples is measured by tools/bench/synthetic.py, and said in the warning.
+tools/bench/synthetic.py measures what each kind costs against real samples; the warnings say its figures.
 """
 
 from __future__ import annotations
@@ -11,18 +11,21 @@ from importlib import resources
 import numpy as np
 
 from comq_onnx.errors import ComqError
-from comq_onnx.options.samples import PICTURE_OPTIONS, Recipe
-from comq_onnx.samples.beside import beside
+from comq_onnx.options.samples import PICTURE_OPTIONS, SampleOptions
 from comq_onnx.samples.images.drawing import draw_pictures, one_over_f
 from comq_onnx.samples.images.guess import guess_preprocess, to_grey
 from comq_onnx.samples.images.pixels import channels_last, geometry, to_input
 from comq_onnx.samples.images.preprocess import Preprocess, find_preprocess
+from comq_onnx.samples.language_inputs import complete, role_of, token_inputs
+from comq_onnx.samples.model_folder import find_beside
 from comq_onnx.samples.samples import AnyArray, Clues, Feeds, ModelInput
-from comq_onnx.samples.text import complete, role_of, texts_wanted, token_inputs, tokenize
+from comq_onnx.samples.text import texts_wanted, tokenize
 
-SIDE, FREE_TOKENS, MOST_DRAWN = 224, 32, 512
+# where the model leaves them free: the sides of pictures, the length of texts
+SIDE, FREE_TOKENS = 224, 32
+MOST_DRAWN = 512  # pictures; beyond these they are used again
 MOST_TEXTS = 72  # drawn from a model: each takes as many runs as it has tokens
-LEAST_VOCABULARY = 32
+LEAST_VOCABULARY = 32  # outputs of fewer scores are not logits over tokens
 # the figures of tools/bench/synthetic.py: EfficientNet-Lite0 and MiniLM, 128 samples of each kind, measured on real
 # ones; of SmolLM2: effort fast, 24 samples of 32 tokens, measured on 8 texts of 64
 TELL = "the comparison is made on them too; give real samples with --calib"
@@ -50,53 +53,49 @@ NOISE_WARNING = (
 
 
 def synthesize(
-    inputs: Sequence[ModelInput], recipe: Recipe, count: int, seed: int, clues: Clues
+    inputs: Sequence[ModelInput], options: SampleOptions, count: int, seed: int, clues: Clues
 ) -> tuple[dict[str, AnyArray], list[str], list[str]]:
-    """(arrays by input name, notes, warnings): `count` samples for a model of these inputs.
+    """Make `count` samples for a model of these inputs: (arrays by input name, notes, warnings).
 
-    Pictures for inputs of 1 or 3 channels, preprocessed as the recipe or a configuration beside the model says, else as
-    suits the model best; text of a page for token ids where there is a tokenizer.json, else what a model that predicts
-    tokens draws, else random ones; ones for masks; normal noise for the rest.
+    Inputs of 1 or 3 channels get pictures, preprocessed as the options or a configuration beside the model say, else as
+    suits the model best. Token ids get text of a page where there is a tokenizer.json, else tokens that the model
+    itself predicts, where it predicts any, else random ones. Masks get ones, all other inputs normal noise.
     """
-    pictures = [i for i in inputs if _takes_pictures(i, recipe, clues)]
+    pictures = [i for i in inputs if _takes_pictures(i, options, clues)]
     tokens = token_inputs(inputs)
     used = [*(PICTURE_OPTIONS if pictures else ()), *(("tokenizer", "length") if tokens else ())]
-    recipe.only(used, "synthetic samples of this model")
+    options.only(used, "synthetic samples of this model")
     notes: list[str] = []
     rng = np.random.default_rng(seed)
-    if tokens and not pictures and _has_tokenizer(recipe, clues):
-        arrays, found = tokenize(page_texts(texts_wanted(inputs, count), seed), inputs, recipe, clues, count)
+    if tokens and not pictures and _has_tokenizer(options, clues):
+        arrays, found = tokenize(page_texts(texts_wanted(inputs, count), seed), inputs, options, clues, count)
         return arrays, found, [TEXT_WARNING]
     made: dict[str, AnyArray] = {}
     batched = all(i.dims is not None and len(i.dims) > 0 and i.dims[0] in (None, 1) for i in inputs)
     language = {"mask", "segments", "positions", "past"} if tokens else set()
     for info in inputs:
-        dims = _guess_dims(info, recipe)
+        dims = _guess_dims(info, options)
         shape = (count, *dims[1:]) if batched else (count, *dims)
         if info in pictures:
-            made[info.name] = _pictures(info, shape, recipe, seed, clues, notes)
+            made[info.name] = _make_pictures(info, shape, options, seed, clues, notes)
         elif not (batched and role_of(info.name) in language):
-            made[info.name] = _noise(info, shape, rng, clues.token_limits.get(info.name))
+            made[info.name] = _make_noise(info, shape, rng, clues.token_limits.get(info.name))
     if pictures:
-        warning = PICTURE_WARNING
-    elif not tokens:
-        warning = NOISE_WARNING
-    else:
-        warning = TOKEN_WARNING
-        if batched:
-            made, drawn = _fill_tokens(made, tokens, inputs, clues, rng)
-            if drawn:
-                notes.append("synthetic tokens drawn from the model's own predictions of the next one")
-                warning = DRAWN_WARNING
-    return made, notes, [warning]
+        return made, notes, [PICTURE_WARNING]
+    if not tokens:
+        return made, notes, [NOISE_WARNING]
+    made, drawn = _fill_tokens(made, tokens, inputs, clues, rng) if batched else (made, False)
+    if not drawn:
+        return made, notes, [TOKEN_WARNING]
+    return made, [*notes, "synthetic tokens drawn from the model's own predictions of the next one"], [DRAWN_WARNING]
 
 
 # Pictures
 # ----------------------------------------------------------------------------------------------------------
 
 
-def _takes_pictures(info: ModelInput, recipe: Recipe, clues: Clues) -> bool:
-    """Whether an input is one of pictures: rank 4, 1 or 3 channels, sides of 8 pixels or more."""
+def _takes_pictures(info: ModelInput, options: SampleOptions, clues: Clues) -> bool:
+    """Tell whether an input takes pictures: rank 4, 1 or 3 channels, sides of 8 pixels or more."""
     if (
         info.dims is None
         or len(info.dims) != 4
@@ -104,26 +103,26 @@ def _takes_pictures(info: ModelInput, recipe: Recipe, clues: Clues) -> bool:
         or role_of(info.name) in ("past", "mask")
     ):
         return False
-    last = channels_last(info, recipe.layout, clues.channels_last.get(info.name))
+    last = channels_last(info, options.layout, clues.channels_last.get(info.name))
     channels, sides = (info.dims[3], info.dims[1:3]) if last else (info.dims[1], info.dims[2:])
     return channels in (None, 1, 3) and all(side is None or side >= 8 for side in sides)
 
 
-def _pictures(
-    info: ModelInput, shape: tuple[int, ...], recipe: Recipe, seed: int, clues: Clues, notes: list[str]
+def _make_pictures(
+    info: ModelInput, shape: tuple[int, ...], options: SampleOptions, seed: int, clues: Clues, notes: list[str]
 ) -> AnyArray:
-    """Drawn pictures of this shape, batches and all, preprocessed."""
+    """Draw pictures and preprocess them to an array of this shape [..., channels and sides]; adds to `notes`."""
     last = clues.channels_last.get(info.name)
-    found = find_preprocess(recipe, clues.folder, info.dtype.kind in "iu")
-    _, _, _, (height, width) = geometry(info, found.how if found else Preprocess(), last)
-    # where each sample is a batch, drawing them all would take minutes
+    found = find_preprocess(options, clues.folder, info.dtype.kind in "iu")
+    _, _, _, (height, width) = geometry(info, found.preprocess if found else Preprocess(), last)
+    # where each sample is a batch it would take minutes to draw them all
     wanted = int(np.prod(shape[:-3]))
     drawn = draw_pictures(min(wanted, MOST_DRAWN), height, width, seed)
     if found is None:
         found = guess_preprocess(drawn, info, last, clues)
     if found.note:
         notes.append(found.note)
-    values = np.stack([to_input(to_grey(p, info, found.how, last), info, found.how, last) for p in drawn])
+    values = np.stack([to_input(to_grey(p, info, found.preprocess, last), info, found.preprocess, last) for p in drawn])
     return np.resize(values, (*shape[:-3], *values.shape[1:]))
 
 
@@ -132,11 +131,11 @@ def _pictures(
 
 
 def page_texts(count: int, seed: int) -> list[str]:
-    """`count` stretches of 4 to 90 words, drawn with `seed` from a page.
+    """Draw with `seed` `count` stretches of 4 to 90 words from a page.
 
-    Of works in the public domain (Carroll 1865, Austen 1813, Darwin 1859, the Declaration of Independence, Lincoln
-    1863, Melville 1851, Conan Doyle 1891, Wells 1895, Dickens 1843 and 1859, Proust 1913, Goethe 1808, Cervantes
-    1605), and a few sentences made for it.
+    The page is of works in the public domain (Carroll 1865, Austen 1813, Darwin 1859, the Declaration of Independence,
+    Lincoln 1863, Melville 1851, Conan Doyle 1891, Wells 1895, Dickens 1843 and 1859, Proust 1913, Goethe 1808,
+    Cervantes 1605), with a few sentences made for it.
     """
     page = resources.files("comq_onnx.samples").joinpath("page.txt").read_text(encoding="utf-8")
     words = page.split()
@@ -153,7 +152,10 @@ def _fill_tokens(
     clues: Clues,
     rng: np.random.Generator,
 ) -> tuple[dict[str, AnyArray], bool]:
-    """All inputs of a language model around its random tokens, or those that the model draws; and whether it does."""
+    """Make all inputs of a language model: (arrays, whether the model drew the tokens itself).
+
+    made: the arrays so far, with random tokens, which stay where the model draws none
+    """
 
     def fill(ids: AnyArray) -> dict[str, AnyArray]:
         given = {name: array[: len(ids)] for name, array in made.items()}
@@ -168,13 +170,15 @@ def _fill_tokens(
 def _draw_tokens(
     run: Callable[[Feeds], Feeds], fill: Callable[[AnyArray], Feeds], ids: AnyArray, rng: np.random.Generator
 ) -> AnyArray | None:
-    """Token ids [n, tokens] that a model which predicts the next token finds likely, from random ones; None for another
-    model.
+    """Draw tokens that a model finds likely; None where the model does not predict the next token.
 
-    One token after another, each from the model's prediction for what stands before it.
+    run: the model
+    fill: makes all inputs from token ids
+    ids: random tokens [n, tokens]; the first of each text stays, and each later one is drawn from the prediction of
+        the model for those before it
     """
     try:
-        name = _predicts_next(run, fill, ids[:2])
+        name = _find_logits(run, fill, ids[:2])
         if name is None:
             return None
         ids = ids.copy()
@@ -184,13 +188,13 @@ def _draw_tokens(
                 logits = np.asarray(run(fill(part[:, :width]))[name], np.float64)[:, -1]
                 # the greatest of logits with Gumbel noise is a draw from their softmax
                 part[:, width] = (logits + rng.gumbel(size=logits.shape)).argmax(axis=-1)
-    except ComqError:  # a model of other feeds than these
+    except ComqError:  # the model takes other feeds than these
         return None
     return ids
 
 
-def _predicts_next(run: Callable[[Feeds], Feeds], fill: Callable[[AnyArray], Feeds], ids: AnyArray) -> str | None:
-    """The output of logits over the vocabulary of a model that does not look ahead; None where there is none."""
+def _find_logits(run: Callable[[Feeds], Feeds], fill: Callable[[AnyArray], Feeds], ids: AnyArray) -> str | None:
+    """Find the output of logits over the vocabulary that does not depend on later tokens; None where there is none."""
     changed = ids.copy()
     changed[:, -1] = ids[:, 0]
     before, after = run(fill(ids)), run(fill(changed))
@@ -202,18 +206,20 @@ def _predicts_next(run: Callable[[Feeds], Feeds], fill: Callable[[AnyArray], Fee
     return None
 
 
-def _has_tokenizer(recipe: Recipe, clues: Clues) -> bool:
-    return recipe.tokenizer is not None or bool(clues.folder and beside(clues.folder, ("tokenizer.json",)))
+def _has_tokenizer(options: SampleOptions, clues: Clues) -> bool:
+    return options.tokenizer is not None or bool(clues.folder and find_beside(clues.folder, ("tokenizer.json",)))
 
 
-def _guess_dims(info: ModelInput, recipe: Recipe) -> tuple[int, ...]:
+def _guess_dims(info: ModelInput, options: SampleOptions) -> tuple[int, ...]:
+    """Return the dimensions of an input with a guess for each that is free."""
     if info.dims is None:
         return (1, 3, SIDE, SIDE)
-    free = SIDE if len(info.dims) == 4 else recipe.length or FREE_TOKENS
+    free = SIDE if len(info.dims) == 4 else options.length or FREE_TOKENS
     return tuple(d if d is not None else (1 if axis == 0 else free) for axis, d in enumerate(info.dims))
 
 
-def _noise(info: ModelInput, shape: tuple[int, ...], rng: np.random.Generator, limit: int | None) -> AnyArray:
+def _make_noise(info: ModelInput, shape: tuple[int, ...], rng: np.random.Generator, limit: int | None) -> AnyArray:
+    """Make noise for an input by its name and type; limit: whole numbers stay below it, below 2 where it is None."""
     if info.dtype == object:
         return np.full(shape, "text", dtype=object)
     if info.dtype == np.bool_ or "mask" in info.name.lower():

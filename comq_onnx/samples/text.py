@@ -1,33 +1,37 @@
-"""Text as samples: lines of it through a tokenizer, padded and masked as the model's inputs ask."""
+"""Read text as samples: lines of it through a tokenizer, padded and masked as the inputs of the model ask."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from comq_onnx.errors import OptionError, SamplesError
-from comq_onnx.options.samples import Recipe
-from comq_onnx.samples.beside import beside, parse_json
+from comq_onnx.options.samples import SampleOptions
+from comq_onnx.samples.language_inputs import complete, role_of, token_inputs
+from comq_onnx.samples.model_folder import find_beside, parse_json
 from comq_onnx.samples.samples import AnyArray, Clues, ModelInput, names_of
 
 TEXT_SUFFIXES = frozenset({".txt", ".jsonl"})
-TOKENS = 128
+DEFAULT_LENGTH = 128  # tokens, where neither the model nor the caller says
+# the tokens that tokenizers pad with, by their names
 PADS = ("[PAD]", "<pad>", "<|pad|>", "<|endoftext|>", "</s>")
 
 
 def read_lines(paths: Sequence[Path], field: str | None, count: int, seed: int) -> list[str]:
-    """Up to `count` texts of .txt files (a line each) and .jsonl files (the field `field` of each line, `text` unless
-    told), drawn with `seed` and in their order. Empty lines are left out. Raises SamplesError."""
+    """Read up to `count` texts, drawn with `seed` and in the order of the files; empty lines are left out.
+
+    Each line of a .txt file is a text; of a .jsonl file the field `field` of each line (`text` where it is None).
+    Raises SamplesError, and OptionError for a field where no file is .jsonl.
+    """
     if field is not None and all(path.suffix.lower() != ".jsonl" for path in paths):
         raise OptionError(f"--text-field {field}: is for .jsonl files; {paths[0]} holds plain lines")
     rng = np.random.default_rng(seed)
     kept: list[tuple[int, str]] = []
     # a reservoir, so that a file of any length takes the memory of `count` lines
-    for number, line in enumerate(line for path in paths for line in _lines(path, field or "text")):
+    for number, line in enumerate(line for path in paths for line in _read_texts(path, field or "text")):
         if number < count:
             kept.append((number, line))
         elif (place := int(rng.integers(number + 1))) < count:
@@ -37,14 +41,15 @@ def read_lines(paths: Sequence[Path], field: str | None, count: int, seed: int) 
     return [line for _, line in sorted(kept)]
 
 
-def _lines(path: Path, field: str) -> Iterator[str]:
+def _read_texts(path: Path, field: str) -> Iterator[str]:
+    """Yield the texts of a file. Raises SamplesError, with the line."""
     number = 0
     try:
         with path.open(encoding="utf-8-sig") as file:
             for line in file:
                 number += 1
                 if line.strip():
-                    yield _field(line, field) if path.suffix.lower() == ".jsonl" else line.strip()
+                    yield _take_field(line, field) if path.suffix.lower() == ".jsonl" else line.strip()
     except UnicodeDecodeError as error:
         raise SamplesError(f"{path}: after line {number}: not UTF-8 ({error.reason}); convert it") from error
     except ValueError as error:
@@ -53,7 +58,8 @@ def _lines(path: Path, field: str) -> Iterator[str]:
         raise SamplesError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def _field(line: str, field: str) -> str:
+def _take_field(line: str, field: str) -> str:
+    """Return the text in a field of a JSON line. Raises ValueError."""
     try:
         value = parse_json(line)
     except ValueError as error:
@@ -65,62 +71,64 @@ def _field(line: str, field: str) -> str:
 
 
 def texts_wanted(inputs: Sequence[ModelInput], count: int) -> int:
-    """How many texts to read for `count` samples: more where they are joined, since one sample takes several."""
+    """Return how many texts to read for `count` samples: more where they are joined, for one sample takes several."""
     return count if any(role_of(i.name) == "mask" for i in inputs) or not token_inputs(inputs) else 16 * count
 
 
-def token_inputs(inputs: Sequence[ModelInput]) -> list[ModelInput]:
-    """The inputs that take token ids: whole numbers of rank 2 by name, else the only ones of that rank."""
-    whole = [i for i in inputs if i.dtype.kind in "iu" and (i.dims is None or len(i.dims) == 2)]
-    named = [i for i in whole if i.name.lower().endswith(("input_ids", "input.ids", "tokens", "token_ids"))]
-    others = [i for i in whole if role_of(i.name) == "ids"]
-    return named or (others if len(others) == 1 else [])
-
-
 def tokenize(
-    texts: Sequence[str], inputs: Sequence[ModelInput], recipe: Recipe, clues: Clues, count: int
+    texts: Sequence[str], inputs: Sequence[ModelInput], options: SampleOptions, clues: Clues, count: int
 ) -> tuple[dict[str, AnyArray], list[str]]:
-    """The arrays of all inputs for `count` samples of these texts, at the most, and what was decided.
+    """Turn texts into at most `count` samples: (arrays by input name, notes of what was decided).
 
     With a mask among the inputs each text is a sample, padded to the longest; without one, texts are joined and cut
-    into samples of one length, since padding could not be told from text. Raises SamplesError.
+    into samples of one length, since the model could not tell padding from text. Raises SamplesError, and OptionError
+    for a --length that the model does not take.
     """
     if [i for i in inputs if i.dtype == object]:
-        return _strings(texts, inputs), []
+        return _as_strings(texts, inputs), []
     ids_inputs = token_inputs(inputs)
     if not ids_inputs:
         raise SamplesError(
             f"text fits a model with an input of token ids [batch, tokens]; this one has "
             f"{names_of(i.name for i in inputs)}: give an .npz or a Python reader"
         )
-    tokenizer, path = find_tokenizer(recipe, clues)
-    notes = [] if recipe.tokenizer else [f"text tokenized with {path.name} beside the model"]
+    tokenizer, path = find_tokenizer(options, clues)
+    notes = [] if options.tokenizer else [f"text tokenized with {path.name} beside the model"]
     info = ids_inputs[0]
     fixed = info.dims[1] if info.dims is not None else None
     masked = any(role_of(i.name) == "mask" for i in inputs)
-    longest = fixed or min(recipe.length or TOKENS, (tokenizer.truncation or {}).get("max_length", 1 << 30))
-    if recipe.length is not None and fixed is not None and recipe.length != fixed:
-        raise OptionError(f"--length {recipe.length}: {info.name!r} has {fixed} tokens, always")
-    ids, mask, kinds = (a[:count] for a in (_padded if masked else _packed)(tokenizer, texts, longest, fixed))
-    for one in ids_inputs:
-        limit = clues.token_limits.get(one.name)
+    longest = fixed or min(options.length or DEFAULT_LENGTH, (tokenizer.truncation or {}).get("max_length", 1 << 30))
+    if options.length is not None and fixed is not None and options.length != fixed:
+        raise OptionError(f"--length {options.length}: {info.name!r} has {fixed} tokens, always")
+    encode = _pad_texts if masked else _join_texts
+    ids, mask, segments = (a[:count] for a in encode(tokenizer, texts, longest, fixed))
+    _check_vocabulary(ids, ids_inputs, clues, path)
+    return complete({i.name: ids for i in ids_inputs}, inputs, ids, mask, segments), notes
+
+
+def _check_vocabulary(ids: AnyArray, inputs: Sequence[ModelInput], clues: Clues, tokenizer: Path) -> None:
+    """Raise SamplesError where a tokenizer gives tokens that the embedding of the model does not have."""
+    for info in inputs:
+        limit = clues.token_limits.get(info.name)
         if limit is not None and ids.max(initial=0) >= limit:
             raise SamplesError(
-                f"{path}: gives token {ids.max()}, the model's {one.name!r} knows {limit}: it is another model's "
+                f"{tokenizer}: gives token {ids.max()}, the model's {info.name!r} knows {limit}: it is another model's "
                 "tokenizer; give this one's with --tokenizer"
             )
-    return complete({i.name: ids for i in ids_inputs}, inputs, ids, mask, kinds), notes
 
 
-def find_tokenizer(recipe: Recipe, clues: Clues) -> tuple[Tokenizer, Path]:
-    """The tokenizer that the recipe names, or the one beside the model. Raises SamplesError."""
-    if recipe.tokenizer is not None:
-        path = Path(recipe.tokenizer)
+def find_tokenizer(options: SampleOptions, clues: Clues) -> tuple[Tokenizer, Path]:
+    """Load the tokenizer that the options name, or the one beside the model: (tokenizer, its file).
+
+    Raises SamplesError, and OptionError where the options name no tokenizer.
+    """
+    if options.tokenizer is not None:
+        path = Path(options.tokenizer)
         path = path / "tokenizer.json" if path.is_dir() else path
         if not path.is_file():
-            raise OptionError(f"--tokenizer {recipe.tokenizer}: no such file, nor a folder with a tokenizer.json")
+            raise OptionError(f"--tokenizer {options.tokenizer}: no such file, nor a folder with a tokenizer.json")
     else:
-        found = beside(clues.folder, ("tokenizer.json",)) if clues.folder is not None else []
+        found = find_beside(clues.folder, ("tokenizer.json",)) if clues.folder is not None else []
         if not found:
             raise SamplesError(
                 "text needs a tokenizer.json (of the tokenizers library): put it beside the model, or name it with "
@@ -136,23 +144,28 @@ def find_tokenizer(recipe: Recipe, clues: Clues) -> tuple[Tokenizer, Path]:
 Encoded = tuple[AnyArray, AnyArray, AnyArray]
 
 
-def _padded(tokenizer: Tokenizer, texts: Sequence[str], longest: int, fixed: int | None) -> Encoded:
-    """Ids, mask and segment ids [n, tokens], each text padded to the longest, or to `fixed` tokens."""
+def _pad_texts(tokenizer: Tokenizer, texts: Sequence[str], longest: int, fixed: int | None) -> Encoded:
+    """Return ids, mask and segments [texts, tokens].
+
+    Each text is cut at `longest` tokens, and padded to `fixed` tokens or else to the longest text.
+    """
     pad = next((p for p in map(tokenizer.token_to_id, PADS) if p is not None), 0)
     tokenizer.enable_truncation(longest)
     tokenizer.no_padding()
     encoded = tokenizer.encode_batch(list(texts))
     width = fixed or max(1, *(len(e.ids) for e in encoded))
     ids = np.full((len(encoded), width), pad, np.int64)
-    mask, kinds = np.zeros_like(ids), np.zeros_like(ids)
+    mask, segments = np.zeros_like(ids), np.zeros_like(ids)
     for i, e in enumerate(encoded):
-        ids[i, : len(e.ids)], mask[i, : len(e.ids)], kinds[i, : len(e.ids)] = e.ids, 1, e.type_ids
-    return ids, mask, kinds
+        ids[i, : len(e.ids)], mask[i, : len(e.ids)], segments[i, : len(e.ids)] = e.ids, 1, e.type_ids
+    return ids, mask, segments
 
 
-def _packed(tokenizer: Tokenizer, texts: Sequence[str], longest: int, fixed: int | None) -> Encoded:
-    """Ids, ones and zeros [n, tokens], of all texts one after another: `fixed` or `longest` tokens each, or fewer where
-    there would be less than eight samples."""
+def _join_texts(tokenizer: Tokenizer, texts: Sequence[str], longest: int, fixed: int | None) -> Encoded:
+    """Return ids, ones and zeros [samples, tokens] of all texts one after another.
+
+    A sample has `fixed` tokens or else `longest`, or fewer where there would be less than eight samples.
+    """
     tokenizer.no_truncation()
     tokenizer.no_padding()
     stream = np.array([t for e in tokenizer.encode_batch(list(texts)) for t in e.ids], np.int64)
@@ -163,8 +176,8 @@ def _packed(tokenizer: Tokenizer, texts: Sequence[str], longest: int, fixed: int
     return ids, np.ones_like(ids), np.zeros_like(ids)
 
 
-def _strings(texts: Sequence[str], inputs: Sequence[ModelInput]) -> dict[str, AnyArray]:
-    """Texts for a model that tokenizes by itself."""
+def _as_strings(texts: Sequence[str], inputs: Sequence[ModelInput]) -> dict[str, AnyArray]:
+    """Return the texts themselves, for a model that tokenizes by itself. Raises SamplesError where it takes no text."""
     if len(inputs) != 1 or len(inputs[0].dims or (None,)) > 2:
         raise SamplesError(
             f"text fits a model with one input of strings; this one has {names_of(i.name for i in inputs)}"
@@ -172,67 +185,3 @@ def _strings(texts: Sequence[str], inputs: Sequence[ModelInput]) -> dict[str, An
     rank = len(inputs[0].dims or (None,))
     array = np.array(texts, dtype=object)
     return {inputs[0].name: array if rank == 1 else array[:, None]}
-
-
-# The inputs beside the tokens
-# ---------------------------------------------------------------------------------------------------------
-
-
-def complete(
-    arrays: dict[str, AnyArray], inputs: Sequence[ModelInput], ids: AnyArray, mask: AnyArray, kinds: AnyArray
-) -> dict[str, AnyArray]:
-    """The arrays with those of the other inputs that language models have: masks, segments, positions, and an empty
-    past where the model keeps keys and values. Raises SamplesError for an input of no such kind."""
-    past = max((_past_length(i) for i in inputs if role_of(i.name) == "past"), default=0)
-    for info in inputs:
-        if info.name in arrays:
-            continue
-        match role_of(info.name):
-            case "mask":
-                # what a past of a fixed length holds are zeros, to be ignored
-                made: Any = np.pad(mask, ((0, 0), (past, 0)))
-            case "segments":
-                made = kinds
-            case "positions":
-                made = past + np.maximum(mask.cumsum(axis=1) - 1, 0)
-            case "past":
-                made = _empty_past(info, len(ids))
-            case "flag":
-                made = np.zeros((len(ids), *(d or 1 for d in info.dims or ())))
-            case _:
-                raise SamplesError(
-                    f"text gives no values for input {info.name!r}; give all inputs in an .npz or by a Python reader"
-                )
-        arrays[info.name] = made.astype(info.dtype)
-    return arrays
-
-
-def role_of(name: str) -> str:
-    """What an input of a language model is for, by its name as exporters write it."""
-    name = name.lower()
-    for role, words in (
-        ("past", ("past", "cache_k", "cache_v", "key_cache", "value_cache")),
-        ("flag", ("use_cache",)),
-        ("mask", ("mask",)),
-        ("segments", ("token_type", "segment")),
-        ("positions", ("position",)),
-        ("ids", ("ids", "tokens", "input")),
-    ):
-        if any(word in name for word in words):
-            return role
-    return "other"
-
-
-def _past_length(info: ModelInput) -> int:
-    """The fixed length of a past [batch, heads, past, width], or 0 where it is free."""
-    return (info.dims[-2] or 0) if info.dims is not None and len(info.dims) >= 3 else 0
-
-
-def _empty_past(info: ModelInput, count: int) -> AnyArray:
-    """Keys or values of nothing before: zeros of the fixed length, or none at all where the length is free."""
-    dims = info.dims or ()
-    if len(dims) < 3 or any(d is None for axis, d in enumerate(dims) if axis not in (0, len(dims) - 2)):
-        raise SamplesError(
-            f"{info.name!r} has no fixed heads and width, so an empty past cannot be made; give all inputs in an .npz"
-        )
-    return np.zeros((count, *(d or 0 for d in dims[1:])), info.dtype)

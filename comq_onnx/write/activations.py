@@ -1,4 +1,4 @@
-"""Activation grids written into a graph as pairs of QuantizeLinear and DequantizeLinear."""
+"""Write activation grids into a graph as pairs of QuantizeLinear and DequantizeLinear."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import onnx_ir as ir
 from comq_onnx.model import graph as graphs
 from comq_onnx.plan.solved import Solved
 
-# Activations
-# -----------------------------------------------------------------------------------------------------------
-
 
 def integer_readers(solved: Solved, nodes: dict[str, ir.Node]) -> dict[str, list[tuple[ir.Node, int]]]:
-    """For each value that only integer layers read dequantized: those layers' nodes and the input it is."""
+    """Return the integer layers that read each value: their nodes, and which of their inputs the value is.
+
+    nodes: the nodes of the model, by name
+    """
     readers: dict[str, list[tuple[ir.Node, int]]] = {}
     for layer in solved.plan.layers:
         if (
@@ -26,24 +26,14 @@ def integer_readers(solved: Solved, nodes: dict[str, ir.Node]) -> dict[str, list
 
 
 def emit_activation(model: ir.Model, value: ir.Value, solved: Solved, readers: list[tuple[ir.Node, int]]) -> None:
-    planned = solved.plan.activations.values[str(value.name)]
-    if planned.everywhere:
-        uses = list(value.uses())
-        outputs = [i for i, v in enumerate(model.graph.outputs) if v is value]
-        producer = value.producer()
-        home = producer.graph if producer is not None else model.graph
-        inner = [(g, i) for g in model.graph.subgraphs() for i, v in enumerate(g.outputs) if v is value]
-        new = _pair(model, value, solved, home)
-        for node, index in uses:
-            node.replace_input_with(index, new)
-        for g, i in inner:
-            g.outputs[i] = new
-        for i in outputs:
-            # the graph's output keeps its name: the raw value takes another
-            name, value.name = value.name, f"{value.name}.raw"
-            new.name, new.type, new.shape = name, value.type, value.shape
-            model.graph.outputs[i] = new
+    """Insert the QuantizeLinear and DequantizeLinear of a value: for all its readers, or only for integer layers.
+
+    readers: the integer layers that read it, as `integer_readers` gives them
+    """
+    if solved.plan.activations.values[str(value.name)].everywhere:
+        _replace_everywhere(model, value, solved)
         return
+    # a pair in each graph that has readers
     for home in {id(node.graph): node.graph for node, _ in readers}.values():
         new = _pair(model, value, solved, home)
         for node, index in readers:
@@ -51,8 +41,30 @@ def emit_activation(model: ir.Model, value: ir.Value, solved: Solved, readers: l
                 node.replace_input_with(index, new)
 
 
+def _replace_everywhere(model: ir.Model, value: ir.Value, solved: Solved) -> None:
+    """Give all readers of a value, and the outputs of graphs, the dequantized one."""
+    uses = list(value.uses())
+    outputs = [i for i, v in enumerate(model.graph.outputs) if v is value]
+    producer = value.producer()
+    home = producer.graph if producer is not None else model.graph
+    inner = [(g, i) for g in model.graph.subgraphs() for i, v in enumerate(g.outputs) if v is value]
+    new = _pair(model, value, solved, home)
+    for node, index in uses:
+        node.replace_input_with(index, new)
+    for g, i in inner:
+        g.outputs[i] = new
+    for i in outputs:
+        # the graph's output keeps its name: the raw value takes another
+        name, value.name = value.name, f"{value.name}.raw"
+        new.name, new.type, new.shape = name, value.type, value.shape
+        model.graph.outputs[i] = new
+
+
 def _pair(model: ir.Model, value: ir.Value, solved: Solved, home: ir.Graph | ir.Function | None) -> ir.Value:
-    """QuantizeLinear and DequantizeLinear behind `value` in graph `home`; scale and zero point of rank 0."""
+    """Insert QuantizeLinear and DequantizeLinear behind `value` in the graph `home`, and return the dequantized value.
+
+    Scale and zero point are of rank 0.
+    """
     assert isinstance(home, ir.Graph)
     grid = solved.activation_grids[str(value.name)]
     scale = graphs.add_initializer(model.graph, f"{value.name}.scale", np.asarray(grid.scale, np.float32))

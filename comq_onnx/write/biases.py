@@ -1,4 +1,4 @@
-"""Biases of quantized layers: as floats, or as int32 of the scale of the products."""
+"""Write the biases of quantized layers: as floats, or as int32 with the scale of the products."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from comq_onnx.solve.layer import Solution
 
 
 def is_open_product(node: ir.Node) -> bool:
-    """Whether a node is a MatMul of more than two axes, not all of known size. ONNX Runtime takes any other one and
-    its Add for a Gemm, which runs in integers only with an int32 bias; here it would dequantize that at every call."""
+    """Tell whether a node is a MatMul whose input has more than two axes, not all of known size.
+
+    ONNX Runtime takes any other MatMul and its Add for a Gemm, which runs in integers only with an int32 bias. With
+    this one it would dequantize an int32 bias at every call.
+    """
     value = node.inputs[0]
     shape = value.shape if value is not None else None
     return (
@@ -22,7 +25,7 @@ def is_open_product(node: ir.Node) -> bool:
 
 
 def add_bias(model: ir.Model, node: ir.Node, layer: Layer, bias: Array) -> ir.Node:
-    """Add a bias behind a MatMul that has none; the sum takes the product's name."""
+    """Insert the Add of a bias [out] behind a MatMul that has none, and return it; the sum takes the product's name."""
     product = node.outputs[0]
     adder = ir.node("Add", [], name=f"{layer.name}.add_bias")
     total = adder.outputs[0]
@@ -38,7 +41,7 @@ def add_bias(model: ir.Model, node: ir.Node, layer: Layer, bias: Array) -> ir.No
 
 
 def float_bias(model: ir.Model, layer: Layer, solution: Solution) -> Array | None:
-    """The bias [out] with the solution's shift; None where there is neither."""
+    """Return the float bias [out] with the solution's shift; None where there is neither."""
     bias = None
     if layer.bias is not None:
         tensor = model.graph.initializers[layer.bias].const_value
@@ -59,7 +62,13 @@ def set_bias(
     weight: ir.Value | None,
     input_scale: np.float32 | None,
 ) -> None:
-    """Write the bias as float32; as int32 of scale s_x * s_w where the dequantized weight and s_x are given."""
+    """Write the bias of a layer where it has one: as float32, or as int32 of scale s_x * s_w.
+
+    nodes: the nodes of the model, by name
+    bias: the new bias, [out]; None where nothing is written
+    weight: the dequantized weight, whose scale is s_w
+    input_scale: s_x; the bias is float32 where this or `weight` is None
+    """
     if bias is None or layer.bias_node is None:
         return
     adder = nodes[layer.bias_node]
@@ -74,15 +83,17 @@ def set_bias(
     if len(adder.inputs) < 3:
         adder.resize_inputs(3)
     adder.replace_input_with(2, value)
-    # it has gone into the bias
+    # beta has gone into the bias
     adder.attributes.pop("beta", None)
 
 
 def _integer_bias(
     model: ir.Model, adder: ir.Node, layer: Layer, bias: Array, weight: ir.Value, input_scale: np.float32
 ) -> ir.Value:
-    """int32 codes -> DequantizeLinear. The scales of channels are not stored again but multiplied when the model is
-    loaded."""
+    """Write int32 codes -> DequantizeLinear.
+
+    The scales of channels are not stored again: they are multiplied when the model is loaded.
+    """
     dequantize = weight.producer()
     assert dequantize is not None
     weight_scale = dequantize.inputs[1]
@@ -101,10 +112,13 @@ def _integer_bias(
 
 
 def fit_bias(weight: QuantizedWeight, bias: Array | None, input_scale: np.float32) -> QuantizedWeight:
-    """The weight with a larger scale in channels whose bias would not fit int32 at s_x * s_w.
+    """Return the weight with a larger scale in channels whose bias would not fit in int32 at scale s_x * s_w.
 
-    Such weights are all but zero beside their bias (a folded BatchNorm leaves some); a float bias would not help, since
-    ONNX Runtime makes it int32 itself, clipped.
+    Such weights are almost zero beside their bias (a folded BatchNorm leaves some). A float bias would not help, since
+    ONNX Runtime makes it int32 itself, and clips it.
+
+    bias: the bias, [out]
+    input_scale: s_x
     """
     if bias is None or weight.scale.shape[-1] != 1:
         return weight

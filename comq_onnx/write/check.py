@@ -1,12 +1,12 @@
-"""What a written model must be: every planned layer quantized, nothing float left of it, every rule of its target kept.
+"""Check a written model: every planned layer is quantized, no float weight is left, every rule of its target is kept.
 
-`check_emitted` looks at a model for what its plan said, before the file gets its name; `lint` looks at any QDQ model
-for what a target does not read or would run in float without a word.
+`check_emitted` compares a model with its plan before the file gets its name. `lint` checks any QDQ model for what a
+target does not read, or would run in float without a warning.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -23,10 +23,10 @@ from comq_onnx.targets.target import Target
 from comq_onnx.write.weights import channel_scale
 
 Numbers = npt.NDArray[Any]
-# the most findings that one line names
+# the number of findings that one line names at most
 MOST_NAMED = 3
 INTEGERS = (ir.DataType.INT8, ir.DataType.INT4, ir.DataType.INT2)
-# what may stand between the codes of a weight and the layer: nodes that unpack them, all of constants
+# the nodes that may stand between the codes of a weight and its layer: they unpack constants
 _UNPACKING = frozenset(
     {"Cast", "DequantizeLinear", "Mul", "Sub", "Gather", "Reshape", "Slice", "BitwiseOr", "Transpose"}
 )
@@ -43,13 +43,16 @@ def check_emitted(model: ir.Model, solved: Solved) -> None:
         )
 
 
-# As planned
+# Against the plan
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 def missing(model: ir.Model, solved: Solved) -> list[str]:
-    """What a model lacks of its plan: layers whose weight is not made of the solution's codes, float weights that are
-    left, activations without their pair."""
+    """List what a model lacks of its plan, a line for each finding.
+
+    Finds layers whose weight is not made of the solution's codes, float weights that are left, and activations without
+    their pair of QuantizeLinear and DequantizeLinear.
+    """
     nodes = nodes_by_name(model)
     found = []
     for layer in solved.plan.layers:
@@ -59,21 +62,24 @@ def missing(model: ir.Model, solved: Solved) -> list[str]:
         fault = "has no node" if node is None else _fault(node, layer, solved)
         if fault:
             found.append(f"layer {layer.name!r} {fault}")
-    found += _stale(model, solved)
+    return [*found, *_left_weights(model, solved), *_unquantized(nodes, solved)]
+
+
+def _unquantized(nodes: Mapping[str, ir.Node], solved: Solved) -> Iterator[str]:
+    """Name the planned activations that are not quantized, or not for all their readers."""
     for name, planned in solved.plan.activations.values.items():
         pair = nodes.get(f"{name}.quantize")
         if pair is None or pair.op_type != "QuantizeLinear":
-            found.append(f"activation {name!r} is not quantized")
+            yield f"activation {name!r} is not quantized"
             continue
         raw = pair.inputs[0]
         assert raw is not None
         if planned.everywhere and any(reader is not pair for reader, _ in raw.uses()):
-            found.append(f"activation {name!r} is read before it is quantized")
-    return found
+            yield f"activation {name!r} is read before it is quantized"
 
 
 def _fault(node: ir.Node, layer: Layer, solved: Solved) -> str:
-    """What is wrong with the node of a layer; "" where nothing is."""
+    """Say what is wrong with the node of a layer; "" where nothing is."""
     form = solved.plan.form(layer)
     # a Gemm in blocks has become a MatMul; rows that are looked up are a product of codes and scales
     index = 0 if form is WeightForm.LOOKED_UP else 1 if form is WeightForm.BLOCKED else layer.kind.weight_index
@@ -98,8 +104,12 @@ def _fault(node: ir.Node, layer: Layer, solved: Solved) -> str:
 
 
 def _same_codes(stored: Numbers, last: ir.Node | None, layer: Layer, form: WeightForm, weight: QuantizedWeight) -> bool:
-    """Whether stored codes are those solved for; a channel of an integer layer may have others where a large bias gave
-    it another scale."""
+    """Tell whether the stored codes are those of the solution.
+
+    A channel of an integer layer may have other codes where a large bias gave it another scale.
+
+    last: the node that the layer reads its weight from
+    """
     codes = stored.astype(np.int8)
     if form in (WeightForm.LOOKED_UP, WeightForm.BLOCKED):
         codes = (codes.T if form is WeightForm.BLOCKED else codes)[None]
@@ -117,7 +127,7 @@ def _same_codes(stored: Numbers, last: ir.Node | None, layer: Layer, form: Weigh
 
 
 def _dequantized(value: ir.Value | None) -> bool:
-    """Whether a value is read from a DequantizeLinear behind a QuantizeLinear."""
+    """Tell whether a value comes from a QuantizeLinear and a DequantizeLinear behind it."""
     last = None if value is None else value.producer()
     if last is None or last.op_type != "DequantizeLinear" or last.inputs[0] is None:
         return False
@@ -126,7 +136,7 @@ def _dequantized(value: ir.Value | None) -> bool:
 
 
 def _constants_behind(value: ir.Value | None) -> list[ir.Value]:
-    """The initializers that a weight is unpacked from."""
+    """Return the initializers that a weight is unpacked from."""
     pending, found, seen = [value], [], set()
     while pending:
         current = pending.pop()
@@ -141,9 +151,8 @@ def _constants_behind(value: ir.Value | None) -> list[ir.Value]:
     return [v for v in found if graphs.is_constant(v)]
 
 
-def _stale(model: ir.Model, solved: Solved) -> list[str]:
-    """Float weights of quantized layers that are still in the model, but for those that something else reads."""
-    found = []
+def _left_weights(model: ir.Model, solved: Solved) -> Iterator[str]:
+    """Name the float weights of quantized layers that are still in the model, and that nothing else reads."""
     own = {layer.name for layer in solved.plan.layers}
     for name in dict.fromkeys(layer.weight for layer in solved.plan.layers):
         value = model.graph.initializers.get(name)
@@ -151,18 +160,17 @@ def _stale(model: ir.Model, solved: Solved) -> list[str]:
             continue
         readers = {str(node.name) for node, _ in value.uses()}
         if not readers or readers & own:
-            found.append(f"the float weight {name!r} is left")
-    return found
+            yield f"the float weight {name!r} is left"
 
 
-# What a target reads
+# Against the rules of a target
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 def lint(model: ir.Model, target: Target) -> list[str]:
-    """What a QDQ model breaks of the rules of a target, a line each; [] where it keeps them all.
+    """List the rules of a target that a QDQ model breaks, a line for each finding; [] where it keeps them all.
 
-    Looks at versions, containers, scales, zero points, the axes of weights and the form of biases.
+    Checks versions, containers, scales, zero points, the axes of weights and the form of biases.
     """
     opset = graphs.opset(model)
     found = []
@@ -177,7 +185,7 @@ def lint(model: ir.Model, target: Target) -> list[str]:
 
 
 def _pair_faults(node: ir.Node, target: Target) -> Iterator[str]:
-    """The faults of a QuantizeLinear or DequantizeLinear."""
+    """Find the faults of a QuantizeLinear or DequantizeLinear."""
     scale = _constant_scale(node.inputs[1])
     zero = graphs.constant(node.inputs[2]) if len(node.inputs) > 2 else None
     quantized = node.inputs[0]
@@ -186,24 +194,30 @@ def _pair_faults(node: ir.Node, target: Target) -> Iterator[str]:
     )
     block = int(node.attributes["block_size"].value) if "block_size" in node.attributes else 0
     if scale is not None:
-        if not (np.isfinite(scale).all() and (scale > 0).all()):
-            yield "scales must be finite and above 0"
-        if is_activation and scale.ndim:
-            yield f"an activation's scale has rank {scale.ndim}; only rank 0 runs in integers"
-        if scale.ndim > 1 and not block:
-            yield f"scales of rank {scale.ndim} without blocks"
-        if scale.ndim == 1 and scale.shape == (1,) and not is_activation and not block:
-            codes = _stored(quantized)
-            channels = codes.shape[_axis(node, codes)] if codes is not None and codes.shape else 1
-            if channels != 1:
-                yield "one scale for all is of rank 0, never of shape [1]"
+        yield from _scale_faults(node, scale, is_activation, block)
     if is_activation:
         yield from _activation_faults(zero, target)
     else:
         yield from _weight_faults(node, scale, zero, block, target)
 
 
+def _scale_faults(node: ir.Node, scale: Numbers, is_activation: bool, block: int) -> Iterator[str]:
+    """Find the faults of a scale; block: the size of its blocks, 0 where it has none."""
+    if not (np.isfinite(scale).all() and (scale > 0).all()):
+        yield "scales must be finite and above 0"
+    if is_activation and scale.ndim:
+        yield f"an activation's scale has rank {scale.ndim}; only rank 0 runs in integers"
+    if scale.ndim > 1 and not block:
+        yield f"scales of rank {scale.ndim} without blocks"
+    if scale.ndim == 1 and scale.shape == (1,) and not is_activation and not block:
+        codes = _stored(node.inputs[0])
+        channels = codes.shape[_axis(node, codes)] if codes is not None and codes.shape else 1
+        if channels != 1:
+            yield "one scale for all is of rank 0, never of shape [1]"
+
+
 def _activation_faults(zero: Numbers | None, target: Target) -> Iterator[str]:
+    """Find the faults of the zero point of an activation."""
     allowed = [dtype for dtype in (target.activation, target.wide_activation) if dtype is not None]
     if not allowed:
         yield f"{target.name} takes no quantized activations"
@@ -218,7 +232,7 @@ def _activation_faults(zero: Numbers | None, target: Target) -> Iterator[str]:
 def _weight_faults(
     node: ir.Node, scale: Numbers | None, zero: Numbers | None, block: int, target: Target
 ) -> Iterator[str]:
-    """The faults of the DequantizeLinear of a weight or a bias."""
+    """Find the faults of the DequantizeLinear of a weight or a bias; block: the size of its blocks, 0 without."""
     codes = _stored(node.inputs[0])
     dtype = None if codes is None else codes.dtype
     if dtype == ir.DataType.INT32:
@@ -232,7 +246,12 @@ def _weight_faults(
         yield f"{dtype.name} weights; {target.name} takes {', '.join(sorted(held))}"
     if codes is None or codes.shape is None or scale is None:
         return
-    shape = [int(d) for d in codes.shape if isinstance(d, int)]
+    yield from _axis_faults(node, codes, scale, block, target)
+
+
+def _axis_faults(node: ir.Node, codes: ir.Value, scale: Numbers, block: int, target: Target) -> Iterator[str]:
+    """Find scales that do not fit the shape of the codes of a weight, or lie along another axis than its channels."""
+    shape = [int(d) for d in codes.shape or () if isinstance(d, int)]
     axis = _axis(node, codes)
     if block:
         blocks = -(-shape[axis] // block)
@@ -250,7 +269,7 @@ def _weight_faults(
 
 
 def _channel_axis(reader: ir.Node, index: int, rank: int) -> int | None:
-    """The axis of output channels of a weight as input `index` of its reader; None where that is no matter."""
+    """Return the axis of output channels of a weight as input `index` of its reader; None where any axis will do."""
     if reader.op_type == "Conv" and index == 1:
         return 0
     if reader.op_type == "Gemm" and index == 1:
@@ -262,6 +281,7 @@ def _channel_axis(reader: ir.Node, index: int, rank: int) -> int | None:
 
 
 def _axis(node: ir.Node, quantized: ir.Value | None) -> int:
+    """Return the axis of a QuantizeLinear or DequantizeLinear, counted from 0."""
     attribute = node.attributes.get("axis")
     axis = int(attribute.value) if attribute is not None else 1
     rank = len(quantized.shape) if quantized is not None and quantized.shape is not None else 0
@@ -269,7 +289,7 @@ def _axis(node: ir.Node, quantized: ir.Value | None) -> int:
 
 
 def _constant_scale(value: ir.Value | None) -> Numbers | None:
-    """The numbers of a scale: an initializer, or the product of two as int32 biases have it."""
+    """Return the numbers of a scale: of an initializer, or of the product of two, which int32 biases have."""
     if value is None or value.producer() is None:
         return graphs.constant(value)
     node = value.producer()
@@ -278,13 +298,13 @@ def _constant_scale(value: ir.Value | None) -> Numbers | None:
 
 
 def _stored(value: ir.Value | None) -> ir.Value | None:
-    """The codes behind the Cast that unpacks them at load."""
+    """Return the value of the stored codes: the input of the Cast that unpacks them at load, where there is one."""
     producer = None if value is None else value.producer()
     return producer.inputs[0] if producer is not None and producer.op_type == "Cast" else value
 
 
 def _constants_only(value: ir.Value) -> bool:
-    """Whether a value is made of constants alone, by nodes that unpack."""
+    """Tell whether a value is made only of constants, by nodes that unpack them."""
     producer = value.producer()
     if producer is None:
         return graphs.is_constant(value)

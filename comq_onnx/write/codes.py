@@ -1,9 +1,9 @@
-"""Integer codes as constants of a graph: in a container of their width, or as bit planes where none fits.
+"""Store integer codes as constants of a graph: in a container of their width, or as bit planes where none fits.
 
 ONNX has integers of 2, 4 and 8 bits. Codes of 3, 5, 6 or 7 bits would waste up to 3 bits of a container each; as bit
-planes (3 = 2 + 1, 7 = 4 + 2 + 1) they take what they have. A plane is stored as bytes of 8 / width fields. Each byte is
-looked up in a table of what its fields are worth, and the planes are joined by BitwiseOr. All of it is constant, and so
-folded when a runtime loads the model: what runs is INT8.
+planes (3 = 2 + 1, 7 = 4 + 2 + 1) they take no more bits than they have. A plane is stored as bytes of 8 / width fields.
+Each byte is looked up in a table of the numbers that its fields stand for, and the planes are joined by BitwiseOr. All
+of it is constant, and so folded when a runtime loads the model: what runs is INT8.
 """
 
 from __future__ import annotations
@@ -22,12 +22,15 @@ _TYPES = {"INT8": np.int8, "INT4": ml_dtypes.int4, "INT2": ml_dtypes.int2}
 
 
 def pack(codes: Numbers, container: str) -> Numbers:
-    """Integer codes in the dtype of a container: INT8, INT4 or INT2 (stored packed in the file)."""
+    """Convert integer codes to the dtype of a container: INT8, INT4 or INT2 (stored packed in the file)."""
     return np.asarray(codes.astype(_TYPES[container]))
 
 
 def pack_plane(codes: Numbers, width: int, shift: int) -> npt.NDArray[np.uint8]:
-    """Bits shift..shift+width-1 of int8 codes as bytes [n], the first code in the lowest bits; width 1, 2 or 4."""
+    """Pack bits shift..shift+width-1 of int8 codes into bytes [n], the first code in the lowest bits.
+
+    width: 1, 2 or 4
+    """
     each = 8 // width
     fields = (np.ascontiguousarray(codes, np.int8).ravel().view(np.uint8) >> shift) & ((1 << width) - 1)
     fields = np.pad(fields, (0, -fields.size % each)).reshape(-1, each)
@@ -35,8 +38,10 @@ def pack_plane(codes: Numbers, width: int, shift: int) -> npt.NDArray[np.uint8]:
 
 
 def field_table(width: int, shift: int, signed: bool) -> npt.NDArray[np.int8]:
-    """What the fields of each byte of `pack_plane` are worth in a code: int8 [256, 8 // width]. signed: the plane holds
-    the highest bits, and with them the sign."""
+    """Return the parts of codes that the fields of each byte of `pack_plane` stand for: int8 [256, 8 // width].
+
+    signed: whether the plane holds the highest bits, and so the sign
+    """
     fields = (np.arange(256)[:, None] >> (width * np.arange(8 // width))) & ((1 << width) - 1)
     if signed:
         fields = np.where(fields >> (width - 1), fields - (1 << width), fields)
@@ -44,16 +49,24 @@ def field_table(width: int, shift: int, signed: bool) -> npt.NDArray[np.int8]:
 
 
 def store(model: ir.Model, name: str, codes: Numbers, container: str, planes: tuple[int, ...] = ()) -> ir.Value:
-    """The value of int8 `codes`: an initializer of a container type, or INT8 joined from bit planes of the widths
-    `planes`, the highest bits first. Equal codes under one name are stored once."""
+    """Store int8 `codes` in a graph once under one name, and return their value.
+
+    container: the type of the initializer, where there are no planes
+    planes: the widths of bit planes, the highest bits first; the value is joined from them and INT8
+    """
     if not planes:
         return shared_constant(model.graph, f"{name}.codes", pack(codes, container))
     graph = model.graph
-    first = next(iter(graph))
     for node in graph:
         known = node.outputs[0].meta.get("codes") if node.name == f"{name}.codes" else None
         if known is not None and known.shape == codes.shape and np.array_equal(known, codes):
             return node.outputs[0]
+    return _join_planes(graph, name, codes, planes)
+
+
+def _join_planes(graph: ir.Graph, name: str, codes: Numbers, planes: tuple[int, ...]) -> ir.Value:
+    """Store codes as bit planes at the start of a graph, with the nodes that join them to INT8."""
+    first = next(iter(graph))
     whole: ir.Value | None = None
     flat = shared_constant(graph, "comq_onnx.flat", np.array([-1]))
     for k, width in enumerate(planes):
@@ -78,7 +91,7 @@ def store(model: ir.Model, name: str, codes: Numbers, container: str, planes: tu
 
 
 def shared_constant(graph: ir.Graph, name: str, numbers: Numbers) -> ir.Value:
-    """The initializer of that name and those numbers, a new one where there is none."""
+    """Return the initializer of this name with these numbers; a new one where there is none."""
     known = graph.initializers.get(name)
     if known is not None and known.const_value is not None:
         stored = known.const_value.numpy()

@@ -1,7 +1,7 @@
 """Write solutions and activation grids into a graph as QuantizeLinear and DequantizeLinear, as the target wants them.
 
-The same functions rewrite a segment during calibration and the whole model at the end, so what is measured is what
-ships.
+The same functions rewrite a segment during calibration and the whole model at the end, so what is measured is what is
+written.
 """
 
 from __future__ import annotations
@@ -21,19 +21,23 @@ from comq_onnx.write.weights import emit_layer, stored_bytes
 
 @dataclass(frozen=True)
 class Emitted:
-    """Hold a whole quantized model with what it was made from."""
+    """Hold a whole quantized model.
+
+    solved: what it was made from
+    model: the quantized model
+    """
 
     solved: Solved
     model: ir.Model
 
     @property
     def stored_bytes(self) -> dict[str, int]:
-        """Return what the weight of each layer takes in the model."""
+        """Return the bytes that the weight of each layer takes in the model, by the name of the layer."""
         return {layer.name: stored_bytes(self.model, layer) for layer in self.solved.plan.layers}
 
 
 def emit_model(solved: Solved, provenance: Mapping[str, str]) -> Emitted:
-    """Make the quantized model of what is solved; provenance: metadata for the file."""
+    """Make the quantized model of a solved plan; provenance: metadata for the file."""
     model = solved.plan.written.model.clone()
     emit(model, solved)
     used = {t.dtype for v in model.graph.initializers.values() if (t := v.const_value) is not None}
@@ -44,7 +48,10 @@ def emit_model(solved: Solved, provenance: Mapping[str, str]) -> Emitted:
 
 
 def emit(model: ir.Model, solved: Solved) -> None:
-    """Rewrite `model` in place: every solved layer that it holds, every planned value that has a grid."""
+    """Rewrite `model` in place: every solved layer and every planned value with a grid that it holds.
+
+    model: a clone of the model that is written, or a part of it
+    """
     nodes = nodes_by_name(model)
     for layer in solved.plan.layers:
         if layer.name in nodes and layer.name in solved.solutions:
@@ -55,5 +62,5 @@ def emit(model: ir.Model, solved: Solved) -> None:
         if name in values and name in solved.activation_grids:
             emit_activation(model, values[name], solved, readers.get(name, []))
     passes.RemoveUnusedNodesPass()(model)
-    # the names made up here may be taken
+    # the new names may be taken already
     passes.NameFixPass()(model)

@@ -1,4 +1,4 @@
-"""The float model with the weights of its layers as inputs, to try quantized ones without a new session."""
+"""Make the weights of layers inputs of the float model, to try quantized ones without a new session."""
 
 from __future__ import annotations
 
@@ -15,8 +15,12 @@ from comq_onnx.write.weights import Numbers
 
 
 def expose(model: ir.Model, layers: Sequence[Layer], solutions: Mapping[str, Solution]) -> None:
-    """Make the weights of layers, and the biases that their solutions shift, inputs of `model` that are the float ones
-    unless something else is fed: see `exposed`."""
+    """Make the weights of layers, and the biases that their solutions shift, inputs of `model`, in place.
+
+    They are the float ones unless something else is fed: see `exposed`.
+
+    solutions: the solution of each layer, by the name of the layer
+    """
     nodes = nodes_by_name(model)
     for layer in layers:
         solution = solutions[layer.name]
@@ -34,7 +38,10 @@ def expose(model: ir.Model, layers: Sequence[Layer], solutions: Mapping[str, Sol
 
 
 def exposed(model: ir.Model, layer: Layer, solution: Solution) -> dict[str, Numbers]:
-    """What to feed to a model that `expose` made of `model` to have a layer quantized."""
+    """Return the feeds that make a layer quantized in a model that `expose` rewrote.
+
+    model: the float model before `expose`
+    """
     feeds: dict[str, Numbers] = {
         layer.weight: np.ascontiguousarray(layer.kind.from_matrix(solution.weight.dequantize()))
     }

@@ -1,4 +1,4 @@
-"""Where a quantized model comes from: the metadata of its file."""
+"""Make the metadata of a quantized model: where it comes from."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def version() -> str:
 
 
 def provenance(source: FloatModel, data: Dataset, context: Context) -> dict[str, str]:
-    """Return the metadata of the file: what made it from which source, with which options and samples."""
+    """Return the metadata of the file: the version, the options, the source and the samples that it was made with."""
     samples = data.calibration
     return {
         "comq_onnx.version": version(),

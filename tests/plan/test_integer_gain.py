@@ -57,7 +57,7 @@ def net(channels: int, size: int, middle: str = "b = HardSwish (a)") -> onnx.Mod
 def chosen(model: onnx.ModelProto) -> frozenset[str]:
     """Return the layers that are chosen to run in integers."""
     prepared, shapes = opened(model, samples_for(model))
-    return integer_gain.choose(prepared, prepared.layers, planner(prepared), shapes, ORT_CPU_COSTS).integer_layers
+    return integer_gain.choose(prepared, prepared.layers, planner(prepared), shapes, ORT_CPU).integer_layers
 
 
 def test_large_layers_gain_and_small_ones_do_not() -> None:
@@ -100,7 +100,7 @@ def test_no_float_layer_is_left_between_quantized_values() -> None:
     )
     assert chosen(model) == {"wide", "deep", "last"}
     prepared, shapes = opened(model, samples_for(model))
-    cost_model = CostModel(prepared, shapes, ORT_CPU_COSTS)
+    cost_model = CostModel(prepared, shapes, ORT_CPU)
     outer = [layer for layer in prepared.layers if layer.name != "deep"]
     assert cost_model.time(planner(prepared)(outer)) > integer_gain.FORBIDDEN_US
 
@@ -108,7 +108,7 @@ def test_no_float_layer_is_left_between_quantized_values() -> None:
 def test_the_time_is_the_sum_of_its_lines() -> None:
     model = net(8, 10)
     prepared, shapes = opened(model, samples_for(model))
-    cost_model, plan = CostModel(prepared, shapes, ORT_CPU_COSTS), planner(prepared)
+    cost_model, plan = CostModel(prepared, shapes, ORT_CPU), planner(prepared)
     number, products = 8 * 10 * 10, 8 * 10 * 10 * 8 * 9
     costs = ORT_CPU_COSTS
 
@@ -127,8 +127,8 @@ def test_the_time_is_the_sum_of_its_lines() -> None:
 def test_a_choice_is_never_predicted_slower_than_all_or_none() -> None:
     model = cnn(size=32)
     prepared, shapes = opened(model, samples_for(model))
-    cost_model, plan = CostModel(prepared, shapes, ORT_CPU_COSTS), planner(prepared)
-    best = integer_gain.choose(prepared, prepared.layers, plan, shapes, ORT_CPU_COSTS)
+    cost_model, plan = CostModel(prepared, shapes, ORT_CPU), planner(prepared)
+    best = integer_gain.choose(prepared, prepared.layers, plan, shapes, ORT_CPU)
     matrices = [layer for layer in prepared.layers if not isinstance(layer.kind, Conv)]
     assert cost_model.time(best) <= min(
         cost_model.time(plan(prepared.layers)), cost_model.time(plan(matrices)) * (1 + integer_gain.WORTH)

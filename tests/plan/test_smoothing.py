@@ -74,11 +74,12 @@ def opened(model: onnx.ModelProto) -> tuple[Prepared, ActivationPlan, dict[str, 
 def factors_of(model: onnx.ModelProto, samples: Arrays, bits: int = 8) -> tuple[Prepared, smoothing.Factors]:
     """Prepare a model and find the factors of its channels."""
     prepared, plan, grids = opened(model)
-    names = list(smoothing.candidates(prepared, plan))
+    among = smoothing.candidates(prepared, plan)
+    names = list(among)
     part = ir.to_proto(smoothing.graphs.with_outputs(prepared.model, names))
     values: Iterator[Mapping[str, np.ndarray]] = iter([infer(part, samples)] if names else [])
     grids = {name: Grid(bits) for name in grids}
-    return prepared, smoothing.find_factors(prepared, plan, grids, values, [None] * bool(names))
+    return prepared, smoothing.find_factors(prepared, among, plan.dtype, grids, values, [None] * bool(names))
 
 
 @pytest.mark.parametrize(("model", "nodes"), [(NORM, 0), (AFFINE, 0), (BRANCHED, 1), (FED, 1)])

@@ -1,4 +1,4 @@
-"""The page in a real browser: plots have marks, nothing overflows, light and dark, on a phone and on a desktop.
+"""Test the page in a real browser: plots have marks, nothing overflows, light and dark, on a phone and on a desktop.
 
 Needs a Chromium (`apt-get install chromium`), or the path of one in COMQ_BROWSER; skipped with the reason where there
 is none. COMQ_SCREENSHOTS names a folder for pictures to look at.
@@ -73,7 +73,7 @@ addEventListener("load", () => {{
 
 
 def bad_case() -> Report:
-    """Long names, every kind of remark, layers that do not run in integers, several outputs."""
+    """Make a report of long names, every kind of remark, layers that do not run in integers, several outputs."""
     layers = [
         layer(i, name=f"{LONG}_{i}", kernel="Conv" if i == 3 else "QLinearConv", error_db=-7.0 if i == 5 else -25.0)
         for i in range(70)
@@ -104,7 +104,7 @@ CASES: dict[str, Callable[[], Report]] = {
 
 
 def host(pages: dict[str, tuple[int, str]], height: int) -> str:
-    """A page with others in frames: their widths and texts by id."""
+    """Make a page with others in frames; pages: their widths and texts by id."""
     frames = "".join(
         f'<iframe id="{name}" style="width:{width}px" srcdoc="{escape(page)}"></iframe>'
         for name, (width, page) in pages.items()
@@ -113,7 +113,7 @@ def host(pages: dict[str, tuple[int, str]], height: int) -> str:
 
 
 def browse(folder: Path, page: str, dark: bool, *options: str) -> str:
-    """Open a page in the browser; what it prints."""
+    """Open a page in the browser, and return what it prints."""
     path = folder / "host.html"
     path.write_text(page)
     assert BROWSER is not None
@@ -127,7 +127,7 @@ def browse(folder: Path, page: str, dark: bool, *options: str) -> str:
 
 @pytest.fixture(scope="module")
 def pages() -> dict[str, tuple[int, str]]:
-    """Every case at both widths."""
+    """Render every case at both widths."""
     made = {case: make().to_html() for case, make in CASES.items()}
     return {f"{case} {width}": (width, page) for case, page in made.items() for width in WIDTHS}
 
@@ -136,7 +136,7 @@ def pages() -> dict[str, tuple[int, str]]:
 def seen(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, pages: dict[str, tuple[int, str]]
 ) -> dict[str, Any]:
-    """What the browser measured of every page."""
+    """Measure every page in the browser."""
     folder, dark = tmp_path_factory.mktemp("browser"), request.param
     printed = browse(folder, host(pages, 900), dark, "--dump-dom")
     found = re.search(r'<pre id="found">(.+?)</pre>', printed, re.DOTALL)
@@ -175,7 +175,7 @@ def test_what_it_cost_and_won_stands_on_the_first_screen(seen: dict[str, Any], w
 
 
 def light(colour: str) -> float:
-    """How light an rgb() colour is, 0 to 1."""
+    """Return how light an rgb() colour is, 0 to 1."""
     return sum(float(n) for n in re.findall(r"[\d.]+", colour)[:3]) / 765
 
 

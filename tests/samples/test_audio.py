@@ -1,4 +1,4 @@
-"""Sound as samples: .wav files of every kind as windows of one rate."""
+"""Test that .wav files of every kind are read as windows of one rate."""
 
 from __future__ import annotations
 
@@ -9,41 +9,21 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from inputs import Input, an_input
 from scipy.io import wavfile
-from test_samples import Input, an_input
+from sounds import RATE, tone, wave_net
 
 import comq_onnx
-from comq_onnx.options.samples import Recipe
+from comq_onnx.options.samples import SampleOptions
 from comq_onnx.samples.load import load_samples
 from comq_onnx.samples.samples import Clues, Samples
-from models import build, weight
 
-RATE = 8000
 WAVE = [an_input(None, 400, name="wave")]
 
 
-def tone(points: int = 1000, hertz: float = 440, rate: int = RATE) -> np.ndarray:
-    """A tone of amplitude 0.5."""
-    return 0.5 * np.sin(2 * np.pi * hertz * np.arange(points) / rate)
-
-
-def wave_net() -> onnx.ModelProto:
-    """wave [batch, 1, points] -> Conv, Relu, mean, MatMul -> y [batch, 8]."""
-    return build(
-        """g (float[batch, 1, points] wave) => (float[batch, 8] y) {
-            [conv] a = Conv <kernel_shape = [16], strides = [8]> (wave, w1)
-            r = Relu (a)
-            m = GlobalAveragePool (r)
-            f = Flatten (m)
-            [head] y = MatMul (f, w2)
-        }""",
-        {"w1": weight(16, 1, 16, fan=16), "w2": weight(16, 8)},
-    )
-
-
 def load(folder: Path, inputs: list[Input] = WAVE, count: int = 256, **said: Any) -> Samples:
-    """The .wav files of a folder, with the model there too."""
-    return load_samples(folder, inputs, Recipe(**said), count, clues=Clues(folder))
+    """Load the .wav files of a folder, with the model there too."""
+    return load_samples(folder, inputs, SampleOptions(**said), count, clues=Clues(folder))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What the model is fed, shown: ranges and means, the sheet of pictures, and doubts about the preprocessing."""
+"""Test what a person is shown of samples: ranges and means, the sheet of pictures, doubts about the preprocessing."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from pictures import norm_net, picture, pixels
 from PIL import Image
-from test_samples import picture
-from test_synthetic import norm_net, pixels
 
 from comq_onnx import pipeline
 from comq_onnx.errors import ModelError
@@ -72,7 +71,7 @@ def test_what_holds_no_pictures_has_no_sheet() -> None:
 
 
 def confident(samples: int = 16, classes: int = 100) -> np.ndarray:
-    """Logits of a class for each sample."""
+    """Make logits that are sure of one class for each sample."""
     return normal(samples, classes) + 12 * np.eye(classes, dtype=np.float32)[np.arange(samples) % classes]
 
 

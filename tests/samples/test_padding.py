@@ -1,4 +1,4 @@
-"""Padding: which inputs are masks, which masks are believed, and that calibration leaves out what they hide."""
+"""Test which inputs are masks, which masks are believed, and that calibration leaves out what they hide."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ HALF = np.array([[1, 1, 0], [1, 0, 0]])
 
 
 def quantize(model: onnx.ModelProto, out: Path, samples: Arrays, **options: Any) -> comq_onnx.Report:
-    """4 bits on the CPU."""
+    """Quantize to 4 bits on the CPU."""
     return comq_onnx.quantize(model, out, samples, **{"bits": 4, "device": "cpu", **options})
 
 
 def used(report: comq_onnx.Report, samples: Arrays) -> Arrays:
-    """The samples that a run calibrated on."""
+    """Return the samples that a run calibrated on."""
     return Samples(samples, "").split(report.samples["used"], report.samples["held_back"], 0)[0].arrays
 
 
 @pytest.fixture
 def found(monkeypatch: pytest.MonkeyPatch) -> list[Found]:
-    """What each walk of this test found."""
+    """Gather what each walk of this test finds."""
     seen: list[Found] = []
     monkeypatch.setattr(choose, "walk", lambda *given: seen.append(walk(*given)) or seen[-1])
     return seen
@@ -191,7 +191,7 @@ def test_what_is_kept_of_an_array() -> None:
 
 
 class Cut(Samples):
-    """The same sentences without their padding, one at a time."""
+    """Hold the same sentences without their padding, fed one at a time."""
 
     def batch_counts(self, _size: int) -> list[int]:
         return [1] * len(self)
@@ -236,7 +236,7 @@ def test_padded_sentences_give_the_model_that_sentences_without_padding_give(
 
 
 def whole_table(model: onnx.ModelProto) -> np.ndarray:
-    """Make the embedding whole numbers, of which float32 sums are exact; returns it."""
+    """Make the embedding whole numbers, whose float32 sums are exact, and return it."""
     tensor = next(t for t in model.graph.initializer if t.name == "table")
     table = np.rint(3 * numpy_helper.to_array(tensor))
     tensor.CopyFrom(numpy_helper.from_array(table, "table"))
@@ -272,7 +272,7 @@ GARBAGE = 49
 
 
 def with_garbage(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with a token whose embedding is huge."""
+    """Give the model a token whose embedding is huge."""
     tensor = next(t for t in model.graph.initializer if t.name == "table")
     table = numpy_helper.to_array(tensor).copy()
     table[GARBAGE] *= 1e4

@@ -1,4 +1,4 @@
-"""How pictures become an input: options over presets, and the configurations that lie beside models."""
+"""Test how pictures become an input: options over presets, and the configurations that lie beside models."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from inputs import NCHW, Input, an_input
+from pictures import picture
 from PIL import Image
-from test_samples import NCHW, Input, an_input, picture
 
 import comq_onnx
 from comq_onnx.model.source import read_model
-from comq_onnx.options.samples import Recipe
+from comq_onnx.options.samples import SampleOptions
 from comq_onnx.samples.clues import channels_last
 from comq_onnx.samples.images.preprocess import PREPROCESS, Preprocess, find_preprocess
 from comq_onnx.samples.load import load_samples
@@ -38,24 +39,24 @@ TIMM = {
 
 
 def found(folder: Path, name: str, config: dict[str, Any], **said: Any) -> Preprocess:
-    """What the configuration of this name beside the model says, with options over it."""
+    """Return what the configuration of this name beside the model says, with options over it."""
     (folder / name).write_text(json.dumps(config))
-    result = find_preprocess(Recipe(**said), folder)
+    result = find_preprocess(SampleOptions(**said), folder)
     assert result is not None
-    return result.how
+    return result.preprocess
 
 
 @pytest.fixture
 def photo(tmp_path: Path) -> Path:
-    """A picture that is wider than high, in a folder without a model."""
+    """Make a picture that is wider than high, in a folder without a model."""
     (tmp_path / "photos").mkdir()
     picture(40, 30).save(tmp_path / "photos" / "a.png")
     return tmp_path / "photos"
 
 
 def shown(source: Path, inputs: list[Input], folder: Path | None = None, **said: Any) -> np.ndarray:
-    """The array of the pictures, with the model in `folder`."""
-    return load_samples(source, inputs, Recipe(**said), clues=Clues(folder)).arrays["image"]
+    """Load the array of the pictures, with the model in `folder`."""
+    return load_samples(source, inputs, SampleOptions(**said), clues=Clues(folder)).arrays["image"]
 
 
 def test_a_configuration_of_hugging_face_says_it_all(tmp_path: Path) -> None:
@@ -98,32 +99,32 @@ def test_a_configuration_of_timm_says_it_all(tmp_path: Path) -> None:
 
 def test_a_configuration_of_something_else_is_passed_over(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "bert", "hidden_size": 384}')
-    assert find_preprocess(Recipe(), tmp_path) is None
+    assert find_preprocess(SampleOptions(), tmp_path) is None
 
 
 def test_the_configuration_of_the_folder_above_counts_for_a_folder_onnx_alone(tmp_path: Path) -> None:
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(HF))
     for name in ("onnx", "other"):
         (tmp_path / name).mkdir()
-    assert find_preprocess(Recipe(), tmp_path / "onnx") is not None
-    assert find_preprocess(Recipe(), tmp_path / "other") is None
+    assert find_preprocess(SampleOptions(), tmp_path / "onnx") is not None
+    assert find_preprocess(SampleOptions(), tmp_path / "other") is None
 
 
 def test_options_win_over_a_configuration_and_over_a_preset(tmp_path: Path) -> None:
     plain = found(tmp_path, "preprocessor_config.json", HF)
     said = found(tmp_path, "preprocessor_config.json", HF, mean=(0.4,), crop=12, channels="bgr")
     assert said == replace(plain, mean=(0.4,), crop=12, channels="bgr")
-    chosen = find_preprocess(Recipe("clip", std=(0.25,)), tmp_path)
+    chosen = find_preprocess(SampleOptions("clip", std=(0.25,)), tmp_path)
     assert chosen is not None
-    assert chosen.how == replace(PREPROCESS["clip"], std=(0.25,))
+    assert chosen.preprocess == replace(PREPROCESS["clip"], std=(0.25,))
     assert chosen.note is None
 
 
 def test_a_configuration_named_by_an_option_is_read(tmp_path: Path) -> None:
     (tmp_path / "my.json").write_text(json.dumps(TIMM))
-    named = find_preprocess(Recipe(str(tmp_path / "my.json")), None)
+    named = find_preprocess(SampleOptions(str(tmp_path / "my.json")), None)
     assert named is not None
-    assert named.how == found(tmp_path, "config.json", TIMM)
+    assert named.preprocess == found(tmp_path, "config.json", TIMM)
 
 
 def test_mean_and_deviation_alone_are_of_pixels_from_0_to_1(photo: Path) -> None:
@@ -187,7 +188,7 @@ def test_the_layout_of_free_dimensions_is_read_off_the_graph(tmp_path: Path, pho
     onnx.save(cnn(), tmp_path / "nchw.onnx")
     assert channels_last(read_model(tmp_path / "nhwc.onnx")) == {"image": True}
     assert channels_last(read_model(tmp_path / "nchw.onnx")) == {"image": False}
-    seen = load_samples(photo, FREE, Recipe("raw", crop=16), clues=Clues(channels_last={"image": True}))
+    seen = load_samples(photo, FREE, SampleOptions("raw", crop=16), clues=Clues(channels_last={"image": True}))
     assert seen.arrays["image"].shape == (1, 16, 16, 3)
 
 
@@ -249,4 +250,6 @@ def test_a_pattern_of_files_is_read(tmp_path: Path) -> None:
 def test_the_report_tells_what_of_a_folder_was_left_out(photo: Path) -> None:
     (photo / "lines.txt").write_text("text")
     (photo / ".hidden.png").write_bytes(b"no picture")
-    assert load_samples(photo, NCHW, Recipe("raw")).notes == (f"{photo}: files of images taken, left out 1 of text",)
+    assert load_samples(photo, NCHW, SampleOptions("raw")).notes == (
+        f"{photo}: files of images taken, left out 1 of text",
+    )

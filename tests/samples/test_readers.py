@@ -1,4 +1,4 @@
-"""Samples from Python: callables, readers, loaders and datasets, batches and single samples, pictures and texts."""
+"""Test samples from Python: callables, readers, loaders and datasets, batches and single samples, pictures, texts."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from inputs import BERT, NCHW, VECTOR, an_input
 from onnxruntime.quantization import CalibrationDataReader
-from test_samples import NCHW, VECTOR, an_input, picture
-from test_samples_text import BERT, LINES, a_tokenizer
+from pictures import picture
+from texts import LINES, a_tokenizer
 
 import comq_onnx
-from comq_onnx.options.samples import Recipe
+from comq_onnx.options.samples import SampleOptions
 from comq_onnx.samples.load import load_samples
 from comq_onnx.samples.samples import Clues
 from models import mlp, normal, several_inputs
@@ -25,7 +26,7 @@ X = normal(24, 32)
 
 
 class Reader(CalibrationDataReader):
-    """What a user of onnxruntime.quantization has already."""
+    """Stand for the reader that a user of onnxruntime.quantization has already."""
 
     def __init__(self) -> None:
         self.feeds = iter([{"x": X[i : i + 1]} for i in range(24)])
@@ -35,7 +36,7 @@ class Reader(CalibrationDataReader):
 
 
 class Tensor:
-    """As much of a tensor of PyTorch as is used; numpy alone cannot read it."""
+    """Stand for a tensor of PyTorch, with as much of it as is used; numpy alone cannot read it."""
 
     def __init__(self, array: np.ndarray) -> None:
         self.array = array
@@ -51,7 +52,7 @@ class Tensor:
 
 
 class Loader:
-    """What a DataLoader gives: lists of a batch of inputs and one of labels, again on each pass."""
+    """Give what a DataLoader gives: lists of a batch of inputs and one of labels, again on each pass."""
 
     def __iter__(self) -> Iterator[list[Any]]:
         for i in range(0, 24, 5):
@@ -59,7 +60,7 @@ class Loader:
 
 
 class Indexed:
-    """A map-style dataset of PyTorch: no iteration, no end but its length."""
+    """Stand for a map-style dataset of PyTorch: no iteration, no end but its length."""
 
     def __len__(self) -> int:
         return 24
@@ -69,7 +70,7 @@ class Indexed:
 
 
 def single() -> Iterator[np.ndarray]:
-    """Samples one at a time, without a batch axis."""
+    """Yield samples one at a time, without a batch axis."""
     yield from X
 
 
@@ -105,10 +106,10 @@ def test_feeds_whose_batch_is_anywhere_are_complete_feeds() -> None:
 def test_pictures_in_memory_are_preprocessed_like_files(tmp_path: Path) -> None:
     for i in range(3):
         picture(seed=i).save(tmp_path / f"{i}.png")
-    files = load_samples(tmp_path, NCHW, Recipe("imagenet")).arrays["image"]
+    files = load_samples(tmp_path, NCHW, SampleOptions("imagenet")).arrays["image"]
     rows = [{"img": picture(seed=i), "label": i, "name": 3} for i in range(3)]
     for source in (rows, [row["img"] for row in rows]):
-        np.testing.assert_array_equal(load_samples(source, NCHW, Recipe("imagenet")).arrays["image"], files)
+        np.testing.assert_array_equal(load_samples(source, NCHW, SampleOptions("imagenet")).arrays["image"], files)
 
 
 def test_texts_in_memory_are_tokenized_like_lines(tmp_path: Path) -> None:
@@ -119,7 +120,7 @@ def test_texts_in_memory_are_tokenized_like_lines(tmp_path: Path) -> None:
     for source in (LINES, rows, [{"sentence": line, "label": 1} for line in LINES]):
         made = load_samples(source, BERT, clues=Clues(tmp_path)).arrays["input_ids"]
         np.testing.assert_array_equal(made, files)
-    other = load_samples(rows, BERT, Recipe(text_field="title"), clues=Clues(tmp_path)).arrays["input_ids"]
+    other = load_samples(rows, BERT, SampleOptions(text_field="title"), clues=Clues(tmp_path)).arrays["input_ids"]
     assert other.shape == (len(LINES), 4)
 
 
@@ -135,7 +136,7 @@ CODE = """
 
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A module in the current folder that imports one beside it."""
+    """Write a module in the current folder that imports one beside it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.dont_write_bytecode", True)
     (tmp_path / "my_samples.py").write_text(textwrap.dedent(CODE))

@@ -1,4 +1,4 @@
-"""Samples from the command line: options, what is shown, and what is refused."""
+"""Test samples on the command line: options, what is shown, and what is refused."""
 
 # fixtures are imported by their names
 # ruff: noqa: F401, F811
@@ -14,11 +14,11 @@ import numpy as np
 import onnx
 import pytest
 from command import Said, files, run
+from pictures import picture
 from PIL import Image
 from scipy.io import wavfile
-from test_samples import picture
-from test_samples_sound import tone, wave_net
-from test_samples_text import LINES, a_tokenizer
+from sounds import tone, wave_net
+from texts import LINES, a_tokenizer
 
 from comq_onnx.cli import command as cli
 from models import infer, tokens
@@ -30,7 +30,7 @@ CNN = MODELS / "fashion_cnn.onnx"
 
 @pytest.fixture
 def clothes(tmp_path: Path) -> Path:
-    """Pictures of what fashion_cnn knows, as files."""
+    """Write pictures of what fashion_cnn knows, as files."""
     (tmp_path / "clothes").mkdir()
     with np.load(MODELS / "fashion_calib.npz") as loaded:
         pictures = loaded["image"][:48, 0]
@@ -135,18 +135,18 @@ def test_every_option_of_pictures_is_heard(run: Call, tmp_path: Path, files: Pat
     assert not others & same
 
 
-# README.md
+# docs/samples.md
 
 
-def readme_rows() -> list[str]:
-    """The first column of the README's table of samples."""
-    text = (MODELS.parent / "README.md").read_text()
+def documented_rows() -> list[str]:
+    """Return the first column of the table of samples in docs/samples.md."""
+    text = (MODELS.parent / "docs" / "samples.md").read_text()
     table = text.split("| samples | how they reach the model |\n|---|---|\n")[1].split("\n\n")[0]
     return [row.split(" | ")[0].removeprefix("| ") for row in table.splitlines()]
 
 
 def example(row: str, folder: Path) -> tuple[list[object], Path | None]:
-    """(arguments, samples) of a row of that table: the model and what it needs, and the samples as the row says."""
+    """Make (arguments, samples) of a row of that table: the model with what it needs, and samples as the row says."""
     with np.load(MODELS / "fashion_calib.npz") as loaded:
         image = loaded["image"][:20]
     if "photos" in row:
@@ -184,8 +184,10 @@ def example(row: str, folder: Path) -> tuple[list[object], Path | None]:
     return [CNN], None
 
 
-@pytest.mark.parametrize("row", readme_rows())
-def test_every_row_of_the_readme_works(run: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: str) -> None:
+@pytest.mark.parametrize("row", documented_rows())
+def test_every_documented_kind_of_samples_works(
+    run: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     arguments, source = example(row, tmp_path)
     calib = ["--calib", source] if source is not None else []
@@ -194,10 +196,10 @@ def test_every_row_of_the_readme_works(run: Call, tmp_path: Path, monkeypatch: p
     assert f"from {source or 'synthetic'}" in said.out.replace("\n", "")
 
 
-def test_the_readme_names_options_that_exist() -> None:
+def test_the_page_on_samples_names_options_that_exist() -> None:
     known = {name for parameter in cli.command.params for name in (*parameter.opts, *parameter.secondary_opts)}
-    text = (MODELS.parent / "README.md").read_text()
+    text = (MODELS.parent / "docs" / "samples.md").read_text()
     section = text.split("## Your model, your samples")[1].split("\n## ")[0]
-    named = set(re.findall(r"--[a-z][a-z-]+", section.split("| option |")[0])) - {"--labels"}
+    named = set(re.findall(r"--[a-z][a-z-]+", section))
     assert len(named) > 12
     assert named <= known | {"--samples"}

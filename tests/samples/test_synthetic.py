@@ -1,4 +1,4 @@
-"""Synthetic samples: pictures with the statistics of photographs, preprocessed as the model tells; text of a page."""
+"""Test synthetic samples: pictures with the statistics of photographs, preprocessed as the model tells, and texts."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from test_samples import NCHW, an_input, picture
-from test_samples_text import BERT, a_tokenizer
+from inputs import BERT, NCHW, Input, an_input
+from pictures import folded, norm_net, picture
+from texts import a_tokenizer
 
 import comq_onnx
 from comq_onnx import pipeline
 from comq_onnx.errors import SamplesError
-from comq_onnx.options.samples import Recipe
+from comq_onnx.options.samples import SampleOptions
 from comq_onnx.samples.images.drawing import draw_pictures
-from comq_onnx.samples.images.guess import CENTRED, CENTRED_NAME
+from comq_onnx.samples.images.guess import CENTRED_NAME
 from comq_onnx.samples.images.preprocess import PREPROCESS
 from comq_onnx.samples.load import load_samples
 from comq_onnx.samples.samples import Clues
 from comq_onnx.samples.synthetic import page_texts
-from models import Arrays, build, cnn, decoder, encoder, infer, normal, weight
+from models import Arrays, build, cnn, decoder, encoder, mlp, several_inputs, tokens, weight
 
-PHOTOS = np.stack([np.asarray(picture(32, 32, seed=i)) for i in range(16)])
+Run = Callable[..., Any]
 
 
 # Pictures
@@ -54,45 +55,8 @@ def test_pictures_depend_on_the_seed_alone_and_differ() -> None:
     assert first.shape == (4, 16, 20, 3)
 
 
-def pixels(name: str) -> np.ndarray:
-    """The photos as this preset makes them, NCHW."""
-    how = {**PREPROCESS, CENTRED_NAME: CENTRED}[name]
-    return np.float32((PHOTOS * how.scale - np.array(how.mean)) / np.array(how.std)).transpose(0, 3, 1, 2)
-
-
-def norm_net(name: str) -> onnx.ModelProto:
-    """Conv and BatchNormalization as if trained on the photos of this preset."""
-    w = weight(16, 3, 3, 3, fan=27)
-    text = """g (float[batch, 3, 32, 32] image) => (float[batch, 16, 30, 30] y) {
-        [conv] y = Conv <kernel_shape = [3, 3]> (image, w)
-    }"""
-
-    seen = infer(build(text, {"w": w}), {"image": pixels(name)})["y"]
-    moments = {"mean": seen.mean(axis=(0, 2, 3)), "var": seen.var(axis=(0, 2, 3))}
-    scales = {"scale": np.ones(16, np.float32), "shift": normal(16)}
-    return build(
-        """g (float[batch, 3, 32, 32] image) => (float[batch, 16, 30, 30] y) {
-            [conv] c = Conv <kernel_shape = [3, 3]> (image, w)
-            y = BatchNormalization (c, scale, shift, mean, var)
-        }""",
-        {"w": w, **scales, **moments},
-    )
-
-
-def folded(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The same without its BatchNormalization."""
-    w, scale, shift, mean, var = (onnx.numpy_helper.to_array(i) for i in model.graph.initializer)
-    gain = scale / np.sqrt(var)
-    return build(
-        """g (float[batch, 3, 32, 32] image) => (float[batch, 16, 30, 30] y) {
-            [conv] y = Conv <kernel_shape = [3, 3]> (image, w, b)
-        }""",
-        {"w": w * gain[:, None, None, None], "b": np.float32(shift - mean * gain)},
-    )
-
-
 def note_of(model: onnx.ModelProto, **options: Any) -> str:
-    """The one note of a plan without samples that speaks of pictures."""
+    """Return the note of a plan without samples that speaks of pictures."""
     notes = comq_onnx.plan(model, None, device="cpu", max_samples=16, **options).notes
     return next(note for note in notes if "pictures preprocessed" in note or "beside the model" in note)
 
@@ -133,7 +97,7 @@ def test_where_nothing_tells_it_is_a_guess_and_said() -> None:
 
 def test_options_and_configurations_count_for_synthetic_pictures_too(tmp_path: Path) -> None:
     low, high = 100 / 255, 1.0
-    given = load_samples(None, NCHW, Recipe("0-1"), 8).arrays["image"]
+    given = load_samples(None, NCHW, SampleOptions("0-1"), 8).arrays["image"]
     assert given.min() >= 0
     assert low < given.max() <= high
     onnx.save(cnn(), tmp_path / "model.onnx")
@@ -177,24 +141,26 @@ def test_the_page_gives_texts_of_all_lengths() -> None:
 
 def test_with_a_tokenizer_synthetic_tokens_are_text(tmp_path: Path) -> None:
     a_tokenizer().save(str(tmp_path / "tokenizer.json"))
-    made = load_samples(None, BERT, Recipe(), 40, 0, Clues(tmp_path)).arrays
+    made = load_samples(None, BERT, SampleOptions(), 40, 0, Clues(tmp_path)).arrays
     assert len(made["input_ids"]) == 40
     assert (made["input_ids"][:, 0] == 1).all()  # [CLS]
     assert 0 < made["attention_mask"].mean() < 1
     the = a_tokenizer().token_to_id("the")
     assert (made["input_ids"] == the).sum() > 20
-    named = load_samples(None, BERT, Recipe(tokenizer=str(tmp_path)), 40).arrays
+    named = load_samples(None, BERT, SampleOptions(tokenizer=str(tmp_path)), 40).arrays
     np.testing.assert_array_equal(named["input_ids"], made["input_ids"])
 
 
 def test_a_model_without_a_mask_gets_as_many_samples_of_text(tmp_path: Path) -> None:
     a_tokenizer().save(str(tmp_path / "tokenizer.json"))
-    assert len(load_samples(None, BERT[:1], Recipe(), 40, 0, Clues(tmp_path))) == 40
+    assert len(load_samples(None, BERT[:1], SampleOptions(), 40, 0, Clues(tmp_path))) == 40
 
 
 def chain(ahead: bool = False) -> onnx.ModelProto:
-    """input_ids [batch, seq] -> logits [batch, seq, 48]: after token i comes i + 7; ahead: a prediction looks at what
-    follows too."""
+    """Build input_ids [batch, seq] -> logits [batch, seq, 48], which predict token i + 7 after token i.
+
+    ahead: predictions depend on later tokens too
+    """
     follows = 40 * np.roll(np.eye(48, dtype=np.float32), 7, axis=1)
     mean = "m = ReduceMean <axes = [1]> (e)" if ahead else "m = Mul (e, zero)"
     return build(
@@ -209,7 +175,7 @@ def chain(ahead: bool = False) -> onnx.ModelProto:
 
 
 def drawn(model: onnx.ModelProto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[np.ndarray, list[str]]:
-    """The synthetic tokens of a model, and the notes."""
+    """Return the synthetic tokens of a model, and the notes."""
     seen: dict[str, Arrays] = {}
     describe = pipeline.describe
     monkeypatch.setattr(
@@ -250,3 +216,56 @@ def test_models_are_quantized_without_samples_and_the_warning_says_what_it_costs
     warning = next(w for w in report.warnings if w.startswith("calibrated on synthetic"))
     assert word in warning
     assert "--calib" in warning
+
+
+# Noise, masks, batches
+
+
+@pytest.mark.parametrize("make", [mlp, cnn, tokens, several_inputs])
+def test_synthetic_samples_fit_and_are_warned_about(tmp_path: Path, make: Callable[[], onnx.ModelProto]) -> None:
+    report = comq_onnx.quantize(make(), tmp_path / "q.onnx", max_samples=24, bits=8, device="cpu")
+    assert report.samples["source"] == "synthetic"
+    assert report.samples["used"] == 24
+    assert any("synthetic" in w for w in report.warnings)
+    assert report.outputs[0].sqnr_db >= 25
+
+
+def test_real_samples_give_no_warning_about_synthetic_ones(quantized: Run) -> None:
+    assert not any("synthetic" in w for w in quantized(mlp()).report.warnings)
+
+
+def synthetic(*inputs: Input, **options: Any) -> Arrays:
+    """Make synthetic samples for these inputs."""
+    return load_samples(None, inputs, **{"count": 20, **options}).arrays
+
+
+def test_synthetic_tokens_stay_inside_the_vocabulary() -> None:
+    ids = synthetic(an_input(None, None, name="ids", dtype=np.int64), clues=Clues(token_limits={"ids": 50}))["ids"]
+    assert ids.min() >= 0
+    assert 40 < ids.max() < 50
+
+
+def test_synthetic_masks_hide_nothing() -> None:
+    made = synthetic(an_input(None, 7, name="attention_mask", dtype=np.int64), an_input(None, 2, name="b", dtype=bool))
+    assert all((array == 1).all() for array in made.values())
+
+
+def test_synthetic_pictures_have_the_spectrum_of_pictures() -> None:
+    pictures = synthetic(an_input(None, 3, 64, 64))["x"]
+    power = np.abs(np.fft.rfft2(pictures)).mean(axis=(0, 1)) ** 2
+    # 1/f in amplitude: 16 times the frequency is 256 times less power, noise within a factor of 2
+    assert 128 < power[0, 1] / power[0, 16] < 512
+
+
+def test_synthetic_samples_depend_on_the_seed_alone() -> None:
+    first, again, other = (synthetic(an_input(None, 8), seed=seed)["x"] for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+@pytest.mark.parametrize("batch", [None, 1, 4])
+def test_synthetic_samples_fit_any_batch_axis(batch: int | None) -> None:
+    samples = load_samples(None, [an_input(batch, 6), an_input(batch, 3, name="z")], count=8)
+    assert len(samples) == 8
+    for feeds in samples.batches(2):
+        assert feeds["x"].shape[0] == (batch or 2)

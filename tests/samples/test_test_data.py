@@ -1,4 +1,4 @@
-"""ONNX test data as samples: input_<i>.pb in test_data_set_<n>."""
+"""Test ONNX test data as samples: input_<i>.pb in test_data_set_<n>."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from inputs import an_input
 from onnx import numpy_helper
-from test_samples import an_input
 
 import comq_onnx
 from comq_onnx.samples.load import load_samples
@@ -18,7 +18,7 @@ TWO = [an_input(None, 4, name="a"), an_input(None, 3, name="b")]
 
 
 def save(folder: Path, number: int, file: str, array: np.ndarray, name: str = "") -> None:
-    """One tensor of a test data set."""
+    """Save one tensor of a test data set."""
     path = folder / f"test_data_set_{number}" / file
     path.parent.mkdir(exist_ok=True)
     onnx.save_tensor(numpy_helper.from_array(array, name), path)

@@ -1,4 +1,4 @@
-"""Text as samples: lines through a tokenizer, padded, masked and completed as the model's inputs ask."""
+"""Test text as samples: lines through a tokenizer, padded, masked and completed as the inputs of the model ask."""
 
 from __future__ import annotations
 
@@ -10,49 +10,29 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from test_samples import Input, an_input
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from inputs import BERT, IDS, MASK, POSITIONS, Input, an_input
+from texts import LINES, a_tokenizer
 
 import comq_onnx
-from comq_onnx.options.samples import Recipe
+from comq_onnx.options.samples import SampleOptions
 from comq_onnx.samples.load import load_samples
 from comq_onnx.samples.samples import Clues
 from models import decoder, encoder, tokens
 
 Run = Callable[..., Any]
-WORDS = tuple(
-    "the quick brown fox jumps over a lazy dog while seven small cats sleep in warm sun".split()  # noqa: SIM905
-)
-LINES = [" ".join(WORDS[i % 9 : i % 9 + 3 + i % 6]) for i in range(48)]
-IDS = an_input(None, None, name="input_ids", dtype=np.int64)
-MASK = an_input(None, None, name="attention_mask", dtype=np.int64)
-KINDS = an_input(None, None, name="token_type_ids", dtype=np.int64)
-PLACES = an_input(None, None, name="position_ids", dtype=np.int64)
-BERT = [IDS, MASK, KINDS]
-
-
-def a_tokenizer() -> Tokenizer:
-    """Of few words, each a token, with [PAD] 0, [CLS] 1, [SEP] 2 and [UNK] 3."""
-    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[CLS]", "[SEP]", "[UNK]", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
-    )
-    return tokenizer
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder with a tokenizer.json and lines.txt."""
+    """Make a folder with a tokenizer.json and lines.txt."""
     a_tokenizer().save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "lines.txt").write_text("\n".join(LINES) + "\n\n")
     return tmp_path
 
 
 def load(folder: Path, inputs: list[Input], source: str = "lines.txt", **options: Any) -> dict[str, np.ndarray]:
-    """Arrays of a text in the folder, with the model there too."""
-    return load_samples(folder / source, inputs, Recipe(**options), clues=Clues(folder)).arrays
+    """Load the arrays of a text in the folder, with the model there too."""
+    return load_samples(folder / source, inputs, SampleOptions(**options), clues=Clues(folder)).arrays
 
 
 def test_a_line_becomes_its_tokens_padded_and_masked(folder: Path) -> None:
@@ -94,7 +74,7 @@ def test_inputs_of_int32_get_int32(folder: Path) -> None:
 
 def test_positions_count_what_is_not_padding(folder: Path) -> None:
     (folder / "two.txt").write_text("the fox\nthe quick brown dog\n")
-    made = load(folder, [IDS, MASK, PLACES], "two.txt")
+    made = load(folder, [IDS, MASK, POSITIONS], "two.txt")
     np.testing.assert_array_equal(made["position_ids"], [[0, 1, 2, 3, 3, 3], [0, 1, 2, 3, 4, 5]])
 
 
@@ -107,7 +87,9 @@ def test_without_a_mask_texts_are_joined_and_nothing_is_padded(folder: Path) -> 
 
 def test_the_seed_chooses_among_more_lines_than_wanted(folder: Path) -> None:
     def some(seed: int) -> np.ndarray:
-        return load_samples(folder / "lines.txt", [IDS, MASK], Recipe(), 10, seed, Clues(folder)).arrays["input_ids"]
+        return load_samples(folder / "lines.txt", [IDS, MASK], SampleOptions(), 10, seed, Clues(folder)).arrays[
+            "input_ids"
+        ]
 
     assert len(some(0)) == 10
     np.testing.assert_array_equal(some(0), some(0))
@@ -116,14 +98,14 @@ def test_the_seed_chooses_among_more_lines_than_wanted(folder: Path) -> None:
 
 def test_an_empty_past_and_the_positions_are_made_for_a_decoder(folder: Path) -> None:
     past = [an_input(None, 2, None, 8, name=f"past_key_values.0.{kv}") for kv in ("key", "value")]
-    made = load(folder, [IDS, MASK, PLACES, *past])
+    made = load(folder, [IDS, MASK, POSITIONS, *past])
     assert made["past_key_values.0.key"].shape == (48, 2, 0, 8)
     assert made["attention_mask"].shape == made["input_ids"].shape
 
 
 def test_a_past_of_fixed_length_is_masked(folder: Path) -> None:
     past = [an_input(None, 2, 5, 8, name=f"past_key_values.0.{kv}") for kv in ("key", "value")]
-    made = load(folder, [IDS, MASK, PLACES, *past])
+    made = load(folder, [IDS, MASK, POSITIONS, *past])
     assert made["past_key_values.0.key"].shape == (48, 2, 5, 8)
     assert not made["attention_mask"][:, :5].any()
     assert made["attention_mask"][:, 5].all()

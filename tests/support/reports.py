@@ -1,19 +1,25 @@
-"""Reports made up in a moment, for what only shows them."""
+"""Make up reports in a moment, and read what is shown of them."""
 
 from __future__ import annotations
 
 import dataclasses
+import io
+from html.parser import HTMLParser
 from typing import Any
 
 import numpy as np
+from rich.console import Console
 
 from comq_onnx.metrics import OutputComparison
 from comq_onnx.report.inputs import describe
 from comq_onnx.report.report import ActivationReport, LayerReport, Report
 
+# elements of HTML that have no end tag
+VOID = {"meta", "img", "br", "hr", "link", "input"}
+
 
 def layer(i: int, **changes: Any) -> LayerReport:
-    """Layer i of a made-up net, some 6 dB better than rounding."""
+    """Make layer i of a made-up net, 6 dB better than rounding."""
     made = LayerReport(
         name=f"/features/block{i}/conv", op="Conv", weight_shape=(64, 32, 3, 3), bits=4, granularity="channel",
         form="integer", stage=i, error_db=-25.0 + i % 5, rtn_error_db=-19.0 + i % 5, seconds=0.1, input=f"x{i}",
@@ -23,13 +29,13 @@ def layer(i: int, **changes: Any) -> LayerReport:
 
 
 def activation(i: int, **changes: Any) -> ActivationReport:
-    """Activation i of a made-up net, without outliers."""
+    """Make activation i of a made-up net, without outliers."""
     made = ActivationReport(f"x{i}", -1.0, 3.0 + i % 3, -0.9, 2.5 + i % 3, 0.0157, 64, "uint8")
     return dataclasses.replace(made, **changes)
 
 
 def report(count: int = 12, **changes: Any) -> Report:
-    """The report of a run on a made-up net of `count` layers."""
+    """Make the report of a run on a made-up net of `count` layers."""
     images = np.random.default_rng(0).random((20, 3, 40, 40), np.float32)
     made = Report(
         model="models/net.onnx", output="net_q.onnx", version="0.1.0", target="ort-cpu", bits=4,
@@ -49,9 +55,48 @@ def report(count: int = 12, **changes: Any) -> Report:
 
 
 def plan(count: int = 12) -> Report:
-    """The report of a plan of the same net."""
+    """Make the report of a plan of the same net."""
     bare = {"error_db": None, "rtn_error_db": None, "seconds": None, "bytes_after": None, "kernel": None}
     return report(
         count, output=None, layers=[layer(i, **bare) for i in range(count)], size={}, outputs=[], latency_ms={},
         kernels={}, float_kernels={}, activations=[], peak_rss_mb=float("nan"),
     )  # fmt: skip
+
+
+class Page(HTMLParser):
+    """Parse a page into its text, its elements and their attributes; fail where tags do not nest."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.words: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] not in ("style",):
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+def printed(shown: Report, verbose: bool = False) -> str:
+    """Return what a terminal of 140 columns would show."""
+    out = io.StringIO()
+    Console(file=out, width=140).print(shown.rich(verbose))
+    return out.getvalue()

@@ -103,10 +103,13 @@ class OpenVino:
     unpacking: list[str]
 
 
-def openvino_program(path: Path) -> OpenVino:
-    """Compile the model at `path` for the CPU and list its products, and what is unpacked at every call."""
+def openvino_program(path: Path, precision: str | None = None) -> OpenVino:
+    """Compile the model at `path` for the CPU and list its products, and what is unpacked at every call.
+
+    precision: of float arithmetic; what the CPU is fastest at unless told.
+    """
     products, unpacking, constant = [], [], set()
-    for op in openvino_compiled(path).get_runtime_model().get_ordered_ops():
+    for op in openvino_compiled(path, precision).get_runtime_model().get_ordered_ops():
         info = op.get_rt_info()
         kind = info["layerType"].astype(str)
         names = tuple(info["originalLayersNames"].astype(str).split(",")) if "originalLayersNames" in info else ()

@@ -1,9 +1,9 @@
-"""Procedural pictures with the statistics of photographs, for calibrating without any.
+"""Draw procedural pictures with the statistics of photographs, for calibrating without any.
 
 Dead leaves (Lee, Mumford and Huang 2001): shapes of power-law sizes that cover each other give the edges and the
-occlusions of natural scenes; each has a texture of its own (1/f noise, whose spectrum is that of photographs, gratings
-or none), shading, and a colour of the scene's small palette. White noise has none of that: a network's first filters
-average it away, and every layer behind sees ranges that photographs never give.
+occlusions of natural scenes. Each has a texture of its own (1/f noise, whose spectrum is that of photographs, gratings
+or none), shading, and a colour of the small palette of the scene. White noise has none of that: the first filters of a
+network average it away, and every later layer sees ranges that photographs never give.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFilter
 
 Floats = npt.NDArray[np.float32]
-# of photographs: the mean colour, and how far the level of one lies from it
+# of photographs: the mean colour (0..1), and the deviation of the level from picture to picture
 COLOUR, LEVEL_SPREAD = (0.49, 0.46, 0.41), 0.06
 TEXTURES = 12
 
 
 def draw_pictures(count: int, height: int, width: int, seed: int) -> npt.NDArray[np.uint8]:
-    """`count` pictures [count, height, width, 3] in RGB, the same for the same seed."""
+    """Draw `count` pictures [count, height, width, 3] in RGB, the same for the same seed."""
     bank = [one_over_f(height, width, np.random.default_rng([seed, 0, i]), (0.8, 1.6)) for i in range(TEXTURES)]
     return np.stack([_draw(height, width, np.random.default_rng([seed, 1, i]), bank) for i in range(count)])
 
 
 def one_over_f(height: int, width: int, rng: np.random.Generator, powers: tuple[float, float] = (1.0, 1.0)) -> Floats:
-    """Noise [height, width] of mean 0 and deviation 1 whose amplitudes fall as 1/f^p, with a p between the powers."""
+    """Make noise [height, width] of mean 0 and deviation 1, its amplitudes falling as 1/f^p with p between `powers`."""
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
     frequency[0, 0] = np.inf
     spectrum = np.fft.rfft2(rng.standard_normal((height, width))) / frequency ** rng.uniform(*powers)
@@ -40,7 +40,7 @@ def _draw(height: int, width: int, rng: np.random.Generator, bank: list[Floats])
     canvas = _surface(height, width, palette[0], rng, bank)
     short = min(height, width)
     busy = int(rng.choice([10, 25, 60, 120]))
-    # every octave of sizes alike; the large behind the small, which they would hide
+    # as many in every octave of sizes; the large ones first, for they would hide the small ones
     for radius in np.sort(short * np.exp(rng.uniform(np.log(0.015), np.log(0.7), busy)))[::-1]:
         _leaf(canvas, float(radius), palette[rng.integers(len(palette))], rng, bank)
     light = 1 + rng.uniform(0, 0.35) * _slope(height, width, rng)[..., None]
@@ -51,7 +51,7 @@ def _draw(height: int, width: int, rng: np.random.Generator, bank: list[Floats])
 
 
 def _palette(rng: np.random.Generator) -> Floats:
-    """Two to seven colours around one: their lightness differs more than their hue, as in photographs."""
+    """Draw two to seven colours around one: their lightness differs more than their hue, as in photographs."""
     count = int(rng.integers(2, 8))
     middle = np.add(COLOUR, rng.normal(0, LEVEL_SPREAD)) + rng.normal(0, 0.05, 3)
     # evenly spread, so that one picture has both dark and light surfaces
@@ -61,7 +61,7 @@ def _palette(rng: np.random.Generator) -> Floats:
 
 
 def _surface(height: int, width: int, colour: Floats, rng: np.random.Generator, bank: list[Floats]) -> Floats:
-    """A textured and shaded surface [height, width, 3] of one colour."""
+    """Draw a textured and shaded surface [height, width, 3] of one colour."""
     texture = bank[rng.integers(len(bank))]
     texture = np.roll(texture, tuple(rng.integers(0, n) for n in texture.shape), (0, 1))[:height, :width]
     if rng.random() < 0.2:
@@ -73,7 +73,7 @@ def _surface(height: int, width: int, colour: Floats, rng: np.random.Generator, 
 
 
 def _slope(height: int, width: int, rng: np.random.Generator) -> Floats:
-    """A plane from about -1 to 1 in a random direction."""
+    """Make a plane [height, width] from about -1 to 1 in a random direction."""
     angle = rng.uniform(0, 2 * np.pi)
     y, x = np.linspace(-1, 1, height, dtype=np.float32), np.linspace(-1, 1, width, dtype=np.float32)
     return (np.float32(np.sin(angle)) * y[:, None] + np.float32(np.cos(angle)) * x[None]).astype(np.float32)

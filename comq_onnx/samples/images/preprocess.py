@@ -1,4 +1,4 @@
-"""How pictures become the model's input: presets, and the configurations that lie beside models."""
+"""Hold how pictures become the input of a model: presets, and the configurations that lie beside models."""
 
 from __future__ import annotations
 
@@ -11,18 +11,25 @@ import numpy as np
 from PIL import Image
 
 from comq_onnx.errors import OptionError, SamplesError
-from comq_onnx.options.samples import CHANNELS, DTYPES, LAYOUTS, PICTURE_OPTIONS, Recipe, Size, comma, is_size
-from comq_onnx.samples.beside import beside, parse_json
+from comq_onnx.options.samples import CHANNELS, DTYPES, LAYOUTS, PICTURE_OPTIONS, SampleOptions, Size, comma, is_size
+from comq_onnx.samples.model_folder import find_beside, parse_json
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """From a picture to the model's input: resize, centre crop, then (x * scale - mean) / std.
+    """Describe the way from a picture to the input: resize, crop the centre, then (x * scale - mean) / std.
 
-    resize: of the short side, or (height, width) whatever the shape; crop: of the centre. Where they are None the crop
-    is the model's input and the short side that divided by crop_pct. channels: rgb, bgr or grey; layout: nchw, nhwc, or
-    None to read it off the model. mean and std: one number, or three in the order of the channels. dtype: of the
-    values, or None for the model's.
+    scale: the factor on pixels 0..255
+    mean, std: one number, or three in the order of the channels
+    resize: the short side in pixels, or (height, width) whatever the shape; None for crop / crop_pct
+    crop: the centre that is kept, in pixels; None for the size of the input
+    crop_pct: the share of the short side that the crop is, where resize is None
+    channels: rgb, bgr or grey
+    layout: nchw, nhwc, or None for what the model shows
+    resample: the filter, by Pillow's name
+    dtype: the type of the values, or None for that of the input
+
+    Raises ValueError for values that cannot be.
     """
 
     scale: float = 1 / 255
@@ -78,38 +85,47 @@ PREPROCESS: dict[str, Preprocess] = {
 
 @dataclass(frozen=True)
 class Found:
-    """A preprocessing and where it is from."""
+    """Hold a preprocessing and where it is from.
 
-    how: Preprocess
+    origin: its source; from a guess, the options that say it, or empty
+    note: what to tell the caller, where the caller did not choose it
+    """
+
+    preprocess: Preprocess
     origin: str
     note: str | None = None
 
 
-def find_preprocess(recipe: Recipe, folder: Path | None, whole_numbers: bool = False) -> Found | None:
-    """How pictures become the model's input: what the options say, over a preset, a file, or a configuration beside
-    the model (in `folder`); None where nothing tells. whole_numbers: the model takes pixels as they are. Raises
-    OptionError, and SamplesError for a configuration that cannot be used."""
-    found = _base(recipe, folder, whole_numbers)
-    said = {n: getattr(recipe, n) for n in PICTURE_OPTIONS[1:] if getattr(recipe, n) is not None}
+def find_preprocess(options: SampleOptions, folder: Path | None, whole_numbers: bool = False) -> Found | None:
+    """Find how pictures become the input: the options, over a preset, a file or a configuration beside the model.
+
+    folder: where the model lies; None for a model in memory
+    whole_numbers: whether the input takes whole numbers, and so pixels as they are unless the options say otherwise
+
+    Returns None where nothing tells. Raises OptionError, and SamplesError for a configuration that cannot be used.
+    """
+    found = _base(options, folder, whole_numbers)
+    given = {n: getattr(options, n) for n in PICTURE_OPTIONS[1:] if getattr(options, n) is not None}
     if found is None:
-        if not {"mean", "std"} & set(said):
+        if not {"mean", "std"} & set(given):
             return None
         found = Found(Preprocess(), "--mean and --std")
-    how = replace(found.how, **said)
-    if "mean" in said and how.scale < 1 and max(map(abs, how.mean)) > 1:
+    preprocess = replace(found.preprocess, **given)
+    if "mean" in given and preprocess.scale < 1 and max(map(abs, preprocess.mean)) > 1:
         raise OptionError(
-            f"--mean {comma(how.mean)}: pixels are 0..1 here; give a mean of that range, or add --preprocess raw "
-            "for pixels 0..255"
+            f"--mean {comma(preprocess.mean)}: pixels are 0..1 here; give a mean of that range, or add --preprocess "
+            "raw for pixels 0..255"
         )
-    return replace(found, how=how)
+    return replace(found, preprocess=preprocess)
 
 
-def _base(recipe: Recipe, folder: Path | None, whole_numbers: bool) -> Found | None:
-    name = recipe.preprocess
+def _base(options: SampleOptions, folder: Path | None, whole_numbers: bool) -> Found | None:
+    """Find the preprocessing that single options change. Raises OptionError and SamplesError."""
+    name = options.preprocess
     if name is None:
         if whole_numbers:
             return Found(PREPROCESS["raw"], "raw")
-        return _beside(folder) if folder is not None else None
+        return _read_beside(folder) if folder is not None else None
     if name in PREPROCESS:
         return Found(PREPROCESS[name], f"--preprocess {name}")
     path = Path(name)
@@ -117,22 +133,23 @@ def _base(recipe: Recipe, folder: Path | None, whole_numbers: bool) -> Found | N
         raise OptionError(f"--preprocess {name!r}: neither a preset ({', '.join(PREPROCESS)}) nor a JSON file")
     try:
         config = _read_json(path)
-        return Found(_interpret(config) or _own(config), f"--preprocess {name}")
+        return Found(_interpret(config) or _read_fields(config), f"--preprocess {name}")
     except (OSError, ValueError, TypeError, AttributeError, KeyError, OverflowError) as error:
         allowed = ", ".join(f.name for f in fields(Preprocess))
         raise OptionError(f"--preprocess {name}: {error}; expected a JSON object with some of {allowed}") from error
 
 
-def _beside(folder: Path) -> Found | None:
-    for path in beside(folder, ("preprocessor_config.json", "processor_config.json", "config.json")):
+def _read_beside(folder: Path) -> Found | None:
+    """Read the first configuration beside a model that speaks of pictures. Raises SamplesError."""
+    for path in find_beside(folder, ("preprocessor_config.json", "processor_config.json", "config.json")):
         try:
-            how = _interpret(_read_json(path))
+            preprocess = _interpret(_read_json(path))
         except (OSError, ValueError, TypeError, AttributeError, KeyError, OverflowError) as error:
             raise SamplesError(
                 f"{path}: lies beside the model and cannot be used ({error}); say how to preprocess with --preprocess"
             ) from error
-        if how is not None:
-            return Found(how, str(path), f"preprocessing as {path.name} beside the model says: {how}")
+        if preprocess is not None:
+            return Found(preprocess, str(path), f"preprocessing as {path.name} beside the model says: {preprocess}")
     return None
 
 
@@ -143,15 +160,15 @@ def _read_json(path: Path) -> Mapping[str, Any]:
     return value
 
 
-def _own(given: Mapping[str, Any]) -> Preprocess:
-    """The fields of Preprocess."""
+def _read_fields(given: Mapping[str, Any]) -> Preprocess:
+    """Read a configuration with the fields of Preprocess. Raises ValueError and TypeError."""
     numbers = {k: _numbers(v) for k, v in given.items() if k in ("mean", "std")}
     sizes = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if k in ("resize", "crop")}
     return Preprocess(**{**given, **numbers, **sizes})
 
 
 def _interpret(config: Mapping[str, Any]) -> Preprocess | None:
-    """What a configuration of Hugging Face or timm says of pictures; None for one that says nothing of them."""
+    """Read what a configuration of Hugging Face or timm says of pictures; None where it says nothing of them."""
     config = config.get("image_processor", config)
     if {"image_mean", "do_resize", "do_rescale", "do_center_crop"} & set(config):
         return _hugging_face(config)
@@ -160,13 +177,13 @@ def _interpret(config: Mapping[str, Any]) -> Preprocess | None:
 
 
 def _hugging_face(config: Mapping[str, Any]) -> Preprocess:
-    """A preprocessor_config.json: https://huggingface.co/docs/transformers/main_classes/image_processor"""
+    """Read a preprocessor_config.json: https://huggingface.co/docs/transformers/main_classes/image_processor"""
     crops = bool(config.get("do_center_crop", "crop_size" in config))
     crop = _hf_size(config.get("crop_size", config.get("size"))) if crops else None
     resize = _hf_size(config.get("size")) if config.get("do_resize", True) else None
     share = config.get("crop_pct")
     if share is not None and isinstance(resize, int):
-        # ConvNeXt: the short side so long that the crop is this share of it
+        # ConvNeXt: the crop is this share of the short side
         resize, crop = int(resize / share), crop or resize
     if isinstance(resize, int) and not crops and share is None and not isinstance(config.get("size"), Mapping):
         resize = (resize, resize)
@@ -197,7 +214,7 @@ def _hf_size(size: Any) -> Size | None:
 
 
 def _timm(config: Mapping[str, Any]) -> Preprocess:
-    """timm's pretrained_cfg: crop_pct of the resized short side, or of both sides where crop_mode is squash."""
+    """Read the pretrained_cfg of timm: crop_pct is of the resized short side, or of both where crop_mode is squash."""
     height, width = (int(n) for n in config["input_size"][-2:])
     share = float(config.get("crop_pct", 0.875))
     mode = config.get("crop_mode", "center")

@@ -1,4 +1,4 @@
-"""Files that lie beside a model."""
+"""Find configurations that lie beside a model, and parse them."""
 
 from __future__ import annotations
 
@@ -8,19 +8,17 @@ from pathlib import Path
 from typing import Any
 
 
-def beside(folder: Path, names: Sequence[str]) -> list[Path]:
-    """The files of these names beside a model; also one folder up where it lies in a folder `onnx`, as Hugging Face
-    keeps them."""
+def find_beside(folder: Path, names: Sequence[str]) -> list[Path]:
+    """Return the files of these names in the folder of a model, in the order of `names`.
+
+    Where that folder is called `onnx`, the folder above counts too: Hugging Face keeps configurations there.
+    """
     places = [folder, folder.parent] if folder.name == "onnx" else [folder]
     return [path for place in places for name in names if (path := place / name).is_file()]
 
 
-# Configurations
-# ---------------------------------------------------------------------------------------------------------
-
-
 def parse_json(text: str) -> Any:
-    """What a JSON text says. Raises ValueError, also for one nested more deeply than the parser goes."""
+    """Parse a JSON text. Raises ValueError, also for one that is nested more deeply than the parser can go."""
     try:
         return json.loads(text)
     except RecursionError as error:

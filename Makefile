@@ -1,0 +1,30 @@
+# What a contributor runs; VENV names the virtual environment, ZOO a folder of models that tools/zoo/export.py made.
+VENV ?= .venv
+ZOO ?= zoo
+BIN = $(VENV)/bin
+
+.PHONY: help test lint docs bench
+
+help:
+	@echo "make test    run the tests"
+	@echo "make lint    check style, types and layering, as CI does"
+	@echo "make docs    write what is made from the code: docs/options.md, comq_onnx/options/keywords.py"
+	@echo "make bench   measure the solver, and the models of ZOO where that folder is"
+
+test:
+	$(BIN)/pytest --numprocesses auto
+
+lint:
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+docs:
+	$(BIN)/python tools/option_keywords.py > keywords.part && mv keywords.part comq_onnx/options/keywords.py
+	$(BIN)/python tools/option_reference.py > options.part && mv options.part docs/options.md
+
+bench:
+	$(BIN)/python tools/bench/solve.py
+	@if [ -d "$(ZOO)" ]; then $(BIN)/python tools/bench/suite.py "$(ZOO)"; \
+	else echo "no models in $(ZOO): python tools/zoo/export.py $(ZOO) makes them"; fi

@@ -1,4 +1,4 @@
-"""How near two outputs are, against numpy; the graph that ONNX Runtime runs, counted; how exactly it runs."""
+"""Test how near two outputs are, against numpy; the counts of kernels in ONNX Runtime's graph; exact sessions."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from comq_onnx.samples.load import load_samples
 
 
 def sqnr(a: np.ndarray, b: np.ndarray) -> float:
+    """Return the SQNR of one output in dB, by its definition."""
     a, b = a.astype(np.float64), b.astype(np.float64)
     return 10 * np.log10((a**2).sum() / ((a - b) ** 2).sum())
 
 
 def model(op: str, *outputs: str, **attributes: object) -> bytes:
-    """One operator on x, with as many outputs of it as named."""
+    """Build a model of one operator on x, once for each of the outputs."""
     values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in outputs]
     graph = helper.make_graph(
         [helper.make_node(op, ["x"], [n], **attributes) for n in outputs],
@@ -36,6 +37,7 @@ def model(op: str, *outputs: str, **attributes: object) -> bytes:
 
 
 def session(op: str, *outputs: str, **attributes: object) -> Session:
+    """Load a model of one operator."""
     return Session(model(op, *outputs, **attributes), threads=1)
 
 
@@ -97,7 +99,7 @@ def test_the_same_infinities_agree_and_others_are_all_noise() -> None:
     assert sqnr_of({"y": a}, {"y": a.copy()}) == 200
     b = np.asarray([1, 2.5, np.inf, -np.inf], np.float32)
     assert sqnr_of({"y": a}, {"y": b}) == pytest.approx(sqnr(a[:2], b[:2]))
-    # one number lost to an infinity is as much noise as a number is signal on average: 2 of them against 2.5
+    # a number that an infinity replaces counts as much noise as the mean square of the signal: 2.5 against 5
     for wrong in ([1, 2, -np.inf, -np.inf], [1, 2, 7, -np.inf], [1, 2, np.nan, -np.inf]):
         found = sqnr_of({"y": a}, {"y": np.asarray(wrong, np.float32)})
         assert found == pytest.approx(10 * np.log10(5 / 2.5))
@@ -148,6 +150,7 @@ def samples(array: np.ndarray, of: Session):
 
 @pytest.mark.parametrize("batch", [1, 3, 20])
 def test_outputs_are_compared_over_all_batches(batch: int) -> None:
+    """Load an array as the samples of a model's input x."""
     x = RNG.standard_normal((20, 12)).astype(np.float32)
     before, after = session("Elu", "y", alpha=1.0), session("Elu", "y", alpha=0.5)
     (found,) = compare_outputs(before, after, samples(x, before), batch)
@@ -244,7 +247,7 @@ def test_the_kernels_of_a_graph_are_counted_subgraphs_included(tmp_path: Path) -
 
 
 def test_a_float_product_behind_a_dequantization_is_found(tmp_path: Path) -> None:
-    """Weight-only QDQ on a Conv: ONNX Runtime dequantizes at every call."""
+    """Test a weight-only Conv in QDQ form, which ONNX Runtime dequantizes at every call."""
     scale = onnx.numpy_helper.from_array(np.asarray(0.1, np.float32), "s")
     weight = onnx.numpy_helper.from_array(RNG.integers(-9, 9, (4, 3, 3, 3)).astype(np.int8), "w")
     graph = helper.make_graph(
@@ -264,7 +267,10 @@ def test_a_float_product_behind_a_dequantization_is_found(tmp_path: Path) -> Non
 
 
 def weight_only(codes: np.ndarray, scale: np.ndarray, block: int) -> bytes:
-    """x @ (codes * scale), codes [in, out] as INT4, scale [in / block, out]: what becomes MatMulNBits."""
+    """Build x @ (codes * scale), which becomes MatMulNBits.
+
+    codes: [in, out], stored as INT4; scale: [in / block, out]
+    """
     weight = helper.make_tensor("w", TensorProto.INT4, codes.shape, codes.ravel())
     attributes = {"axis": 0, "block_size": block}
     graph = helper.make_graph(
@@ -294,7 +300,7 @@ def test_an_exact_session_keeps_activations_float() -> None:
     assert sqnr(reference, default) >= 38
 
 
-def test_exact_is_nothing_else_to_a_model_without_such_products() -> None:
+def test_an_exact_session_changes_nothing_without_such_products() -> None:
     x = RNG.standard_normal((4, 12)).astype(np.float32)
     one, other = (
         Session(model("Erf", "y"), threads=1, float_matmul_nbits=exact).run({"x": x})["y"] for exact in (True, False)

@@ -1,4 +1,4 @@
-"""What small runs write keeps its structure: opset, operators, and the type and shape of every stored tensor."""
+"""Test that the files of small runs keep their structure: opset, operators, types and shapes of stored tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The whole way, on models that were trained: what the files written do to accuracy, size and kernels."""
+"""Test whole runs on trained models: accuracy, size and kernels of the files that are written."""
 
 from __future__ import annotations
 
@@ -31,24 +31,24 @@ IN_FLOAT = {"fashion_cnn": 0.946, "fashion_vit": 0.910}  # top-1 on the 1,000 st
 
 @pytest.fixture(scope="module")
 def test_images() -> Arrays:
-    """`image` and `label` of the 1,000 stored test images."""
+    """Load `image` and `label` of the 1,000 stored test images."""
     with np.load(MODELS / "fashion_test.npz") as loaded:
         return {name: loaded[name].astype(np.float32 if name == "image" else np.int64) for name in loaded.files}
 
 
 def stored(name: str) -> Path:
-    """A trained model of the repository."""
+    """Return the path of a trained model of the repository."""
     return MODELS / f"{name}.onnx"
 
 
 def top1(path: Path, images: Arrays) -> float:
-    """The share of the test images that a model gets right."""
+    """Return the share of the test images that a model gets right."""
     return float((infer(path, {"image": images["image"]})["logits"].argmax(-1) == images["label"]).mean())
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[comq_onnx.Report, Path]]:
-    """A trained model quantized on 128 of the stored calibration images: each combination is made once."""
+    """Make a function that quantizes a trained model on 128 of the calibration images, once for each combination."""
 
     @functools.cache
     def make(name: str, bits: int, solver: str = "comq") -> tuple[comq_onnx.Report, Path]:
@@ -178,11 +178,11 @@ def test_an_attention_keeps_its_outputs(quantized: Run, granularity: str, symmet
 
 
 def _short_of_memory(monkeypatch: pytest.MonkeyPatch, most: int, error: type[Exception]) -> list[int]:
-    """Let each run of more than `most` samples fail for want of memory; the sizes of all batches, as they come."""
+    """Let each run of more than `most` samples fail for want of memory; return the list that gets each batch's size."""
     seen, true = [], runtime.Session.run
 
     def run(session: Any, feeds: Any, names: Any = None) -> Any:
-        # weights may be fed too: they are no inputs
+        # feeds may hold weights too, which are no inputs
         seen.append(max(len(feeds[i.name]) for i in session.inputs))
         if seen[-1] > most:
             raise error("Failed to allocate memory for requested buffer of size 1234")

@@ -1,4 +1,4 @@
-"""Allocation against trying everything."""
+"""Test the allocation of bits against trying every way."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from comq_onnx.bits import knapsack as module
+from comq_onnx.bits import knapsack
 from comq_onnx.bits.knapsack import Allocation, Choice, allocate
 
 Layers = list[list[Choice]]
@@ -17,15 +17,18 @@ problem = st.lists(st.lists(choice, min_size=1, max_size=4), min_size=1, max_siz
 
 
 def best_of_all(layers: Layers, budget: int) -> float:
+    """Return the least damage within a budget, by trying every way."""
     ways = [w for w in itertools.product(*layers) if sum(c.size for c in w) <= budget]
     return min(sum(c.damage for c in way) for way in ways)
 
 
 def least(layers: Layers) -> int:
+    """Return the bytes of the smallest choices."""
     return sum(min(c.size for c in choices) for choices in layers)
 
 
 def cost(layers: Layers, found: Allocation) -> tuple[int, float]:
+    """Sum the bytes and the damage of the choices that were picked."""
     chosen = [choices[k] for choices, k in zip(layers, found.picked, strict=True)]
     return sum(c.size for c in chosen), sum(c.damage for c in chosen)
 
@@ -46,7 +49,7 @@ def test_with_steps_of_several_bytes_the_best_lies_between_bound_and_damage(
 ) -> None:
     budget = least(layers) + more
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "STEPS", steps)
+        patch.setattr(knapsack, "STEPS", steps)
         found = allocate(layers, budget)
     assert cost(layers, found) == (found.size, pytest.approx(found.damage))
     assert found.size <= budget
@@ -88,7 +91,7 @@ def test_many_layers_are_solved_to_a_small_gap() -> None:
 def test_what_is_left_over_is_spent() -> None:
     layers = [[Choice(4, 10, 1.0), Choice(8, 20, 0.1)], [Choice(4, 10, 1.0), Choice(8, 19, 0.2)]]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "STEPS", 1)
-        # one step of nineteen bytes holds one of the two, and what is left of it nothing more
+        patch.setattr(knapsack, "STEPS", 1)
+        # one step of nineteen bytes holds one of the two, and what is left over holds no other
         assert allocate(layers, 39).picked == (1, 1)
         assert allocate(layers, 38).picked == (1, 0)

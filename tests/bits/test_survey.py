@@ -1,4 +1,4 @@
-"""The survey against quantizing layers one by one, and what it leads to from the outside."""
+"""Test the survey against quantizing layers one by one, and the bits that whole runs choose by it."""
 
 from __future__ import annotations
 
@@ -26,17 +26,20 @@ MODELS = Path(__file__).parents[2] / "models"
 
 
 def opened(model: onnx.ModelProto, samples: Arrays, folder: Path, **options: Any) -> Planned:
+    """Save a model and make its plan."""
     path = folder / "model.onnx"
     onnx.save(model, path)
     return planned(path, samples, **options)
 
 
 def surveyed(model: onnx.ModelProto, samples: Arrays, folder: Path, **options: Any) -> tuple[Sensitivity, Plan]:
+    """Survey a model; return the sensitivity and the plan."""
     made = opened(model, samples, folder, **options)
     return survey(made.plan, made.data, made.context), made.plan
 
 
 def noise(before: np.ndarray, after: np.ndarray) -> float:
+    """Return the energy of the difference over that of `before`."""
     return float(((before - after) ** 2).sum() / (before**2).sum())
 
 
@@ -64,9 +67,9 @@ def test_a_layers_cost_is_the_noise_of_quantizing_it_alone(tmp_path: Path) -> No
             model, out, samples, bits=4, uniform=True, effort="fast", activations="none", exclude=(other,), device="cpu"
         )
         alone = noise(infer(model, samples)["y"], infer(out, samples, exact=True)["y"])
-        # solved for a sixth of the samples, twice as many as inputs, and measured on a few others: some dB more
+        # the survey solves on a sixth of the samples, twice as many as inputs, and measures on few others: some dB more
         assert 0.6 * alone < found.cost(name, 4) < 3 * alone
-    # two noises that know nothing of one another add up
+    # two independent noises add up
     assert found.together[0] == pytest.approx(found.cost("fc1", 4) + found.cost("fc2", 4), rel=0.3)
 
 
@@ -114,11 +117,11 @@ def test_outputs_that_are_no_numbers_leave_the_layers_own_errors(tmp_path: Path)
     assert comq_onnx.quantize(model, tmp_path / "q.onnx", {"x": normal(60, 32)}, bits="auto", size="1GB", device="cpu")
 
 
-# From the outside ---------------------------------------------------------------------------------------------------
+# Whole runs ---------------------------------------------------------------------------------------------------------
 
 
 def quantized(tmp_path: Path, name: str = "fashion_cnn", **options: Any) -> Report:
-    """A trained model on 64 samples, as fast as can be."""
+    """Quantize a trained model on 64 samples with the least effort."""
     return comq_onnx.quantize(
         MODELS / f"{name}.onnx", tmp_path / "q.onnx", MODELS / "fashion_calib.npz",
         **{"effort": "fast", "max_samples": 64, "device": "cpu"} | options,
@@ -130,7 +133,7 @@ def test_a_size_is_kept_and_used(tmp_path: Path, size: str) -> None:
     report = quantized(tmp_path, bits="auto", size=size)
     budget = report.size["before"] // 5 if size == "20%" else 120_000
     assert (tmp_path / "q.onnx").stat().st_size == report.size["after"] <= budget
-    # what is left would not give any layer another bit
+    # the bytes left over are too few to give any layer another bit
     assert report.size["after"] > 0.97 * budget
     assert len({layer.bits for layer in report.layers}) > 1
     (chosen,) = [point for point in report.frontier if point.chosen]

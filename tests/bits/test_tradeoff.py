@@ -1,4 +1,4 @@
-"""Budgets in words, and the allocations that keep them."""
+"""Test budgets as a user writes them, and the allocations that keep them."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_what_is_no_drop_is_refused(text: str | float) -> None:
 
 
 def test_the_limit_of_a_drop_keeps_it_with_a_reserve() -> None:
-    # half of what may be lost is what is expected to be
+    # the expected loss is half of what may be lost
     assert expected_agreement(LEADS, max_noise(Drop(points=4.0), LEADS) ** 0.5) == pytest.approx(0.98, abs=1e-4)
     assert max_noise(Drop(sqnr_db=20.0), None) == pytest.approx(10**-2.05)
 
@@ -74,6 +74,7 @@ def test_points_need_class_scores() -> None:
 
 
 def output(sqnr: float, agreement: float | None) -> OutputComparison:
+    """Make the comparison of one output."""
     return OutputComparison("y", sqnr, 1.0, agreement)
 
 
@@ -91,10 +92,10 @@ def test_points_are_kept_by_count_and_by_expectation() -> None:
     kept = check_drop(drop, LEADS, [output(9.0, None), output(30.0, 1.0)], small)
     assert kept.enough
     assert kept.ratio > 1
-    # none changed by luck
+    # by luck no best class changed
     assert not check_drop(drop, LEADS, [output(30.0, 1.0)], large).enough
     assert check_drop(drop, LEADS, [output(30.0, 1.0)], large).ratio < 0.1
-    # one changed by bad luck: 1 of 32
+    # by bad luck one changed, 1 of 32
     unlucky = check_drop(drop, LEADS, [output(30.0, 31 / 32)], small)
     assert not unlucky.enough
     assert unlucky.ratio == 0.5
@@ -107,8 +108,12 @@ COUNTS = {"a": 1000, "b": 4000, "table": 8000}
 REST = 500
 
 
-def space(widths: dict[str, tuple[int, ...]] | None = None, nodes: int = 0) -> Tradeoff:
-    """Three groups, the first of two layers; the file is their codes and 500 bytes, and `nodes` for each bit plane."""
+def tradeoff(widths: dict[str, tuple[int, ...]] | None = None, nodes: int = 0) -> Tradeoff:
+    """Make a tradeoff of three groups, the first of two layers.
+
+    widths: the bits that each group may have; all where None
+    nodes: the bytes of a file for each group in bit planes, beside its codes and 500 bytes
+    """
     gains = {"a": np.array([5.0, 1.0]), "b": np.array([0.2, 0.04]), "table": np.array([0.05, 0.01])}
     base = np.array([1e-4, 1e-5])
     sensitivity = Sensitivity(
@@ -129,7 +134,7 @@ def space(widths: dict[str, tuple[int, ...]] | None = None, nodes: int = 0) -> T
 
 
 def test_layers_that_share_a_weight_share_its_bits() -> None:
-    one = space()
+    one = tradeoff()
     bits = one.bits(one.within_codes(5000))
     assert bits["a"] == bits["a2"]
     assert bits["a"] > bits["b"] > bits["table"]
@@ -138,7 +143,7 @@ def test_layers_that_share_a_weight_share_its_bits() -> None:
 @pytest.mark.parametrize("nodes", [0, 100])
 @pytest.mark.parametrize("size", [3750, 4200, 6600, 9000, 13_500])
 def test_a_file_is_no_larger_than_its_budget_and_uses_it(size: int, nodes: int) -> None:
-    one = space(nodes=nodes)
+    one = tradeoff(nodes=nodes)
     found = one.within_size(size)
     assert one.file_size(one.bits(found)) <= size
 
@@ -152,35 +157,35 @@ def test_a_file_is_no_larger_than_its_budget_and_uses_it(size: int, nodes: int) 
 
 def test_a_file_that_cannot_be_so_small_is_refused_with_the_least() -> None:
     with pytest.raises(OptionError) as refused:
-        space().within_size(3749)
+        tradeoff().within_size(3749)
     assert str(refused.value) == (
         "--size: 3,749 bytes are asked for; the least for this model is 3,750, at 2.0 bits a weight"
     )
 
 
 def test_mean_bits_count_weights() -> None:
-    one = space(nodes=50)
+    one = tradeoff(nodes=50)
     found = one.within_mean(3.5)
     assert one.mean_bits(one.bits(found)) <= 3.5
     assert one.mean_bits(one.bits(found)) > 3.2
     with pytest.raises(OptionError) as refused:
-        space({"a": (8,), "b": (8,), "table": (4, 8)}).within_mean(5.0)
+        tradeoff({"a": (8,), "b": (8,), "table": (4, 8)}).within_mean(5.0)
     assert str(refused.value) == "--bits 5: the least that this model's weights take is 5.54 bits in the mean"
 
 
 @pytest.mark.parametrize(("kind", "most"), [(0, 2e-3), (1, 4e-4)])
 def test_the_fewest_bytes_within_a_noise(kind: int, most: float) -> None:
-    one = space()
+    one = tradeoff()
     found = one.within_noise(most, kind)
     assert one.noise(found)[kind] <= most
     # a tenth fewer bytes would be too few
     assert one.noise(one.within_codes(int(0.9 * found.size)))[kind] > most
-    # activations alone bring more than that: as good as can be
+    # activations alone bring more noise than that: every layer gets the most bits
     assert one.bits(one.within_noise(1e-6, kind)) == dict.fromkeys(("a", "a2", "b", "table"), 8)
 
 
 def test_the_frontier_falls_and_holds_the_chosen_one() -> None:
-    one = space()
+    one = tradeoff()
     chosen = one.within_size(6000)
     points = one.frontier(chosen)
     sizes, sqnr = [p.size for p in points], [p.sqnr_db for p in points]
@@ -195,15 +200,15 @@ def test_the_frontier_falls_and_holds_the_chosen_one() -> None:
 
 
 def test_predictions_meet_what_all_layers_do_together() -> None:
-    one = space().sensitivity
+    one = tradeoff().sensitivity
     np.testing.assert_allclose(one.noise(dict.fromkeys(one.groups, 4)), one.together)
-    # a half of the damage is that of the noise, a half that of the leads
+    # half of the damage is that of the noise, half that of the leads
     assert sum(one.damage(name, 4) for name in one.groups) == pytest.approx(2)
     assert one.cost("a2", 3) == pytest.approx(5.0 * 4.0**-3)
 
 
 def test_one_width_leaves_no_choice() -> None:
-    fixed: Callable[[], Tradeoff] = lambda: space({"a": (8,), "b": (4,), "table": (8,)})  # noqa: E731
+    fixed: Callable[[], Tradeoff] = lambda: tradeoff({"a": (8,), "b": (4,), "table": (8,)})  # noqa: E731
     low, high = fixed().limits()
     assert low == high
     assert fixed().bits(fixed().within_noise(1.0, 0)) == {"a": 8, "a2": 8, "b": 4, "table": 8}

@@ -1,4 +1,4 @@
-"""Tensors at a cut: in and out of ONNX Runtime without a copy, kept where there is room, the walk on them the same."""
+"""Test tensors at a cut: ONNX Runtime takes them without a copy, they are kept where there is room, no walk changes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import comq_onnx
 from comq_onnx import arrays
 from comq_onnx.arrays import on_host
 from comq_onnx.bits import choose
-from comq_onnx.calibrate import cut_tensors as cuts
+from comq_onnx.calibrate import cut_tensors
 from comq_onnx.calibrate.walk import walk
 from comq_onnx.errors import OutOfMemory, RuntimeFailure
 from comq_onnx.plan.activation_grid import ActivationGrid
@@ -34,6 +34,7 @@ LARGE = (128, 256)  # 131 kB: worth moving
 
 
 def session(text: str) -> Session:
+    """Load a model in ONNX's text form."""
     return Session(build(text).SerializeToString(), str(torch_device()))
 
 
@@ -103,8 +104,9 @@ def test_what_fails_is_told_as_without_tensors() -> None:
 # Keeping --------------------------------------------------------------------------------------------------------------
 
 
-def device(budget: int, memory: int, directory: Path) -> cuts.Device:
-    return cuts.Device(str(torch_device()), budget, cuts.Host(memory, directory))
+def device(budget: int, memory: int, directory: Path) -> cut_tensors.Device:
+    """Make a place for tensors: `budget` bytes on the device, `memory` bytes on the host, the rest in files."""
+    return cut_tensors.Device(str(torch_device()), budget, cut_tensors.Host(memory, directory))
 
 
 def test_tensors_are_kept_on_the_device_then_on_the_host_then_in_files(tmp_path: Path) -> None:
@@ -120,7 +122,7 @@ def test_tensors_are_kept_on_the_device_then_on_the_host_then_in_files(tmp_path:
     for back, tensor in zip(where.ahead(3, lambda i: where.fetch(kept[i])), given, strict=True):
         assert back.device == tensor.device
         assert torch.equal(back, tensor)
-    # small ones are not worth it, and what is let go of leaves its room to others
+    # small ones are not moved, and a tensor that is deleted leaves its room to others
     small = as_tensor(normal(3, 4))
     assert where.keep(small) is small
     kept.clear()
@@ -147,19 +149,19 @@ def test_activations_are_rounded_on_the_device_as_on_the_host(dtype: str) -> Non
     # ties, and numbers off the range
     grid = ActivationGrid(np.float32(0.037), 117, dtype)
     x[:2] = (np.arange(400, dtype=np.float32).reshape(2, 200) - 200.5) * grid.scale
-    found = cuts.Device(str(torch_device()), 0, cuts.Host(0, Path())).fake_quantize(grid, as_tensor(x))
+    found = cut_tensors.Device(str(torch_device()), 0, cut_tensors.Host(0, Path())).fake_quantize(grid, as_tensor(x))
     assert np.array_equal(on_host(found), grid.fake_quantize(x))
 
 
 def test_too_little_memory_of_a_gpu_is_told_as_such_and_other_errors_are_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(cut_tensors, "uses_tensors", lambda _device: True)
     name = str(torch_device())
-    monkeypatch.setattr(cuts, "uses_tensors", lambda _device: True)
     with pytest.raises(OutOfMemory, match=f"no memory on {name}: CUDA out of memory"), \
-            cuts.opened(name, 0, tmp_path):  # fmt: skip
+            cut_tensors.opened(name, 0, tmp_path):  # fmt: skip
         raise RuntimeError("CUDA out of memory.\nTried to allocate 2 GiB")
-    with pytest.raises(RuntimeError, match="another"), cuts.opened(name, 0, tmp_path):
+    with pytest.raises(RuntimeError, match="another"), cut_tensors.opened(name, 0, tmp_path):
         raise RuntimeError("another")
 
 
@@ -168,12 +170,12 @@ def test_too_little_memory_of_a_gpu_is_told_as_such_and_other_errors_are_not(
 
 @pytest.fixture
 def walked() -> Callable[..., Solved]:
-    """Quantize and return what the walk found, on tensors or not."""
+    """Make a function that quantizes, on tensors or on arrays, and returns what the walk solved."""
 
     def run(model: onnx.ModelProto, samples: Any, tensors: bool, **options: Any) -> Solved:
         found = []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(cuts, "uses_tensors", lambda _device: tensors)
+            patch.setattr(cut_tensors, "uses_tensors", lambda _device: tensors)
             patch.setattr(choose, "walk", lambda *a, **k: found.append(walk(*a, **k)) or found[-1])
             where = str(torch_device()) if tensors else "cpu"
             comq_onnx.quantize(model, None, samples, **{"bits": 4, "uniform": True, "device": where, **options})
@@ -209,11 +211,11 @@ def test_the_walk_on_tensors_is_the_walk_on_arrays(walked: Callable[..., Solved]
 
 
 def test_where_tensors_are_kept_changes_no_byte(walked: Callable[..., Solved], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuts, "LEAST_BYTES", 0)
+    monkeypatch.setattr(cut_tensors, "LEAST_BYTES", 0)
     model = mlp()
     found = []
     for memory, share in ((None, 1), (None, 1 << 40), (0.0, 1)):
-        monkeypatch.setattr(cuts.device, "SHARE", share)  # 1 << 40: nothing stays on the device
+        monkeypatch.setattr(cut_tensors.device, "SHARE", share)  # 1 << 40: nothing stays on the device
         found.append(walked(model, samples_for(model), True, effort="fast", memory_gb=memory))
     for other in found[1:]:
         for key, solution in found[0].solutions.items():

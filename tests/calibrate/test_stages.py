@@ -1,4 +1,4 @@
-"""The cuts: what a layer reads lies at the cut before it, and a cut holds exactly what is still to be read."""
+"""Test the cuts: the input of a layer lies at the cut before it, and a cut holds exactly what is still to be read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ WEIGHT = np.eye(WIDTH, dtype=np.float32)
 
 
 def model_of(nodes: Sequence[onnx.NodeProto], outputs: Sequence[str], extra: Sequence[str] = ()) -> ir.Model:
-    """A model of named nodes on x [n, WIDTH]; initializers: w0, w1, ... as the MatMuls name them, and a condition."""
+    """Build a model of named nodes on x [n, WIDTH].
+
+    Initializers: w0, w1, ... as the MatMuls name them; extra: the names of conditions.
+    """
     weights = {n for node in nodes for g in [node, *inner(node)] for n in g.input if n.startswith("w")}
     initializers = [onnx.numpy_helper.from_array(WEIGHT, n) for n in sorted(weights)]
     initializers += [onnx.numpy_helper.from_array(np.asarray(True), n) for n in extra]
@@ -35,19 +38,23 @@ def model_of(nodes: Sequence[onnx.NodeProto], outputs: Sequence[str], extra: Seq
 
 
 def inner(node: onnx.NodeProto) -> list[onnx.NodeProto]:
+    """List the nodes of a node's subgraphs."""
     return [n for a in node.attribute if a.type == onnx.AttributeProto.GRAPH for n in a.g.node]
 
 
 def node(op: str, inputs: str, output: str, **attributes: object) -> onnx.NodeProto:
+    """Make a node that is called by its operator and its output."""
     return helper.make_node(op, inputs.split(), [output], name=f"{op}_{output}", **attributes)
 
 
 def cuts(model: ir.Model) -> list[Stage]:
+    """Cut a model at all its layers."""
     layers, _ = list_layers(model)
     return cut(model, layers)
 
 
 def names(stage: Stage) -> set[str]:
+    """Return the names of a stage's layers."""
     return {layer.name for layer in stage.layers}
 
 
@@ -140,7 +147,7 @@ def test_captured_values_of_an_if_are_read_by_it() -> None:
         extra=["c"],
     )
     if_node = next(n for n in model.graph if n.name == "If_chosen")
-    # its condition, what a branch captures, and what a branch of a branch does; nothing that a branch makes itself
+    # its condition, what a branch captures and what an inner branch captures; nothing that a branch makes itself
     assert {v.name for v in reads(if_node)} == {"c", "late", "early", "x"}
     first, second, third = cuts(model)
     assert "If_chosen" in second.nodes
@@ -172,7 +179,7 @@ def test_layers_inside_a_branch_belong_to_their_if() -> None:
 
 @st.composite
 def graphs(draw: st.DrawFn) -> ir.Model:
-    """A random graph: layers (MatMul by a weight) and float operators on any earlier values, some outputs."""
+    """Draw a random graph: layers (MatMul by a weight) and float operators on any earlier values, and some outputs."""
     values, nodes = ["x"], []
     for i in range(draw(st.integers(1, 14))):
         out = f"v{i}"
@@ -186,7 +193,7 @@ def graphs(draw: st.DrawFn) -> ir.Model:
 
 
 def depth(model: ir.Model, layers: dict[str, Layer], value: ir.Value) -> int:
-    """Layers on the longest way to a value, by following every way."""
+    """Count the layers on the longest way to a value, by following every way."""
     maker = value.producer()
     if maker is None:
         return 0

@@ -1,4 +1,4 @@
-"""Options in a TOML file and as a command line: what is written is read back, what cannot be is one line."""
+"""Test options in a TOML file and as a command line: they are read back as written, and a fault is one line."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ EVERYTHING = [
 
 @pytest.fixture
 def parsed() -> Callable[..., dict[str, Any]]:
-    """What the command understands of a command line, without doing it."""
+    """Make a function that parses a command line without running it, and returns the parameters."""
 
     def parse(*arguments: object) -> dict[str, Any]:
         with cli.command.make_context("comq-onnx", [*map(str, arguments)]) as ctx:

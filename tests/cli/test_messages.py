@@ -1,7 +1,7 @@
-"""Every error line of the command, whole: what was found, what was expected, what to do.
+"""Test every error line of the command as a whole: what was found, what was expected, what to do.
 
-`…` stands for what a library or the system says. That no message of the code is missing here is checked against the
-code itself; what a user of the command cannot meet stands in UNREACHABLE with the reason.
+`…` stands for what a library or the system says. Another test searches the code for messages that no case here shows;
+UNREACHABLE lists those that a user of the command cannot meet, with the reason.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import ast
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,211 +18,51 @@ import click
 import numpy as np
 import onnx
 import pytest
-from PIL import Image
+from faults import (
+    BRANCHES,
+    EMPTY,
+    LOG,
+    NO_INPUTS,
+    PAIR,
+    SEQUENCE,
+    TOKENS,
+    UNIT,
+    Setup,
+    before,
+    both,
+    cuda,
+    external,
+    folder,
+    model,
+    name_in_latin_1,
+    no_converter,
+    no_driver,
+    not_finite_weight,
+    nothing,
+    raising,
+    samples,
+    several,
+    text,
+)
 
 import comq_onnx
 from comq_onnx.bits import choose
 from comq_onnx.cli import command as cli
 from comq_onnx.model import files
-from comq_onnx.model import prepare as prepare_module
-from comq_onnx.runtime import device
+from comq_onnx.options.option import Option, options_of
+from comq_onnx.options.options import Options
 from comq_onnx.runtime import session as runtime
-from models import build, cnn, endless, mlp, normal, samples_for, several_inputs, weight
+from models import build, cnn, endless, mlp, normal, samples_for, several_inputs
 
-PACKAGE = Path(comq_onnx.__file__).parent
+PACKAGE, TESTS = Path(comq_onnx.__file__).parent, Path(__file__).parents[1]
 ERRORS = {"OptionError", "ModelError", "SamplesError", "RuntimeFailure"}
 HELP = " (comq-onnx --help lists the options)"
 RUN = ["m.onnx", "--calib", "s.npz", "-o", "q.onnx"]
 PHOTOS = ["cnn.onnx", "--calib", "photos", "-o", "q.onnx"]
 PRESETS = "imagenet, imagenet-inception, clip, 0-1, raw"
-FIELDS = "scale, mean, std, resize, crop, channels, layout, resample"
-
-Setup = Callable[[pytest.MonkeyPatch], None]
-
-
-def nothing(_: pytest.MonkeyPatch) -> None:
-    """The model and samples as they are."""
-
-
-def model(made: onnx.ModelProto) -> Setup:
-    """Another m.onnx."""
-    return lambda _: onnx.save(made, "m.onnx")
-
-
-def samples(**arrays: np.ndarray) -> Setup:
-    """Another s.npz."""
-    return lambda _: np.savez("s.npz", **arrays)
-
-
-def both(first: onnx.ModelProto, **arrays: np.ndarray) -> Setup:
-    """Another m.onnx and another s.npz, fitting samples where none are given."""
-
-    def write(_: pytest.MonkeyPatch) -> None:
-        onnx.save(first, "m.onnx")
-        np.savez("s.npz", **(arrays or samples_for(first)))
-
-    return write
-
-
-def text(name: str, content: str | bytes) -> Setup:
-    """A file with this content."""
-    return lambda _: Path(name).write_bytes(content if isinstance(content, bytes) else content.encode()) and None
-
-
-def folder(name: str, **files: object) -> Setup:
-    """A folder of arrays (`a_npz`), pictures (`a_png`, by size) or bytes."""
-
-    def write(_: pytest.MonkeyPatch) -> None:
-        Path(name).mkdir()
-        for file, content in files.items():
-            path = Path(name) / file.replace("_", ".")
-            if isinstance(content, dict):
-                np.savez(path, **content)
-            elif isinstance(content, tuple):
-                Image.new("RGB", content).save(path)
-            else:
-                path.write_bytes(bytes(content))  # type: ignore[call-overload]
-
-    return write
-
-
-def external(location: str, offset: int = 0, size: int = 4) -> Setup:
-    """m.onnx with the first weight in a data file of `size` bytes."""
-
-    def write(_: pytest.MonkeyPatch) -> None:
-        made = mlp()
-        tensor = made.graph.initializer[0]
-        tensor.ClearField("raw_data")
-        tensor.data_location = onnx.TensorProto.EXTERNAL
-        for key, value in (("location", location), ("offset", str(offset))):
-            tensor.external_data.add(key=key, value=value)
-        Path("m.onnx").write_bytes(made.SerializeToString())
-        if size:
-            Path("w.data").write_bytes(bytes(size))
-
-    return write
-
-
-def raising(module: object, name: str, error: BaseException) -> Setup:
-    """A function that raises."""
-
-    def fail(*_: object, **__: object) -> None:
-        raise error
-
-    return lambda patch: patch.setattr(module, name, fail)
-
-
-def before(module: object, name: str, act: Callable[[], object]) -> Setup:
-    """Something that happens right before a function is called."""
-    true = getattr(module, name)
-
-    def first(*arguments: object, **options: object) -> object:
-        act()
-        return true(*arguments, **options)
-
-    return lambda patch: patch.setattr(module, name, first)
-
-
-def not_finite_weight() -> onnx.ModelProto:
-    made = mlp()
-    made.graph.initializer[0].raw_data = np.full((48, 32), np.nan, np.float32).tobytes()
-    return made
-
-
-def name_in_latin_1() -> Setup:
-    """An input that is called as another alphabet has it."""
-    made = mlp().SerializeToString()
-    # a byte of its length stands before each name
-    return lambda _: Path("m.onnx").write_bytes(made.replace(b"\x01x", b"\x01\xe9")) and None
-
-
-def no_converter(made: onnx.ModelProto) -> Setup:
-    """A model that no converter takes to another opset."""
-
-    def write(patch: pytest.MonkeyPatch) -> None:
-        onnx.save(made, "m.onnx")
-        raising(prepare_module.version_converter, "convert_version", RuntimeError("no adapter"))(patch)
-
-    return write
-
-
-def no_driver() -> None:
-    raise RuntimeError("Found no NVIDIA driver\non your system.")
-
-
-def cuda(packages: dict[str, str] | None = None, torch: object = SimpleNamespace(), gpus: int | None = None) -> Setup:
-    """An ONNX Runtime that says it has CUDA, some packages of it, a torch or none, and so many GPUs."""
-
-    def write(patch: pytest.MonkeyPatch) -> None:
-        patch.setattr(device, "installed", lambda: packages or {"onnxruntime-gpu": "1.31.0"})
-        patch.setattr(runtime, "providers", lambda: [device.CUDA, "CPUExecutionProvider"])
-        patch.setattr(device.importlib.util, "find_spec", lambda _: torch)
-        patch.setitem(sys.modules, "torch", torch)
-        if gpus is not None:
-            patch.setattr(device, "_gpus", lambda _: gpus)
-
-    return write
-
-
-def several(*setups: Setup) -> Setup:
-    """One after the other."""
-
-    def write(patch: pytest.MonkeyPatch) -> None:
-        for setup in setups:
-            setup(patch)
-
-    return write
-
-
-LOG = build(
-    "g (float[batch, 32] x) => (float[batch, 16] y) {\n h = MatMul (x, w)\n l = Log (h)\n y = MatMul (l, v) }",
-    {"w": weight(32, 16), "v": weight(16, 16)},
-)
-TOKENS = build(
-    "g (int64[batch, 5] ids) => (float[batch, 5, 8] y) {\n e = Gather (t, ids)\n y = MatMul (e, w) }",
-    {"t": normal(50, 24), "w": weight(24, 8)},
-)
-EMPTY = build(
-    """g (float[batch, 32] x) => (float[k, 16] y) {
-        z = Constant <value_int = 0> ()
-        s = Constant <value_ints = [0]> ()
-        e = Slice (x, s, s)
-        [fc] y = MatMul (e, w)
-    }""",
-    {"w": weight(32, 16)},
-)
-
-
-BRANCHES = build(
-    """g (float[n, 32] x, bool c) => (float[n, 16] y) {
-        y = If (c) <
-            then_branch = t () => (float[n, 16] a) { [fc] a = MatMul (x, w) },
-            else_branch = e () => (float[n, 16] b) { b = Slice (x, s, f, s1) }
-        >
-    }""",
-    {"w": weight(32, 16), "s": np.array([0]), "f": np.array([16]), "s1": np.array([1])},
-)
-PAIR = build(
-    "g (float[2, 32] x, float[3, 32] z) => (float[2, 16] y) {\n a = MatMul (x, w)\n b = MatMul (z, v)\n"
-    "c = ReduceSum <keepdims = 0> (b)\n y = Add (a, c) }",
-    {"w": weight(32, 16), "v": weight(32, 16)},
-)
-SEQUENCE = build(
-    "g (seq(float[32]) x, float[batch, 32] z) => (int64 y, float[batch, 32] v) {"
-    "y = SequenceLength (x)\n v = MatMul (z, w) }",
-    {"w": weight(32, 32)},
-)
-# length 1: no class scores
-UNIT = build(
-    "g (float[n, 32] x) => (float[n, 16] y) {\n a = MatMul (x, w)\n y = LpNormalization <axis = 1, p = 2> (a) }",
-    {"w": weight(32, 16)},
-)
-NO_INPUTS = build("g () => (float[32, 16] y) {\n r = RandomNormal <shape = [32, 32]> ()\n y = MatMul (r, w) }",
-                  {"w": weight(32, 16)})  # fmt: skip
 DEVICE = "--device"
 X = normal(20, 32)
-
-# (how to make it wrong, arguments, exit code, the line behind "comq-onnx: ")
+# (what makes it wrong, arguments, exit code, the line behind "comq-onnx: ")
 CASES: list[tuple[Setup, Sequence[str], int, str]] = [
     # the command line
     (nothing, [], 2, "Missing argument 'MODEL'." + HELP),
@@ -465,10 +305,10 @@ def test_an_error_is_this_one_line(
     assert not Path("q.onnx").exists()
 
 
-# What the code can say
+# What the code can say ------------------------------------------------------------------------------------------------
 
 UNREACHABLE = {
-    ": must be ": "only from Python: click refuses numbers out of bounds",
+    "must be 1 or more": "only from Python: click refuses numbers below 1",
     "choose one of": "only from Python: click refuses other choices",
     "a model is a path": "only from Python: the command takes paths",
     "too large to be kept in memory": "only from Python: the command writes files",
@@ -477,21 +317,20 @@ UNREACHABLE = {
     "fell back to the CPU for": "the choice of the device shows it before: libraries that vanish in between",
     "lacks output": "of compare, which the command does not call",
 }
-
-
-# shown by the tests of the module that says them
+# shown by another module of tests
 ELSEWHERE = {
-    "are too large to quantize": "test_calibrate", "tensors kept between stages": "test_calibrate",
-    "is for --inspect-samples": "test_samples_cli", "only shows the samples": "test_samples_cli",
-    "takes no pictures": "test_samples_cli", "the report cannot be printed": "test_cli",
-    "no real model has so many": "test_graph", "functions are inlined": "test_graph", "begins at byte": "test_graph",
-    "ONNX allows no recursion": "test_graph", "too deeply to be inlined": "test_graph",
-    "is a device or a pipe": "test_graph", "cannot be the output": "test_graph", "cannot be read (": "test_graph",
+    "are too large to quantize": "calibrate/test_finite", "tensors kept between stages": "calibrate/test_walk",
+    "is for --inspect-samples": "samples/test_samples_command", "takes no pictures": "samples/test_samples_command",
+    "only shows the samples": "samples/test_samples_command", "the report cannot be printed": "cli/test_command_errors",
+    "no real model has so many": "model/test_files", "functions are inlined": "model/test_files",
+    "begins at byte": "model/test_files", "ONNX allows no recursion": "model/test_files",
+    "too deeply to be inlined": "model/test_files", "is a device or a pipe": "model/test_files",
+    "cannot be the output": "model/test_files", "cannot be read (": "model/test_files",
 }  # fmt: skip
 
 
 def _pattern(node: ast.expr) -> str:
-    """What a message expression can be, as a regular expression."""
+    """Make a regular expression of all that an expression for a message can give."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return re.escape(node.value)
     if isinstance(node, ast.JoinedStr):
@@ -501,14 +340,21 @@ def _pattern(node: ast.expr) -> str:
     return ".*"
 
 
+def _out_of_bounds() -> list[str]:
+    """Return a regular expression of what each option with bounds says of a number beyond them."""
+    declared = options_of(Options).values()
+    bounded = [option for option in declared if option.bounds != Option.bounds]
+    return [re.escape(f"--{option.name} ") + ".*" + re.escape(f": must be {option.expected}") for option in bounded]
+
+
 def messages() -> Iterator[tuple[str, str]]:
-    """(where, regular expression) of every message that the package raises on purpose."""
+    """Yield the place and a regular expression of every message that the package raises on purpose."""
     trees = {path: ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
     functions = {
         node.name: node for tree in trees.values() for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)
     }
     for path, tree in trees.items():
-        if "samples" in path.relative_to(PACKAGE).parts and path.name != "dataset.py":
+        if path.relative_to(PACKAGE).parts[0] == "samples" and path.name != "dataset.py":
             continue  # tests/samples/test_errors.py shows those
         for node in ast.walk(tree):
             raised = node.exc if isinstance(node, ast.Raise) else None
@@ -518,8 +364,10 @@ def messages() -> Iterator[tuple[str, str]]:
                 continue
             message = raised.args[0]
             where = f"{path.relative_to(PACKAGE)}:{node.lineno}"
-            if isinstance(message, ast.Call):
-                # a function makes it
+            if "self.expected" in ast.unparse(message):
+                yield from ((where, words) for words in _out_of_bounds())
+            elif isinstance(message, ast.Call):
+                # a function makes the message
                 name = message.func.attr if isinstance(message.func, ast.Attribute) else message.func.id  # type: ignore[attr-defined]
                 returned = [n.value for n in ast.walk(functions[name]) if isinstance(n, ast.Return) and n.value]
                 yield from ((where, _pattern(value)) for value in returned)
@@ -534,7 +382,7 @@ def test_every_message_of_the_code_is_shown_here() -> None:
     missing = [
         f"{where}: {pattern}"
         for where, pattern in found
-        # one message may stand in another
+        # one message may be part of another
         if not any(re.search(pattern, line) for line in lines)
         and not any(re.escape(words) in pattern for words in {**UNREACHABLE, **ELSEWHERE})
     ]
@@ -544,6 +392,7 @@ def test_every_message_of_the_code_is_shown_here() -> None:
 def test_what_is_unreachable_is_still_in_the_code() -> None:
     patterns = [pattern for _, pattern in messages()]
     assert [w for w in {**UNREACHABLE, **ELSEWHERE} if not any(re.escape(w) in pattern for pattern in patterns)] == []
+    assert [name for name in ELSEWHERE.values() if not (TESTS / f"{name}.py").is_file()] == []
 
 
 def test_no_message_is_a_pattern_that_matches_anything() -> None:

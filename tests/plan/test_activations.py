@@ -1,4 +1,4 @@
-"""What is quantized between layers: ranges that hold 0 and stay inside a Clip, and plans that leave masks alone."""
+"""Test which activations are quantized: what integer layers read, never a mask, and what a Clip lets through."""
 
 from __future__ import annotations
 
@@ -8,149 +8,13 @@ from dataclasses import replace
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime as ort
 import pytest
-from hypothesis import assume, example, given, settings
-from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from comq_onnx.model.layers import Prepared
 from comq_onnx.model.prepare import prepare_model
-from comq_onnx.plan.activation_grid import ActivationGrid, fit_range
 from comq_onnx.plan.activations import ActivationPlan, clip_bounds, plan_activations, runs_in_integers
-from comq_onnx.plan.observed_range import ObservedRange
 from comq_onnx.targets.catalog import ORT_CPU
-
-QUICK = settings(max_examples=60, deadline=None, derandomize=True)
-dtypes = st.sampled_from(["uint8", "uint16"])
-signed_too = st.sampled_from(["uint8", "uint16", "int8"])
-numbers = st.one_of(st.floats(-1e6, 1e6, width=32), st.floats(-8, 8, width=32), st.sampled_from([0.0, 1e-35, -1e-35]))
-
-# Ranges ---------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("place", [0, 1, 2])
-def test_a_range_does_not_forget_what_is_not_finite(bad: float, place: int) -> None:
-    seen = ObservedRange()
-    for i in range(3):
-        seen.observe(np.full(4, bad if i == place else i, np.float32))
-    assert not np.isfinite([seen.low, seen.high]).all()
-
-
-@QUICK
-@given(numbers, numbers, signed_too)
-@example(0.0, 0.0, "uint8")
-@example(0.0, 0.0, "int8")
-@example(-3.0, 1.0, "int8")
-@example(3.0, 5.0, "uint8")
-@example(-5.0, -3.0, "uint16")
-@example(-1e38, 1e38, "uint8")
-def test_a_range_is_covered_and_holds_zero(first: float, second: float, dtype: str) -> None:
-    low, high = min(first, second), max(first, second)
-    grid = fit_range(low, high, dtype)
-    assert grid.qmax == np.iinfo(dtype).max
-    assert isinstance(grid.scale, np.float32)
-    assert grid.scale > 0
-    assert np.isfinite(grid.scale)
-    assert 0 <= grid.zero_point <= grid.qmax
-    assert grid.fake_quantize(np.zeros(1, np.float32))[0] == 0
-    if max(high, 0) - min(low, 0) < 1e-29:
-        return
-    x = np.linspace(low, high, 1001).astype(np.float32)
-    # half a step of rounding, up to half a step that rounding the zero point cuts off an end; float32 steps
-    assert np.abs(grid.fake_quantize(x).astype(np.float64) - x).max() <= float(grid.scale) * (
-        1 + 1e-3 * (1 + grid.qmax / 256)
-    )
-
-
-@QUICK
-@given(
-    numbers, numbers, dtypes, st.sampled_from([(0.0, np.inf), (0.0, 6.0), (-1.0, 1.0), (-3.0, np.inf), (-np.inf, 2.5)])
-)
-@example(-1.0, 1.0, "uint8", (-1.0, 1.0))
-@example(0.0, 6.0, "uint8", (0.0, 6.0))
-@example(0.0, 6.0, "uint16", (0.0, 6.0))
-def test_no_code_leaves_the_bounds_of_a_clip(
-    first: float, second: float, dtype: str, bounds: tuple[float, float]
-) -> None:
-    low, high = np.clip(sorted([first, second]), *bounds)
-    assume(max(high, 0) - min(low, 0) > 1e-29)
-    grid = fit_range(low, high, dtype, bounds)
-    ends = grid.scale * np.asarray([-grid.zero_point, grid.qmax - grid.zero_point], np.float32)
-    assert np.float32(bounds[0]) <= ends[0]
-    assert ends[1] <= np.float32(bounds[1])
-    assert grid.fake_quantize(np.zeros(1, np.float32))[0] == 0
-    assert 0 < grid.scale < np.inf
-    if bounds[0] == 0:
-        # a Relu goes only where the zero point is the lowest code
-        assert grid.zero_point == 0
-    plain = fit_range(low, high, dtype)
-    if plain.zero_point == grid.zero_point:
-        # and the span shrinks by no more than the half step that the zero point's rounding needs
-        assert grid.scale >= plain.scale * (1 - 1 / grid.qmax)
-
-
-def test_no_code_of_a_value_that_is_always_zero_leaves_the_bounds() -> None:
-    """A dead Relu6: the runtime keeps the Clip, and with it a float operator, unless all codes lie in [0, 6]."""
-    grid = fit_range(0.0, 0.0, "uint8", (0.0, 6.0))
-    assert grid.scale * grid.qmax <= 6
-
-
-def test_a_span_that_is_all_of_six_ends_at_six() -> None:
-    grid = fit_range(0.0, 6.0, "uint8", (0.0, 6.0))
-    # the last float32 below 6 / 255 at most, since 255 of its neighbour above may round past 6
-    assert grid.scale == pytest.approx(6 / 255, rel=1e-6)
-
-
-@pytest.mark.parametrize("bounds", [None, (0.0, 6.0), (-1.0, np.inf)])
-def test_a_signed_grid_is_symmetric_whatever_the_bounds(bounds: tuple[float, float] | None) -> None:
-    grid = fit_range(-0.5, 4.0, "int8", bounds)
-    assert (grid.zero_point, grid.qmin, grid.qmax) == (0, -128, 127)
-    assert grid.scale == np.float32(4 / 127)
-    # the ends that are not the farthest have their place too
-    np.testing.assert_allclose(grid.fake_quantize(np.array([-4, -0.5, 4], np.float32)), [-4, -0.5, 4], atol=2 / 127)
-
-
-@settings(max_examples=40, deadline=None, derandomize=True)
-@given(numbers, numbers, signed_too, st.integers(0, 2**32 - 1))
-def test_fake_quantize_is_onnx_runtimes_pair(first: float, second: float, dtype: str, seed: int) -> None:
-    grid = fit_range(min(first, second), max(first, second), dtype)
-    rng = np.random.default_rng(seed)
-    spread = rng.uniform(-1, 2, 500) * (abs(first) + abs(second) + 1)
-    ties = (rng.integers(grid.qmin - 10, grid.qmax + 10, 200) - grid.zero_point + 0.5) * np.float64(grid.scale)
-    x = np.concatenate([spread, ties, [0, -0.0, 1e30, -1e30]]).astype(np.float32)
-    assert np.array_equal(grid.fake_quantize(x), pair(x, grid))
-
-
-def pair(x: np.ndarray, grid: ActivationGrid) -> np.ndarray:
-    """DequantizeLinear(QuantizeLinear(x)) by ONNX Runtime."""
-    parts = {"s": np.asarray(grid.scale), "z": np.asarray(grid.zero_point, grid.dtype)}
-    graph = helper.make_graph(
-        [
-            helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
-            helper.make_node("DequantizeLinear", ["q", "s", "z"], ["y"]),
-        ],
-        "pair",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, x.shape)],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, x.shape)],
-        [onnx.numpy_helper.from_array(a, n) for n, a in parts.items()],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
-    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    return session.run(None, {"x": x})[0]
-
-
-def test_a_range_grows_with_every_batch() -> None:
-    seen = ObservedRange()
-    assert seen.grid("uint8", None) == ActivationGrid(np.float32(1), 0, "uint8")
-    seen.observe(np.zeros((0, 3), np.float32))
-    assert seen.grid("uint8", None) == ActivationGrid(np.float32(1), 0, "uint8")
-    seen.observe(np.asarray([-1, 2], np.float32))
-    seen.observe(np.asarray([[0.5], [3]], np.float32))
-    assert (seen.low, seen.high) == (-1, 3)
-    assert seen.grid("uint8", None) == fit_range(-1, 3, "uint8")
-    assert seen.grid("uint16", (0, 2)) == fit_range(-1, 3, "uint16", (0, 2))
 
 
 @pytest.mark.parametrize(
@@ -187,15 +51,17 @@ def test_what_a_clip_lets_through(op: str, inputs: dict, attributes: dict, opset
 
 
 def node(op: str, inputs: str, output: str, **attributes: object) -> onnx.NodeProto:
+    """Make a node that is called like its first output."""
     return helper.make_node(op, inputs.split(), output.split(), name=output.split()[0], **attributes)
 
 
-def made(
+def prepare(
     nodes: Sequence[onnx.NodeProto],
     weights: dict[str, tuple[int, ...] | np.ndarray | np.float32],
     x: Sequence[int | str],
     outputs: Sequence[str],
 ) -> Prepared:
+    """Build a model of nodes and prepare it; weights: arrays, or the shapes of random ones."""
     rng = np.random.default_rng(0)
     arrays = {
         n: np.asarray(w) if isinstance(w, (np.ndarray, np.float32)) else 0.1 * rng.standard_normal(w).astype(np.float32)
@@ -213,6 +79,7 @@ def made(
 
 
 def planned(prepared: Prepared, dtype: str | None = "uint8") -> ActivationPlan:
+    """Plan the activations of a prepared model for ort-cpu."""
     return plan_activations(prepared.model, prepared.layers, ORT_CPU, dtype)
 
 
@@ -222,7 +89,7 @@ IMAGE = ("n", 8, 12, 12)
 
 def test_an_attention_mask_never_gets_a_scale() -> None:
     mask = np.triu(np.full((6, 6), np.finfo(np.float32).min, np.float32), 1)
-    prepared = made(
+    prepared = prepare(
         [
             node("MatMul", "x wq", "q0"),
             node("Add", "q0 bq", "q"),
@@ -250,14 +117,14 @@ def test_an_attention_mask_never_gets_a_scale() -> None:
     )  # fmt: skip
     plan = planned(prepared)
     assert len(plan.integer_layers) == 6
-    # what the layers read and nothing else: no mask, no masked scores, no residual, no softmax
+    # the inputs of the layers and nothing else: no mask, no masked scores, no residual, no softmax
     assert list(plan.values) == ["x", "o", "normal", "middle"]
     assert not any(v.everywhere for v in plan.values.values())
     assert all(plan.root(name) == name for name in plan.values)
 
 
 def test_the_adds_of_a_residual_network_run_in_integers() -> None:
-    prepared = made(
+    prepared = prepare(
         [
             node("Conv", "x w0 b", "c0", **CONV),
             node("Relu", "c0", "r0"),
@@ -288,7 +155,7 @@ def test_the_adds_of_a_residual_network_run_in_integers() -> None:
 
 
 def test_a_convolution_read_in_float_and_in_integers_has_one_value_for_all() -> None:
-    prepared = made(
+    prepared = prepare(
         [
             node("Conv", "x w0", "c0", **CONV),
             node("Conv", "c0 w1", "c1", **CONV),
@@ -300,14 +167,14 @@ def test_a_convolution_read_in_float_and_in_integers_has_one_value_for_all() -> 
         ["y"],
     )
     plan = planned(prepared)
-    # not y: one of what it adds is float
+    # not y: one of the two that it adds is float
     assert list(plan.values) == ["x", "c0", "c1"]
     assert plan.values["c0"].everywhere
     assert not plan.values["x"].everywhere
 
 
 def test_an_add_that_nothing_in_integers_reads_stays_float() -> None:
-    prepared = made(
+    prepared = prepare(
         [
             node("Conv", "x w0", "c0", **CONV),
             node("Conv", "x w1", "c1", **CONV),
@@ -323,7 +190,7 @@ def test_an_add_that_nothing_in_integers_reads_stays_float() -> None:
 
 
 def test_pools_and_reshapes_share_the_scale_of_what_they_read() -> None:
-    prepared = made(
+    prepared = prepare(
         [
             node("Conv", "x w0", "c0", **CONV),
             node("Clip", "c0 low high", "r0"),
@@ -341,8 +208,8 @@ def test_pools_and_reshapes_share_the_scale_of_what_they_read() -> None:
 
 
 def branches(left: str, right: str) -> Prepared:
-    """Two convolutions with something behind each, put together and read by a third."""
-    return made(
+    """Build two convolutions with an operator behind each, joined by a Concat and read by a third one."""
+    return prepare(
         [
             node("Conv", "x w0", "c0", **CONV),
             node(left, "c0", "r0"),
@@ -360,7 +227,7 @@ def branches(left: str, right: str) -> Prepared:
 def test_what_is_only_put_together_shares_the_scale_of_the_whole() -> None:
     plan = planned(branches("Relu", "Relu"))
     assert {n: plan.root(n) for n in plan.values} == {"x": "x", "r0": "both", "r1": "both", "both": "both", "y": "y"}
-    # no code of the whole is negative, or the Relus would stay
+    # no code of the whole is negative, or the Relus would not be fused
     assert plan.values["both"].bounds == (0, np.inf)
 
 
@@ -370,7 +237,7 @@ def test_parts_with_other_bounds_keep_their_own_scales() -> None:
 
 
 def test_a_relu_that_others_look_behind_is_not_fused() -> None:
-    prepared = made(
+    prepared = prepare(
         [
             node("Conv", "x w0", "c0", **CONV),
             node("Relu", "c0", "r0"),
@@ -388,14 +255,14 @@ def test_a_relu_that_others_look_behind_is_not_fused() -> None:
 
 
 def test_without_activations_nothing_is_planned() -> None:
-    prepared = made([node("Conv", "x w0", "y", **CONV)], {"w0": (8, 8, 3, 3)}, IMAGE, ["y"])
+    prepared = prepare([node("Conv", "x w0", "y", **CONV)], {"w0": (8, 8, 3, 3)}, IMAGE, ["y"])
     plan = planned(prepared, None)
     assert not plan.values
     assert not plan.integer_layers
 
 
 def test_sixteen_bits_are_planned_like_eight() -> None:
-    prepared = made([node("Conv", "x w0", "y", **CONV)], {"w0": (8, 8, 3, 3)}, IMAGE, ["y"])
+    prepared = prepare([node("Conv", "x w0", "y", **CONV)], {"w0": (8, 8, 3, 3)}, IMAGE, ["y"])
     assert planned(prepared, "uint16") == replace(planned(prepared), dtype="uint16")
 
 
@@ -417,7 +284,7 @@ def test_sixteen_bits_are_planned_like_eight() -> None:
 def test_which_layers_run_in_integers(
     op: str, inputs: str, weight: tuple, x: tuple, attributes: dict, integer: bool
 ) -> None:
-    prepared = made([node(op, inputs, "y", **attributes)], {"w": weight}, x, ["y"])
+    prepared = prepare([node(op, inputs, "y", **attributes)], {"w": weight}, x, ["y"])
     (layer,) = prepared.layers
     assert runs_in_integers(layer, ORT_CPU) is integer
     assert planned(prepared).integer_layers == ({layer.name} if integer else set())

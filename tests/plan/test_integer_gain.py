@@ -1,4 +1,4 @@
-"""What runs in integers because it gains: predicted times, regions left float, and what that does to a file."""
+"""Test which layers run in integers because that is faster: predicted times, regions left float, and the files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from comq_onnx.model import graph as graphs
 from comq_onnx.model.convolutions import Conv
 from comq_onnx.model.layers import Layer, Prepared
 from comq_onnx.model.prepare import prepare_model
-from comq_onnx.plan import integer_gain as gains
+from comq_onnx.plan import integer_gain
 from comq_onnx.plan.activations import ActivationPlan, plan_activations
 from comq_onnx.plan.integer_gain import CostModel
 from comq_onnx.targets.catalog import ORT_CPU
@@ -24,7 +24,8 @@ from comq_onnx.targets.costs import ORT_CPU_COSTS
 from models import build, cnn, infer, normal, op_types, samples_for, weight
 
 
-def opened(model: onnx.ModelProto, samples: dict[str, np.ndarray]) -> tuple[Prepared, gains.Shapes]:
+def opened(model: onnx.ModelProto, samples: dict[str, np.ndarray]) -> tuple[Prepared, integer_gain.Shapes]:
+    """Prepare a model; return it with the shapes of all its values."""
     prepared = prepare_model(ir.from_proto(model), 17, 13)
     names = [str(v.name) for node in prepared.model.graph for v in node.outputs]
     one = {name: array[:1] for name, array in samples.items()}
@@ -32,7 +33,9 @@ def opened(model: onnx.ModelProto, samples: dict[str, np.ndarray]) -> tuple[Prep
     return prepared, {name: np.shape(array) for name, array in {**one, **infer(part, one)}.items()}
 
 
-def planner(prepared: Prepared) -> gains.Planner:
+def planner(prepared: Prepared) -> integer_gain.Planner:
+    """Make a function that plans the activations for some layers in integers."""
+
     def plan(layers: object) -> ActivationPlan:
         return plan_activations(prepared.model, layers, ORT_CPU, "uint8")  # type: ignore[arg-type]
 
@@ -40,7 +43,7 @@ def planner(prepared: Prepared) -> gains.Planner:
 
 
 def net(channels: int, size: int, middle: str = "b = HardSwish (a)") -> onnx.ModelProto:
-    """Two convolutions of 3 x 3 with something float between them."""
+    """Build two 3 x 3 convolutions with a float operator between them."""
     return build(
         f"""net (float[n, {channels}, {size}, {size}] x) => (float[n, {channels}, {size}, {size}] y) {{
             [first] a = Conv <pads = [1, 1, 1, 1]> (x, w1)
@@ -52,8 +55,9 @@ def net(channels: int, size: int, middle: str = "b = HardSwish (a)") -> onnx.Mod
 
 
 def chosen(model: onnx.ModelProto) -> frozenset[str]:
+    """Return the layers that are chosen to run in integers."""
     prepared, shapes = opened(model, samples_for(model))
-    return gains.choose(prepared, prepared.layers, planner(prepared), shapes, ORT_CPU).integer_layers
+    return integer_gain.choose(prepared, prepared.layers, planner(prepared), shapes, ORT_CPU).integer_layers
 
 
 def test_large_layers_gain_and_small_ones_do_not() -> None:
@@ -83,7 +87,7 @@ def test_what_gains_stays_beside_what_does_not() -> None:
 
 
 def test_no_float_layer_is_left_between_quantized_values() -> None:
-    """ONNX Runtime would round its weights itself, to 8 bits of their own."""
+    """Test it because ONNX Runtime would round such a layer's weights itself, to 8 bits of its own choice."""
     model = build(
         """g (float[n, 64, 14, 14] x) => (float[n, 64, 14, 14] y) {
             [wide] a = Conv <pads = [1, 1, 1, 1]> (x, w1)
@@ -96,15 +100,15 @@ def test_no_float_layer_is_left_between_quantized_values() -> None:
     )
     assert chosen(model) == {"wide", "deep", "last"}
     prepared, shapes = opened(model, samples_for(model))
-    clock = CostModel(prepared, shapes, ORT_CPU)
+    cost_model = CostModel(prepared, shapes, ORT_CPU)
     outer = [layer for layer in prepared.layers if layer.name != "deep"]
-    assert clock.time(planner(prepared)(outer)) > gains.FORBIDDEN_US
+    assert cost_model.time(planner(prepared)(outer)) > integer_gain.FORBIDDEN_US
 
 
 def test_the_time_is_the_sum_of_its_lines() -> None:
     model = net(8, 10)
     prepared, shapes = opened(model, samples_for(model))
-    clock, plan = CostModel(prepared, shapes, ORT_CPU), planner(prepared)
+    cost_model, plan = CostModel(prepared, shapes, ORT_CPU), planner(prepared)
     number, products = 8 * 10 * 10, 8 * 10 * 10 * 8 * 9
     costs = ORT_CPU_COSTS
 
@@ -113,24 +117,28 @@ def test_the_time_is_the_sum_of_its_lines() -> None:
         return fixed + (products * product + 2 * number * each) * 1e-3
 
     layout = costs.layout.of(number)
-    # in floats a layout for each convolution and back, around HardSwish, which is not blocked
-    assert clock.time(plan([])) == pytest.approx(2 * layer(False) + 4 * layout)
-    # in integers besides: what both read quantized, the first's output dequantized and the second's too, as the output
+    # in float the layout changes before and after each convolution, since HardSwish has no blocked kernel
+    assert cost_model.time(plan([])) == pytest.approx(2 * layer(False) + 4 * layout)
+    # in integers the inputs of both are quantized besides, and the outputs of both dequantized
     whole = 2 * layer(True) + 2 * costs.quantize.of(number) + 2 * costs.dequantize.of(number) + 4 * layout
-    assert clock.time(plan(prepared.layers)) == pytest.approx(whole)
+    assert cost_model.time(plan(prepared.layers)) == pytest.approx(whole)
 
 
 def test_a_choice_is_never_predicted_slower_than_all_or_none() -> None:
     model = cnn(size=32)
     prepared, shapes = opened(model, samples_for(model))
-    clock, plan = CostModel(prepared, shapes, ORT_CPU), planner(prepared)
-    best = gains.choose(prepared, prepared.layers, plan, shapes, ORT_CPU)
+    cost_model, plan = CostModel(prepared, shapes, ORT_CPU), planner(prepared)
+    best = integer_gain.choose(prepared, prepared.layers, plan, shapes, ORT_CPU)
     matrices = [layer for layer in prepared.layers if not isinstance(layer.kind, Conv)]
-    assert clock.time(best) <= min(clock.time(plan(prepared.layers)), clock.time(plan(matrices)) * (1 + gains.WORTH))
+    assert cost_model.time(best) <= min(
+        cost_model.time(plan(prepared.layers)), cost_model.time(plan(matrices)) * (1 + integer_gain.WORTH)
+    )
 
 
 @pytest.mark.parametrize(("activations", "forms"), [("auto", {"folded"}), ("8", {"integer"})])
-def test_who_says_8_has_it_in_integers(quantized: Callable[..., Done], activations: str, forms: set[str]) -> None:
+def test_activations_of_8_bits_run_every_layer_in_integers(
+    quantized: Callable[..., Done], activations: str, forms: set[str]
+) -> None:
     done = quantized(net(4, 16), activations=activations)
     assert {layer.form for layer in done.report.layers} == forms
     assert ("QuantizeLinear" in op_types(done.model)) == (activations == "8")
@@ -167,11 +175,12 @@ def test_a_layer_in_a_branch_is_planned_as_it_is_walked(tmp_path: Path) -> None:
     assert {layer.form for layer in report.layers} == {"folded"}
 
 
-def test_layers_are_named() -> None:
-    kinds = {gains._kind(layer) for layer in _layers()}
+def test_every_kind_of_layer_has_costs() -> None:
+    kinds = {integer_gain._kind(layer) for layer in _layers()}
     assert kinds == set(ORT_CPU_COSTS.layers)
 
 
 def _layers() -> list[Layer]:
+    """List layers of every kind."""
     model = cnn()
     return prepare_model(ir.from_proto(model), 17, 13).layers + prepare_model(ir.from_proto(net(4, 8)), 17, 13).layers

@@ -1,4 +1,4 @@
-"""Activation ranges chosen by what the readers make of their rounding: positions seen, readers, costs, choices."""
+"""Test activation ranges, chosen by the error that rounding makes in the outputs of the readers."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from models import build, cnn, normal, weight
 
 
 def taken(x: np.ndarray, axis: int, batches: int) -> Positions:
+    """Observe an array in some batches."""
     seen = Positions(axis)
     for part in np.array_split(x, batches):
         seen.observe(part)
@@ -31,7 +32,7 @@ def taken(x: np.ndarray, axis: int, batches: int) -> Positions:
 
 
 @pytest.mark.parametrize(("shape", "axis"), [((40, 7, 9, 5), 1), ((40, 11, 6), -1), ((300, 8), -1), ((64, 5, 30), 1)])
-def test_positions_do_not_hang_on_the_batches(shape: tuple[int, ...], axis: int) -> None:
+def test_positions_do_not_depend_on_the_batches(shape: tuple[int, ...], axis: int) -> None:
     x = normal(*shape)
     rows, shares = taken(x, axis, 1).rows()
     for batches in (2, 7, shape[0]):
@@ -56,7 +57,7 @@ def test_the_largest_are_among_them_and_the_rest_stands_for_all() -> None:
     assert len(rows) <= ranges.DRAWN + ranges.EXTREME
     assert rows.min() == -60
     assert rows.max() == 50
-    # the mean square, of which the two outliers make 0.03, to within what a thousand draws tell
+    # the mean square, of which the two outliers make 0.03, as exactly as a thousand draws give it
     assert shares @ np.square(rows).sum(axis=1) == pytest.approx(np.square(x).sum(axis=1).mean(), rel=0.05)
 
 
@@ -122,7 +123,7 @@ def test_mixed_outputs_keep_the_size_of_an_error(kind: MatMul | Conv, shape: tup
     channels = 48 if isinstance(kind, MatMul) else kind.groups * shape[1]
     assert mixed.shape == (channels, ranges.MIXED)
     error = normal(4000, channels) * np.linspace(0.1, 3, channels, dtype=np.float32)
-    # independent from place to place: the mean over positions of what the layer makes of it
+    # errors are independent from place to place: the mean square over positions of the layer's output
     places = int(np.prod(kind.kernel))
     square = np.square(matrix).reshape(*matrix.shape[:2], -1, places).sum(axis=(1, 3)).reshape(-1)
     exact = float((np.square(error).mean(axis=0) * square).sum())
@@ -149,7 +150,7 @@ def test_the_cost_is_the_error_of_the_readers_over_their_outputs(has_bias: bool)
 
 
 def outliers(matters: bool) -> tuple[Objective, np.ndarray]:
-    """A thousand positions, one channel of them with outliers of 200, which the reader takes or not."""
+    """Make a thousand positions with outliers in one channel, some 80 times as large, which the reader uses or not."""
     rows, w = normal(1000, 16), weight(16, 40)
     rows[::50, 3] *= 80
     if not matters:

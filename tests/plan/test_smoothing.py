@@ -1,4 +1,4 @@
-"""Channels evened out: the same model before, a better one after, and only where it pays."""
+"""Test that evening out channels keeps the float model, makes the quantized one better, and is done where it pays."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from conftest import Done
 
 from comq_onnx.model.layers import Prepared
 from comq_onnx.model.prepare import prepare_model
-from comq_onnx.plan import smoothing as smooth
+from comq_onnx.plan import smoothing
 from comq_onnx.plan.activations import ActivationPlan, plan_activations
 from comq_onnx.solve.grid import Grid
 from comq_onnx.targets.catalog import ORT_CPU
@@ -23,7 +23,7 @@ SIZES = np.where(np.arange(64) % 20 == 3, 60, 1).astype(np.float32)
 
 
 def between(middle: str, **weights: np.ndarray) -> onnx.ModelProto:
-    """x [n, 12, 64] -> what `middle` makes of it -> v -> MatMul of 160 outputs -> y."""
+    """Build x [n, 12, 64] -> the nodes of `middle` -> v -> MatMul of 160 outputs -> y."""
     return build(
         f"""between (float[n, 12, 64] x) => (float[n, 12, 160] y) {{
             {middle}
@@ -51,7 +51,7 @@ BRANCHED = build(
 
 
 def unsized() -> onnx.ModelProto:
-    """x as it comes, read by the layer and by something else."""
+    """Build a layer that reads x itself, which another operator reads too."""
     return build(
         """unsized (float[n, 12, 64] x) => (float[n, 12, 160] y, float[n, 12, 64] z) {
             z = Tanh (x)
@@ -65,19 +65,21 @@ FED = between("v = Mul (x, sizes)", sizes=SIZES[None, None])
 
 
 def opened(model: onnx.ModelProto) -> tuple[Prepared, ActivationPlan, dict[str, Grid]]:
+    """Prepare a model; return it with its activation plan and grids of 8 bits."""
     prepared = prepare_model(ir.from_proto(model), 17, 13)
     plan = plan_activations(prepared.model, prepared.layers, ORT_CPU, "uint8")
     return prepared, plan, {layer.name: Grid(8) for layer in prepared.layers}
 
 
-def factors_of(model: onnx.ModelProto, samples: Arrays, bits: int = 8) -> tuple[Prepared, smooth.Factors]:
+def factors_of(model: onnx.ModelProto, samples: Arrays, bits: int = 8) -> tuple[Prepared, smoothing.Factors]:
+    """Prepare a model and find the factors of its channels."""
     prepared, plan, grids = opened(model)
-    among = smooth.candidates(prepared, plan)
+    among = smoothing.candidates(prepared, plan)
     names = list(among)
-    part = ir.to_proto(smooth.graphs.with_outputs(prepared.model, names))
+    part = ir.to_proto(smoothing.graphs.with_outputs(prepared.model, names))
     values: Iterator[Mapping[str, np.ndarray]] = iter([infer(part, samples)] if names else [])
     grids = {name: Grid(bits) for name in grids}
-    return prepared, smooth.find_factors(prepared, among, plan.dtype, grids, values, [None] * bool(names))
+    return prepared, smoothing.find_factors(prepared, among, plan.dtype, grids, values, [None] * bool(names))
 
 
 @pytest.mark.parametrize(("model", "nodes"), [(NORM, 0), (AFFINE, 0), (BRANCHED, 1), (FED, 1)])
@@ -87,13 +89,15 @@ def test_the_model_stays_what_it_is(model: onnx.ModelProto, nodes: int) -> None:
     prepared, factors = factors_of(model, samples)
     assert list(factors) == ["v"]
     count = sum(node.op_type == "Mul" for node in prepared.model.graph)
-    layers = smooth.apply(prepared.model, prepared.layers, factors)
+    layers = smoothing.apply(prepared.model, prepared.layers, factors)
     assert sum(node.op_type == "Mul" for node in prepared.model.graph) == count + nodes
     assert layers[0].input == ("v.evened" if nodes else "v")
     after = infer(ir.to_proto(prepared.model), samples)
     assert all(np.allclose(before[name], after[name], rtol=1e-4, atol=1e-4) for name in before)
-    # and the sizes are nearer one another
-    seen = infer(ir.to_proto(smooth.graphs.with_outputs(prepared.model, [layers[0].input])), samples)[layers[0].input]
+    # and the channels are of more equal sizes
+    seen = infer(ir.to_proto(smoothing.graphs.with_outputs(prepared.model, [layers[0].input])), samples)[
+        layers[0].input
+    ]
     sizes = np.abs(seen).max(axis=(0, 1))
     assert sizes.max() / np.median(sizes) < 20
 
@@ -103,8 +107,8 @@ def test_a_gemm_with_a_transposed_weight_and_a_graph_input() -> None:
     before = infer(model, samples)["y"]
     prepared, plan, _ = opened(model)
     factors = {"x": np.exp(normal(32, seed=4)), "r": np.exp(normal(48, seed=5))}
-    assert set(smooth.candidates(prepared, plan)) == set(factors)
-    layers = smooth.apply(prepared.model, prepared.layers, factors)
+    assert set(smoothing.candidates(prepared, plan)) == set(factors)
+    layers = smoothing.apply(prepared.model, prepared.layers, factors)
     assert [layer.input for layer in layers] == ["x.evened", "r.evened"]
     assert np.allclose(infer(ir.to_proto(prepared.model), samples)["y"], before, rtol=1e-4, atol=1e-4)
 
@@ -115,7 +119,7 @@ def test_even_channels_get_no_node() -> None:
 
 
 def test_what_the_weight_would_lose_counts() -> None:
-    """Rare outliers: at 8 bits the activation wins by making their channels small, at 2 bits the weight loses more."""
+    """Test rare outliers: smaller channels help the activation; at 2 bits the weight loses more by it than at 8."""
     x = normal(64, 12, 64)
     x[..., 3].reshape(-1)[::100] *= 60
     eight, two = (factors_of(unsized(), {"x": x}, bits)[1]["x"] for bits in (8, 2))
@@ -134,7 +138,7 @@ def test_a_weight_of_two_layers_is_left_alone() -> None:
         {"w": weight(64, 64), "gamma": SIZES},
     )
     prepared, plan, _ = opened(model)
-    assert smooth.candidates(prepared, plan) == {}
+    assert smoothing.candidates(prepared, plan) == {}
 
 
 def test_convolutions_are_left_alone() -> None:
@@ -142,20 +146,22 @@ def test_convolutions_are_left_alone() -> None:
         "g (float[n, 8, 9, 9] x) => (float[n, 32, 7, 7] y) { y = Conv (x, w) }", {"w": weight(32, 8, 3, 3, fan=72)}
     )
     prepared, plan, _ = opened(model)
-    assert smooth.candidates(prepared, plan) == {}
+    assert smoothing.candidates(prepared, plan) == {}
 
 
 @pytest.mark.parametrize("model", [NORM, BRANCHED, FED])
-def test_it_pays(quantized: Callable[..., Done], model: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_smoothing_raises_the_sqnr(
+    quantized: Callable[..., Done], model: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch
+) -> None:
     samples = {"x": normal(64, 12, 64)}
     done = quantized(model, samples)
     assert any("evened out" in note for note in done.report.notes)
-    monkeypatch.setattr(smooth, "candidates", lambda *_: {})
+    monkeypatch.setattr(smoothing, "candidates", lambda *_: {})
     assert done.sqnr > quantized(model, samples, floor=10).sqnr + 5
 
 
 def test_inside_a_branch_that_is_taken(quantized: Callable[..., Done]) -> None:
-    """The graph that is walked is not the one that is written: both are evened out alike."""
+    """Test that the graph that is walked and the one that is written, which differ here, are evened out alike."""
     model = build(
         """chosen (float[n, 12, 64] x) => (float[n, 12, 160] y) {
             m = Mul (x, sizes)

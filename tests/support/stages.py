@@ -1,4 +1,4 @@
-"""The stages of a run one after the other, for tests that look between them."""
+"""Go through the stages of a run one by one, for tests that look between them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from comq_onnx.samples.dataset import Dataset, load_dataset
 
 @dataclass(frozen=True)
 class Planned:
-    """Hold what there is once a run has made its plan."""
+    """Hold what a run has once its plan is made."""
 
     source: FloatModel
     data: Dataset

@@ -6,7 +6,6 @@ OpenVINO compiles for the CPU; TensorRT for RTX builds engines without a GPU. Bo
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from zoo import ZOO_FEEDS, zoo
 
 import comq_onnx
 from comq_onnx.metrics import sqnr_of
@@ -49,22 +49,6 @@ def openvino(runtimes: Any) -> Any:
 def tensorrt(runtimes: Any) -> Any:
     pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT for RTX is not here: pip install '.[runtimes]'")
     return runtimes
-
-
-@dataclass(frozen=True)
-class Zoo:
-    """Hold a model with a layer of every kind, and samples for it."""
-
-    model: onnx.ModelProto
-    feeds: Feeds
-
-
-@pytest.fixture
-def zoo(monkeypatch: pytest.MonkeyPatch) -> Zoo:
-    """Take the zoo of tests/write/test_emit.py."""
-    monkeypatch.syspath_prepend(str(ROOT / "tests" / "write"))
-    emitted = import_module("test_emit")
-    return Zoo(emitted.zoo(), emitted.ZOO_FEEDS)
 
 
 class Made:
@@ -144,19 +128,19 @@ def test_tensorrt_refuses_what_ort_cpu_takes(tmp_path: Path, tensorrt: Any) -> N
         tensorrt.tensorrt_program(made.path, made.feeds)
 
 
-def test_tensorrt_takes_a_layer_of_every_kind(tmp_path: Path, tensorrt: Any, zoo: Zoo) -> None:
+def test_tensorrt_takes_a_layer_of_every_kind(tmp_path: Path, tensorrt: Any) -> None:
     for options in ({"bits": 8}, {"bits": 4, "granularity": "tensor"}, {"bits": 2, "activations": "none"}):
         out = tmp_path / "q.onnx"
-        comq_onnx.quantize(zoo.model, out, zoo.feeds, uniform=True, target="tensorrt", **options)
-        feeds = {k: v[:2] for k, v in zoo.feeds.items()}
+        comq_onnx.quantize(zoo(), out, ZOO_FEEDS, uniform=True, target="tensorrt", **options)
+        feeds = {k: v[:2] for k, v in ZOO_FEEDS.items()}
         assert tensorrt.tensorrt_program(out, feeds).bytes > 0
 
 
-def test_openvino_takes_a_layer_of_every_kind(tmp_path: Path, openvino: Any, zoo: Zoo) -> None:
+def test_openvino_takes_a_layer_of_every_kind(tmp_path: Path, openvino: Any) -> None:
     for options in ({"bits": 8, "activations": "none"}, {"bits": 4, "granularity": "16"}, {"bits": 2}):
         out = tmp_path / "q.onnx"
-        comq_onnx.quantize(zoo.model, out, zoo.feeds, uniform=True, target="openvino", **options)
-        feeds = {k: v[:2] for k, v in zoo.feeds.items()}
+        comq_onnx.quantize(zoo(), out, ZOO_FEEDS, uniform=True, target="openvino", **options)
+        feeds = {k: v[:2] for k, v in ZOO_FEEDS.items()}
         expected = Session(out, float_matmul_nbits=True, disable_qdq_fusion=True).run(feeds)
         found = {k.any_name: v for k, v in openvino.openvino_compiled(out, "f32")(feeds).items()}
         # it rounds the inputs of weight-only products to 8 bits by itself

@@ -1,4 +1,4 @@
-"""A model that is not as planned never gets its name: each fault that is put into a right model is found and named."""
+"""Test that a model that is not as planned never gets the name of the output: every fault put into one is found."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from comq_onnx.model.layers import nodes_by_name
 from comq_onnx.plan.solved import Solved
 from comq_onnx.targets.catalog import OPENVINO, ORT_CPU, ORT_CUDA, TARGETS, TENSORRT
 from comq_onnx.write import check
-from comq_onnx.write import emit as emitting
+from comq_onnx.write import emit as emit_module
 from comq_onnx.write.check import check_emitted, lint, missing
 from comq_onnx.write.emit import emit
 from models import cnn, samples_for, tokens
@@ -28,7 +28,7 @@ Mutate = Callable[[ir.Model], None]
 
 
 def emitted(monkeypatch: pytest.MonkeyPatch, source: object, **options: object) -> Emitted:
-    """A model as it is written, and what was to be written."""
+    """Return a model as it is written, and what was to be written."""
     seen: list[Emitted] = []
 
     def spy(model: ir.Model, solved: Solved) -> None:
@@ -42,14 +42,14 @@ def emitted(monkeypatch: pytest.MonkeyPatch, source: object, **options: object) 
 
 @pytest.fixture(scope="module")
 def written() -> Emitted:
-    """A convolutional model for ort-cpu at 4 bits."""
+    """Make a convolutional model for ort-cpu at 4 bits."""
     with pytest.MonkeyPatch.context() as patch:
         return emitted(patch, cnn(size=12), bits=4, uniform=True, activations="8")
 
 
 @pytest.fixture(scope="module")
 def signed() -> Emitted:
-    """The same for tensorrt at 8 bits."""
+    """Make the same for tensorrt at 8 bits."""
     with pytest.MonkeyPatch.context() as patch:
         return emitted(patch, cnn(size=12), bits=8, target="tensorrt")
 
@@ -58,54 +58,54 @@ def constant(model: ir.Model, name: str, array: np.ndarray) -> None:
     """Give an initializer other numbers."""
     value = model.graph.initializers[name]
     value.const_value = ir.tensor(array, name=name)
-    # clones share their types
+    # clones share the types of their values
     value.type, value.shape = ir.TensorType(value.const_value.dtype), ir.Shape(array.shape)
 
 
 def numbers(model: ir.Model, name: str) -> np.ndarray:
-    """A copy of the numbers of an initializer."""
+    """Copy the numbers of an initializer."""
     found = graphs.constant(model.graph.initializers[name])
     assert found is not None
     return np.array(found)
 
 
 def float_weight(model: ir.Model) -> None:
-    """A layer that reads a float weight, as if emission had passed it by."""
+    """Let a layer read a float weight, as if emission had left it out."""
     node = nodes_by_name(model)["point"]
     node.replace_input_with(1, graphs.add_initializer(model.graph, "w3", np.zeros((16, 16, 1, 1), np.float32)))
 
 
 def stale_weight(model: ir.Model) -> None:
-    """A float weight that nothing reads."""
+    """Add a float weight that nothing reads."""
     graphs.add_initializer(model.graph, "w3", np.zeros((16, 16, 1, 1), np.float32))
 
 
 def other_codes(model: ir.Model) -> None:
-    """One code that is one step off."""
+    """Change one code by one step."""
     codes = numbers(model, "w3.codes")
     codes[3, 5, 0, 0] = 3 if codes[3, 5, 0, 0] != 3 else 2
     constant(model, "w3.codes", codes)
 
 
 def wide_codes(model: ir.Model) -> None:
-    """Codes in a larger container than planned."""
+    """Put codes in a larger container than planned."""
     constant(model, "w3.codes", numbers(model, "w3.codes").astype(np.int8))
 
 
 def unquantized_input(model: ir.Model) -> None:
-    """A layer that reads its input before it is quantized."""
+    """Let a layer read its input before it is quantized."""
     node = nodes_by_name(model)["point"]
     pair = node.inputs[0].producer().inputs[0].producer()
     node.replace_input_with(0, pair.inputs[0])
 
 
 def lost_node(model: ir.Model) -> None:
-    """A layer under another name."""
+    """Rename a layer."""
     nodes_by_name(model)["point"].name = "other"
 
 
 def half_quantized(model: ir.Model) -> None:
-    """A float reader of a value that all readers are to take quantized."""
+    """Add a float reader of a value that all readers are to read quantized."""
     name = next(n for n in nodes_by_name(model) if n == "s.quantize" or n.startswith("p.quant"))
     raw = nodes_by_name(model)[name].inputs[0]
     extra = ir.node("Neg", [raw], name="extra")
@@ -138,14 +138,14 @@ def test_what_is_not_as_planned_is_an_error_of_one_line(written: Emitted, mutate
 
 
 def test_a_faulty_model_never_gets_the_outputs_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Emission that forgets a layer in the end, though not in the walk."""
+    """Test emission that forgets a layer in the file, but not in the walk."""
     plain = emit
 
     def forgetful(model: ir.Model, solved: Solved) -> None:
         plain(model, solved)
         lost_node(model)
 
-    monkeypatch.setattr(emitting, "emit", forgetful)
+    monkeypatch.setattr(emit_module, "emit", forgetful)
     with pytest.raises(InternalError, match="layer 'point' has no node"):
         comq_onnx.quantize(cnn(size=12), tmp_path / "q.onnx", samples_for(cnn(size=12)), bits=8)
     assert list(tmp_path.iterdir()) == []
@@ -165,7 +165,7 @@ def test_a_looked_up_table_and_products_in_blocks_are_as_planned(monkeypatch: py
 
 
 def scale(value: object, suffix: str) -> Mutate:
-    """Give the first scale or zero point whose name ends so other numbers, made of its own."""
+    """Change the numbers of the first initializer whose name ends in `suffix`."""
 
     def mutate(model: ir.Model) -> None:
         name = next(n for n in model.graph.initializers if n.endswith(suffix))
@@ -175,6 +175,8 @@ def scale(value: object, suffix: str) -> Mutate:
 
 
 def version(opset: int | None = None, ir_version: int | None = None) -> Mutate:
+    """Set the opset or the IR version."""
+
     def mutate(model: ir.Model) -> None:
         if opset is not None:
             model.graph.opset_imports[""] = opset
@@ -185,6 +187,7 @@ def version(opset: int | None = None, ir_version: int | None = None) -> Mutate:
 
 
 def other_axis(model: ir.Model) -> None:
+    """Put the scales of a weight along another axis."""
     node = nodes_by_name(model)["point.weight"]
     node.attributes["axis"] = ir.AttrInt64("axis", 1)
 

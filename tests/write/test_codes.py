@@ -1,4 +1,4 @@
-"""Codes in a file: containers and bit planes hold what was put in, whatever ONNX Runtime makes of them."""
+"""Test codes in a file: containers and bit planes hold what was put in, at every optimization level of ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ CONTAINERS = {"INT8": np.arange(-128, 128), "INT4": np.arange(-8, 8), "INT2": np
 
 
 def passing(opset: int = 21) -> ir.Model:
+    """Build a model that codes can be added to."""
     return ir.from_proto(build("g (float[2] x) => (float[2] y) { y = Relu(x) }", opset=opset, ir_version=10))
 
 
@@ -37,6 +38,7 @@ def test_packed_codes_survive_the_file(tmp_path: Path) -> None:
 
 
 def unpack(plane: np.ndarray, width: int, shift: int, signed: bool, count: int) -> np.ndarray:
+    """Return the codes of a bit plane."""
     return codes.field_table(width, shift, signed)[plane].ravel()[:count]
 
 

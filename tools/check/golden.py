@@ -59,10 +59,12 @@ class Case:
 
 
 def _fashion(name: str) -> Callable[[], onnx.ModelProto]:
+    """Make a function that loads a trained model of the repository."""
     return lambda: onnx.load(ROOT / "models" / f"{name}.onnx")
 
 
 def _photos() -> dict[str, np.ndarray]:
+    """Load stored calibration images."""
     with np.load(ROOT / "models" / "fashion_calib.npz") as stored:
         return {"image": stored["image"][: 2 * SAMPLES]}
 
@@ -215,6 +217,7 @@ def structure(model: onnx.ModelProto) -> dict[str, Any]:
 
 
 def _digest(report: comq_onnx.Report) -> str:
+    """Return the digest of a report without what differs from run to run."""
     values = {k: v for k, v in report.to_dict().items() if k not in TIMED}
     for layer in values["layers"]:
         del layer["seconds"]

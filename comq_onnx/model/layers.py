@@ -60,7 +60,7 @@ class Layer:
         return self.kind.weight_shape
 
 
-@dataclass
+@dataclass(frozen=True)
 class Prepared:
     """Hold a model ready to be quantized, and its layers.
 

@@ -5,20 +5,23 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 
 from comq_onnx.context import Context
 from comq_onnx.errors import ModelError
-from comq_onnx.metrics import ComparisonSums, OutputComparison
-from comq_onnx.model.files import private_directory
+from comq_onnx.metrics import ComparisonSums, OutputComparison, OutputMatch, add_matches, match_rows, match_values
+from comq_onnx.model.files import private_directory, to_bytes_or_file
 from comq_onnx.model.float_model import FloatModel
-from comq_onnx.model.source import as_path, load_source
+from comq_onnx.model.judged import Judged, judged_model
+from comq_onnx.model.layers import Prepared
+from comq_onnx.model.source import as_path, load_source, read_model
 from comq_onnx.options.samples import SampleOptions
 from comq_onnx.runtime import device as devices
 from comq_onnx.runtime.session import Session, has_device
@@ -73,12 +76,14 @@ class Comparison:
 class Evaluation:
     """Hold the comparison of a quantized model with its source on the samples held back.
 
-    outputs: how near each output is
+    outputs: how near each output is, and each value that it is judged by
+    matches: the outputs of whole numbers, and those whose rows depend on the data
     latency_ms: the median milliseconds of both, before and after; empty where ONNX Runtime lacks the target's device
     kernels: the operators that run on the target's device; None where ONNX Runtime lacks that device
     """
 
     outputs: list[OutputComparison]
+    matches: list[OutputMatch]
     latency_ms: dict[str, float]
     kernels: Kernels | None
 
@@ -134,16 +139,21 @@ def _check_outputs(first: Session, second: Session, paths: Sequence[Path]) -> No
         )
 
 
-def evaluate(source: FloatModel, path: Path, data: Dataset, context: Context) -> Evaluation:
+def evaluate(source: FloatModel, prepared: Prepared, path: Path, data: Dataset, context: Context) -> Evaluation:
     """Compare the quantized model at `path` with its source on the samples held back.
 
     Warns where an output is mostly noise, or where the model is slower than its source. Closes the source's session.
+
+    prepared: the model that was quantized
     """
     journal = context.journal
+    session = quantized_session(path, context)
     outputs = compare_outputs(
-        source.session, quantized_session(path, context), data.held_back, context.options.batch_size,
-        lambda done, total: context.progress("compare", done, total),
+        source.session, session, data.held_back, context.options.batch_size,
+        lambda done, total: context.progress("compare", done, total), prepared.judged.selected,
     )  # fmt: skip
+    outputs += compare_parts(prepared, read_model(path), data, context)
+    matches = match_outputs(source.session, session, data, prepared.judged, context)
     source.session.close()
     source.file.check()
     lost = [f"{o.name} {o.sqnr_db:.1f} dB" for o in outputs if not o.sqnr_db >= LEAST_DB]
@@ -158,14 +168,14 @@ def evaluate(source: FloatModel, path: Path, data: Dataset, context: Context) ->
             f"compared by ONNX Runtime, not on {context.target.name}: docs/deploy.md tells how to see kernels and "
             "speed there"
         )
-        return Evaluation(outputs, {}, None)
+        return Evaluation(outputs, matches, {}, None)
     before, after = latency([Session(x, device, threads=1) for x in (source.reference, path)], data.held_back)
     if after > SLOWER * before:
         journal.warnings.append(
             f"the quantized model is slower than its source ({after:.2f} against {before:.2f} ms): "
             "try --activations none, or --exclude the layers of least weight"
         )
-    return Evaluation(outputs, {"before": before, "after": after}, executed_kernels(path, device))
+    return Evaluation(outputs, matches, {"before": before, "after": after}, executed_kernels(path, device))
 
 
 def quantized_session(model: Path | bytes | str, context: Context) -> Session:
@@ -177,21 +187,89 @@ def quantized_session(model: Path | bytes | str, context: Context) -> Session:
     )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class JudgedSession:
+    """Run a model for the values by which it is judged.
+
+    names: the name of each value in the session's model
+    """
+
+    session: Session
+    names: Mapping[str, str]
+
+    @classmethod
+    def of(cls, model: ir.Model, found: Judged, load: Callable[[bytes | str], Session]) -> JudgedSession:
+        """Load what makes the judged values of a model; load: makes the session."""
+        if found.is_plain:
+            part, names = model, {name: name for name in found.names}
+        else:
+            part, names = judged_model(model, found)
+        with private_directory() as work:
+            return cls(load(to_bytes_or_file(part, work, "judged")), names)
+
+    def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the judged values by name. Raises RuntimeFailure where the model cannot run."""
+        found = self.session.run(feeds, list(self.names.values()))
+        return {name: found[there] for name, there in self.names.items()}
+
+
+def compare_parts(prepared: Prepared, quantized: ir.Model, data: Dataset, context: Context) -> list[OutputComparison]:
+    """Compare, on the samples held back, the values that stand for outputs which do not stand for themselves."""
+    judged = prepared.judged
+    own = set(judged.whole)
+    label = {value: f"{output}: {value}" for output, values in judged.values.items() for value in values}
+    parts = Judged({o: values for o, values in judged.values.items() if o not in own}, judged.selected)
+    if not parts.values:
+        return []
+    before = JudgedSession.of(prepared.model, parts, lambda x: Session(x, context.device, what="the prepared model"))
+    after = JudgedSession.of(quantized, parts, lambda x: quantized_session(x, context))
+    sums: dict[str, ComparisonSums] = {}
+    for feeds in data.held_back.batches(context.options.batch_size):
+        first, second = before.run(feeds), after.run(feeds)
+        for name in parts.names:
+            if isinstance(first[name], np.ndarray) and first[name].shape == second[name].shape:
+                sums.setdefault(name, ComparisonSums(scores=False)).add(first[name], second[name])
+    return [s.result(label[name]) for name, s in sums.items()]
+
+
+def match_outputs(
+    before: Session, after: Session, data: Dataset, judged: Judged, context: Context
+) -> list[OutputMatch]:
+    """Match, on the samples held back, the outputs of whole numbers and those whose rows depend on the data."""
+    names = [
+        name
+        for name, x in data.first_outputs.items()
+        if isinstance(x, np.ndarray) and (name in judged.selected or x.dtype.kind in "iub")
+    ]
+    found: dict[str, OutputMatch] = {}
+    for feeds in data.held_back.batches(context.options.batch_size) if names else ():
+        first, second = before.run(feeds, names), after.run(feeds, names)
+        for name in names:
+            match = match_rows if name in judged.selected else match_values
+            one = match(first[name], second[name], name)
+            found[name] = add_matches(found[name], one) if name in found else one
+    return list(found.values())
+
+
 def compare_outputs(
     before: Session,
     after: Session,
     samples: Samples,
     batch_size: int,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
+    selected: Collection[str] = (),
 ) -> list[OutputComparison]:
     """Run both models on `samples` and compare every floating-point output that they have in common.
 
     progress: called with the number of samples that are done, and of all
+    selected: outputs whose rows depend on the data, which are left out
     """
     done = 0
     sums: dict[str, ComparisonSums] = {}
-    names = [name for name in before.output_names if name in after.output_names]
+    names = [name for name in before.output_names if name in after.output_names and name not in selected]
     for feeds, count in zip(samples.batches(batch_size), samples.batch_counts(batch_size), strict=True):
+        if not names:
+            break
         done += count
         progress(done, len(samples))
         first, second = before.run(feeds, names), after.run(feeds, names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,9 @@ import numpy.typing as npt
 from scipy.special import ndtr
 
 Floats = npt.NDArray[np.float64]
+
+# rows match where each number is as near as this share of the range of its column
+MATCHED_SHARE = 0.05
 
 # Outputs of two models ------------------------------------------------------------------------------------------------
 
@@ -71,6 +75,60 @@ class ComparisonSums:
         length = float(np.sqrt(self.signal * self.energy))
         cosine = self.dot / length if length > 0 else float(self.noise == 0)
         return OutputComparison(name, sqnr, cosine, self.agree / self.rows if self.rows else None)
+
+
+@dataclass(frozen=True)
+class OutputMatch:
+    """Describe how far two models agree on an output that is compared by equality, not by noise.
+
+    name: of the output
+    before, after: how many rows (or whole numbers) each model gives
+    matched: how many of them both give
+    """
+
+    name: str
+    before: int
+    after: int
+    matched: int
+
+    @property
+    def share(self) -> float:
+        """Return the share of all rows that both models give; 1 where neither gives any."""
+        return 2 * self.matched / (self.before + self.after) if self.before + self.after else 1.0
+
+
+def match_values(before: npt.NDArray[Any], after: npt.NDArray[Any], name: str = "") -> OutputMatch:
+    """Count the whole numbers that are equal at the same place; where shapes differ, match rows."""
+    if before.shape != after.shape:
+        return match_rows(before, after, name)
+    return OutputMatch(name, before.size, after.size, int((before == after).sum()))
+
+
+def match_rows(before: npt.NDArray[Any], after: npt.NDArray[Any], name: str = "") -> OutputMatch:
+    """Match the rows [n, ...] of two outputs, each with the nearest one that is left, whatever their order.
+
+    Rows of whole numbers match where they are equal, rows of floats where no number is further away than MATCHED_SHARE
+    of the range of its column.
+    """
+    a, b = (x.reshape(len(x), math.prod(x.shape[1:])).astype(np.float64) for x in (before, after))
+    matched = 0
+    if len(a) and len(b) and a.shape[1] == b.shape[1]:
+        tolerance = MATCHED_SHARE * np.ptp(a, axis=0) if before.dtype.kind == "f" else np.zeros(a.shape[1])
+        left = np.ones(len(b), bool)
+        for row in a:
+            near = left & (np.abs(b - row) <= tolerance).all(axis=1)
+            if near.any():
+                distance = np.where(near, np.abs(b - row).sum(axis=1), np.inf)
+                left[distance.argmin()] = False
+                matched += 1
+    return OutputMatch(name, len(a), len(b), matched)
+
+
+def add_matches(one: OutputMatch, other: OutputMatch) -> OutputMatch:
+    """Add up the matches of two parts of the samples."""
+    return OutputMatch(
+        one.name or other.name, one.before + other.before, one.after + other.after, one.matched + other.matched
+    )
 
 
 def sqnr_of(first: dict[str, Any], second: dict[str, Any]) -> float:

@@ -119,7 +119,7 @@ def _run(path: Path, out: Path, samples: SampleSource, context: Context) -> Repo
     quantized = choose_and_solve(planned, source, data, context)
     # a file that does not load or run never gets the name of the output
     with written(quantized.emitted.model, out) as (file, size), context.journal.timed("compare"):
-        evaluation = evaluate(source, file, data, context)
+        evaluation = evaluate(source, planned.written, file, data, context)
     return build_report(quantized, evaluation, source, data, context, out, size)
 
 

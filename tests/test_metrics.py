@@ -5,7 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from comq_onnx.metrics import deviation_for, expected_agreement, lead_changes, leads
+from comq_onnx.metrics import (
+    add_matches,
+    deviation_for,
+    expected_agreement,
+    lead_changes,
+    leads,
+    match_rows,
+    match_values,
+)
 
 RNG = np.random.default_rng(0)
 
@@ -42,3 +50,38 @@ def test_ties_cannot_be_kept() -> None:
     # a half of all ties are lost to any noise
     assert deviation_for(np.zeros(10), 0.9) == 0.0
     assert expected_agreement(np.array([0.0, 1e9]), 1.0) == pytest.approx(0.75)
+
+
+# Rows and whole numbers -----------------------------------------------------------------------------------------------
+
+
+def test_rows_match_whatever_their_order_and_number() -> None:
+    before = np.array([[0.0, 10], [5, 20], [10, 30]])
+    after = np.array([[10.2, 30], [0, 10.1], [7, 20]])
+    found = match_rows(before, after, "boxes")
+    # the first and the last are within a twentieth of the columns' ranges, the second is 2 of 10 away
+    assert (found.name, found.before, found.after, found.matched) == ("boxes", 3, 3, 2)
+    assert found.share == pytest.approx(2 / 3)
+    assert match_rows(before, after[:1]).matched == 1
+    assert match_rows(before, np.zeros((0, 2))).share == 0
+    assert match_rows(before[:0], before[:0]).share == 1
+
+
+def test_a_row_matches_only_once() -> None:
+    before = np.zeros((3, 2), np.int64)
+    assert match_rows(before, np.zeros((1, 2), np.int64)).matched == 1
+    assert match_rows(before, before).matched == 3
+
+
+def test_whole_numbers_match_where_they_are_equal() -> None:
+    a = np.arange(6).reshape(2, 3)
+    assert match_values(a, a).share == 1
+    assert match_values(a, a + (a == 2)).matched == 5
+    # of other lengths by rows
+    assert match_values(a, a[:1]).matched == 1
+
+
+def test_matches_add_up() -> None:
+    a = np.arange(6).reshape(2, 3)
+    total = add_matches(match_values(a, a, "which"), match_values(a, a + 1, "which"))
+    assert (total.name, total.before, total.after, total.matched) == ("which", 12, 12, 6)

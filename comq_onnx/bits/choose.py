@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from comq_onnx.bits.tradeoff import UPGRADE_SHARE, Tradeoff, node_bytes
 from comq_onnx.calibrate.walk import walk
 from comq_onnx.context import Context
 from comq_onnx.errors import OptionError
-from comq_onnx.evaluate import compare_outputs, quantized_session
+from comq_onnx.evaluate import compare_outputs, compare_parts, quantized_session
 from comq_onnx.metrics import Floats, lead_changes, leads, scores_among
 from comq_onnx.model.files import file_size, private_directory, to_bytes_or_file
 from comq_onnx.model.float_model import FloatModel
@@ -129,7 +130,7 @@ def make_tradeoff(plan: Plan, source: FloatModel, data: Dataset, context: Contex
             node_bytes=node_bytes(found.groups, code_bytes, size_of),
             counts={name: math.prod(layers[name].weight_shape) for name in found.groups},
             file_size=size_of,
-            leads=_leads(source, data, context),
+            leads=_leads(plan, source, data, context),
         )
 
 
@@ -161,9 +162,14 @@ def file_size_at(plan: Plan, bits: Bits, source: FloatModel, data: Dataset, cont
     return file_size(emit_model(solved, provenance(source, data, context)).model)
 
 
-def _leads(source: FloatModel, data: Dataset, context: Context) -> Floats | None:
+def _own_outputs(plan: Plan, data: Dataset) -> dict[str, Any]:
+    """Return the first outputs of the float model that stand for themselves."""
+    return {name: x for name, x in data.first_outputs.items() if name in plan.written.judged.whole}
+
+
+def _leads(plan: Plan, source: FloatModel, data: Dataset, context: Context) -> Floats | None:
     """Return the leads of the float model's best class on all samples; None where it gives no class scores."""
-    name = scores_among(data.first_outputs)
+    name = scores_among(_own_outputs(plan, data))
     if name is None:
         return None
     batches = itertools.chain.from_iterable(
@@ -239,10 +245,12 @@ def _check_accuracy(quantized: Quantized, drop: Drop, source: FloatModel, data: 
     size = context.options.batch_size
     with private_directory() as work:
         session = quantized_session(to_bytes_or_file(quantized.emitted.model, work, "quantized"), context)
-        outputs = compare_outputs(source.session, session, data.held_back, size)
+        prepared = quantized.chosen.plan.written
+        outputs = compare_outputs(source.session, session, data.held_back, size, selected=prepared.judged.selected)
+        outputs += compare_parts(prepared, quantized.emitted.model, data, context)
         changes = None
         if drop.points is not None:
-            name = scores_among(data.first_outputs)
+            name = scores_among(_own_outputs(quantized.chosen.plan, data))
             assert name is not None
             changes = np.concatenate([
                 lead_changes(source.session.run(feeds, [name])[name], session.run(feeds, [name])[name])

@@ -20,8 +20,8 @@ import onnx_ir as ir
 from comq_onnx.arrays import spread_indices
 from comq_onnx.calibrate.walk import walk
 from comq_onnx.context import Context, Journal, silent
+from comq_onnx.evaluate import JudgedSession
 from comq_onnx.metrics import lead_changes, scores_among, sqnr_of
-from comq_onnx.model.files import private_directory, to_bytes_or_file
 from comq_onnx.model.layers import Layer
 from comq_onnx.plan.initial_bits import REFERENCE_BITS
 from comq_onnx.plan.plan import Plan
@@ -216,7 +216,8 @@ class _Outputs:
         feeds = list(samples.batches(context.options.batch_size))
         session = _session(plan.written.model, plan, context.device)
         expected = [session.run(one) for one in feeds]
-        return cls(plan, context.device, feeds, expected, scores_among(expected[0]))
+        own = {name: x for name, x in expected[0].items() if name in plan.written.judged.whole}
+        return cls(plan, context.device, feeds, expected, scores_among(own))
 
     @property
     def has_floats(self) -> bool:
@@ -273,13 +274,16 @@ def _activation_noise(solved: Solved, outputs: _Outputs) -> Noise:
     return outputs.noise_of(Solved(alone, {}, solved.activation_grids), level=0)
 
 
-def _session(model: ir.Model, plan: Plan, device: str, level: int | None = None) -> Session:
-    """Load a model as its target computes it; level: that of ONNX Runtime's optimization."""
-    with private_directory() as work:
+def _session(model: ir.Model, plan: Plan, device: str, level: int | None = None) -> JudgedSession:
+    """Load a model for the values by which it is judged; level: that of ONNX Runtime's optimization."""
+
+    def load(source: bytes | str) -> Session:
         return Session(
-            to_bytes_or_file(model, work, "survey"), device, level=level, what="the model for the survey",
-            float_matmul_nbits=True, disable_qdq_fusion=plan.target.runs_outside_ort,
+            source, device, level=level, what="the model for the survey", float_matmul_nbits=True,
+            disable_qdq_fusion=plan.target.runs_outside_ort,
         )  # fmt: skip
+
+    return JudgedSession.of(model, plan.written.judged, load)
 
 
 def _floats(outputs: Tensors) -> Tensors:

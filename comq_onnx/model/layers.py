@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import onnx_ir as ir
 from comq_onnx.errors import ModelError, OptionError, did_you_mean
 from comq_onnx.model import graph as graphs
 from comq_onnx.model.graph import HALF
+from comq_onnx.model.judged import Judged, judged
 from comq_onnx.model.op_kind import NotQuantizable, OpKind
 from comq_onnx.model.operators import OP_KINDS, MatMulLeft
 
@@ -73,6 +75,11 @@ class Prepared:
     layers: list[Layer]
     skipped: dict[str, str]
     notes: list[str] = field(default_factory=list)
+
+    @cached_property
+    def judged(self) -> Judged:
+        """Return the values by which the model is judged once it is quantized."""
+        return judged(self.model)
 
     @property
     def opset(self) -> int:

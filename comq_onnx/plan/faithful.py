@@ -68,7 +68,8 @@ def _fidelity(prepared: Prepared, source: FloatModel, data: Dataset, context: Co
     with private_directory() as work:
         model = to_bytes_or_file(prepared.model, work, "prepared")
         outputs = Session(model, context.device, what="the prepared model").run(data.first_feeds)
-    expected = dict(data.first_outputs)
+    # a rounding error moves rows that are selected, which says nothing
+    expected = {name: x for name, x in data.first_outputs.items() if name not in prepared.judged.selected}
     found = sqnr_of(expected, outputs)
     if found < SAME_DB and sqnr_of(expected, source.session.run(data.first_feeds)) < SAME_DB:
         context.journal.warnings.append(

@@ -85,6 +85,7 @@ def build_report(
         size={"before": source.file.size, "after": size},
         activations=_activations(solved),
         outputs=evaluation.outputs,
+        matches=evaluation.matches,
         latency_ms=evaluation.latency_ms,
         kernels={} if kernels is None else kernels.integer,
         float_kernels={} if kernels is None else kernels.floating,

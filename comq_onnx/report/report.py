@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from comq_onnx.bits.tradeoff import FrontierPoint
 from comq_onnx.evaluate import FLOAT_PRODUCTS
-from comq_onnx.metrics import OutputComparison
+from comq_onnx.metrics import OutputComparison, OutputMatch
 from comq_onnx.model.files import write_text
 from comq_onnx.report.inputs import InputReport
 
@@ -116,7 +116,8 @@ class Report:
     seconds: that each part of the run took, and all of it (`total`)
     peak_rss_mb: the most memory that the process took, in MB; NaN where the system does not tell
     size: bytes of the model before and after
-    outputs: how each output compares with that of the source, on samples held back
+    outputs: how each output compares with that of the source, on samples held back; and each part that it is judged by
+    matches: how many rows or whole numbers of an output are those of the source, where noise tells nothing
     latency_ms: of one sample in one thread, before and after
     kernels, float_kernels: how many operators of each type ONNX Runtime runs in integers, and how many in float
     activations: the quantized ones, in graph order
@@ -142,6 +143,7 @@ class Report:
     peak_rss_mb: float = 0.0
     size: dict[str, int] = field(default_factory=dict)
     outputs: list[OutputComparison] = field(default_factory=list)
+    matches: list[OutputMatch] = field(default_factory=list)
     latency_ms: dict[str, float] = field(default_factory=dict)
     kernels: dict[str, int] = field(default_factory=dict)
     float_kernels: dict[str, int] = field(default_factory=dict)

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from comq_onnx.bits.tradeoff import FrontierPoint
-from comq_onnx.metrics import OutputComparison
+from comq_onnx.metrics import OutputComparison, OutputMatch
 from comq_onnx.report.advice import advise
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ def render(report: Report, verbose: bool = False) -> RenderableType:
         parts.append(_frontier_table(report.frontier))
     if report.outputs:
         parts.append(_output_table(report.outputs))
+    if report.matches:
+        parts.append(_match_table(report.matches))
     if report.size:
         parts.append(Text(_gains_text(report)))
     parts += [Text(f"note: {note}") for note in report.notes]
@@ -87,6 +89,19 @@ def _skipped_table(skipped: dict[str, str], verbose: bool) -> Table:
         table.add_row(Text(name), Text(reason))
     if not verbose and len(items) > 6:
         table.add_row("...", f"{len(items) - 6} more with -v")
+    return table
+
+
+def _match_table(matches: list[OutputMatch]) -> Table:
+    """Lay out the outputs of whole numbers, and those whose rows depend on the data."""
+    table = Table(title="the same on those samples", title_justify="left", box=None, pad_edge=False)
+    table.add_column("output", overflow="fold", max_width=46)
+    for name in ("float model", "quantized", "in both"):
+        table.add_column(name, justify="right")
+    for match in matches:
+        table.add_row(
+            Text(match.name), f"{match.before:,}", f"{match.after:,}", f"{match.matched:,} ({match.share:.1%})"
+        )
     return table
 
 

@@ -19,7 +19,7 @@ from comq_onnx.errors import ModelError
 from comq_onnx.metrics import ComparisonSums, OutputComparison, OutputMatch, add_matches, match_rows, match_values
 from comq_onnx.model.files import private_directory, to_bytes_or_file
 from comq_onnx.model.float_model import FloatModel
-from comq_onnx.model.judged import Judged, judged_model
+from comq_onnx.model.judged import Judged, judged, judged_model
 from comq_onnx.model.layers import Prepared
 from comq_onnx.model.source import as_path, load_source, read_model
 from comq_onnx.options.samples import SampleOptions
@@ -57,6 +57,7 @@ class Comparison:
     """Hold the comparison of two models on the same samples.
 
     outputs: how near each output of the second model is to that of the first
+    matches: the outputs of whole numbers, and those whose rows depend on the data
     size: the bytes of both files, before and after
     latency_ms: the median milliseconds of both for one sample on one thread, before and after
     kernels, float_kernels: the integer operators of the second and all others, by type, as ONNX Runtime runs it (see
@@ -65,6 +66,7 @@ class Comparison:
     """
 
     outputs: list[OutputComparison]
+    matches: list[OutputMatch]
     size: dict[str, int]
     latency_ms: dict[str, float]
     kernels: dict[str, int]
@@ -119,10 +121,12 @@ def compare(
         _check_outputs(first, second, paths)
         found = load_samples(samples, first.inputs, SampleOptions(preprocess=preprocess), count, seed)
         data = found.take(np.arange(min(count, len(found))))
+        selected = judged(read_model(paths[0])).selected
         times = latency([Session(path, device, threads=1) for path in paths], data, seconds)
         kernels = executed_kernels(paths[1], device)
         return Comparison(
-            outputs=compare_outputs(first, second, data, batch_size),
+            outputs=compare_outputs(first, second, data, batch_size, selected=selected),
+            matches=match_outputs(first, second, data, batch_size, selected),
             size={"before": sizes[0], "after": sizes[1]},
             latency_ms={"before": times[0], "after": times[1]},
             kernels=kernels.integer, float_kernels=kernels.floating, samples=len(data),
@@ -153,7 +157,9 @@ def evaluate(source: FloatModel, prepared: Prepared, path: Path, data: Dataset, 
         lambda done, total: context.progress("compare", done, total), prepared.judged.selected,
     )  # fmt: skip
     outputs += compare_parts(prepared, read_model(path), data, context)
-    matches = match_outputs(source.session, session, data, prepared.judged, context)
+    matches = match_outputs(
+        source.session, session, data.held_back, context.options.batch_size, prepared.judged.selected
+    )
     source.session.close()
     source.file.check()
     lost = [f"{o.name} {o.sqnr_db:.1f} dB" for o in outputs if not o.sqnr_db >= LEAST_DB]
@@ -215,10 +221,10 @@ class JudgedSession:
 
 def compare_parts(prepared: Prepared, quantized: ir.Model, data: Dataset, context: Context) -> list[OutputComparison]:
     """Compare, on the samples held back, the values that stand for outputs which do not stand for themselves."""
-    judged = prepared.judged
-    own = set(judged.whole)
-    label = {value: f"{output}: {value}" for output, values in judged.values.items() for value in values}
-    parts = Judged({o: values for o, values in judged.values.items() if o not in own}, judged.selected)
+    found = prepared.judged
+    own = set(found.whole)
+    label = {value: f"{output}: {value}" for output, values in found.values.items() for value in values}
+    parts = Judged({o: values for o, values in found.values.items() if o not in own}, found.selected)
     if not parts.values:
         return []
     before = JudgedSession.of(prepared.model, parts, lambda x: Session(x, context.device, what="the prepared model"))
@@ -233,19 +239,18 @@ def compare_parts(prepared: Prepared, quantized: ir.Model, data: Dataset, contex
 
 
 def match_outputs(
-    before: Session, after: Session, data: Dataset, judged: Judged, context: Context
+    before: Session, after: Session, samples: Samples, batch_size: int, selected: Collection[str]
 ) -> list[OutputMatch]:
-    """Match, on the samples held back, the outputs of whole numbers and those whose rows depend on the data."""
-    names = [
-        name
-        for name, x in data.first_outputs.items()
-        if isinstance(x, np.ndarray) and (name in judged.selected or x.dtype.kind in "iub")
-    ]
+    """Run both models on `samples` and match the outputs of whole numbers, and those whose rows depend on the data.
+
+    selected: the outputs whose rows depend on the data
+    """
+    names = [name for name in before.output_names if name in selected or name in before.whole_numbers]
     found: dict[str, OutputMatch] = {}
-    for feeds in data.held_back.batches(context.options.batch_size) if names else ():
+    for feeds in samples.batches(batch_size) if names else ():
         first, second = before.run(feeds, names), after.run(feeds, names)
         for name in names:
-            match = match_rows if name in judged.selected else match_values
+            match = match_rows if name in selected else match_values
             one = match(first[name], second[name], name)
             found[name] = add_matches(found[name], one) if name in found else one
     return list(found.values())

@@ -306,3 +306,12 @@ def test_an_exact_session_changes_nothing_without_such_products() -> None:
         Session(model("Erf", "y"), threads=1, float_matmul_nbits=exact).run({"x": x})["y"] for exact in (True, False)
     )
     assert np.array_equal(one, other)
+
+
+def test_models_that_select_are_compared_by_the_rows_that_both_give(tmp_path: Path) -> None:
+    onnx.save(selecting(), tmp_path / "before.onnx")
+    comq_onnx.quantize(tmp_path / "before.onnx", tmp_path / "after.onnx", images(), bits=8, device="cpu")
+    found = comq_onnx.compare(tmp_path / "before.onnx", tmp_path / "after.onnx", images(16), seconds=0.0)
+    assert found.outputs == []
+    assert [match.name for match in found.matches] == ["found", "which"]
+    assert min(match.share for match in found.matches) > 0.8

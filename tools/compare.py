@@ -38,6 +38,8 @@ def tables(found: comq_onnx.Comparison) -> list[Table]:
     both.add_row("integer", ", ".join(f"{n} {op}" for op, n in found.kernels.items()) or "none")
     both.add_row("others", ", ".join(f"{n} {op}" for op, n in found.float_kernels.items()) or "none")
     both.add_row("by", f"onnxruntime {onnxruntime.__version__}")
+    for match in found.matches:
+        outputs.add_row(f"{match.name}: {match.share:.1%} of its rows or numbers in both")
     return [outputs, both]
 
 

@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from detectors import images, selecting
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
+import comq_onnx
 from comq_onnx.evaluate import INTEGER_KERNELS, compare_outputs, executed_kernels, latency
 from comq_onnx.metrics import looks_like_scores, sqnr_of
 from comq_onnx.runtime.session import Session

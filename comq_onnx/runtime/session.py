@@ -39,6 +39,7 @@ _DTYPES = {
     "int16": np.int16, "int8": np.int8, "uint64": np.uint64, "uint32": np.uint32, "uint16": np.uint16,
     "uint8": np.uint8, "bool": np.bool_, "string": np.object_,
 }  # fmt: skip
+_WHOLE = r"tensor\((u?int\d+|bool)\)"
 _FLOATING = ("tensor(float)", "tensor(double)", "tensor(float16)")
 # what allocators say: ONNX Runtime's own, C++'s, Python's, CUDA's
 _NO_MEMORY = re.compile(r"allocate memory|bad.?alloc|out of memory|unable to allocate|ALLOC_FAILED", re.IGNORECASE)

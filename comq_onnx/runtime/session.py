@@ -175,9 +175,8 @@ class Session:
         # numbers that stay on the device; integers are mostly shapes and indices, which are needed on the CPU
         self._floating = {o.name for o in session.get_outputs() if o.type in _FLOATING}
         self._tensors = {o.name for o in session.get_outputs() if _is_numeric(o.type)}
-        self.whole_numbers = self._tensors - {
-            o.name for o in session.get_outputs() if "float" in o.type or "double" in o.type
-        }
+        # names of the outputs of whole numbers and truth values
+        self.whole_numbers = {o.name for o in session.get_outputs() if re.fullmatch(_WHOLE, o.type)}
         self._session: Any = session
         self._what, self._check = what, check
         self._device = device

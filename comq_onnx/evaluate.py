@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections import Counter
@@ -28,6 +29,7 @@ from comq_onnx.runtime.session import Session, has_device
 from comq_onnx.samples.dataset import Dataset
 from comq_onnx.samples.load import load_samples
 from comq_onnx.samples.samples import Samples
+from comq_onnx.solve.grid import MAX_BITS
 
 # op types of matrix products and convolutions in integers, in graphs that ONNX Runtime has optimized
 INTEGER_PRODUCTS = frozenset(
@@ -48,6 +50,8 @@ INTEGER_KERNELS = INTEGER_PRODUCTS | frozenset(
 TIMED_SECONDS = 2.0
 # an output with a lower SQNR is hardly of use; few bits may cost that much, but never without a warning
 LEAST_DB = 5.0
+# more samples than these rarely help
+ENOUGH_SAMPLES = 128
 # a model that takes so many times as long as its source gets a warning
 SLOWER = 1.05
 
@@ -162,12 +166,7 @@ def evaluate(source: FloatModel, prepared: Prepared, path: Path, data: Dataset, 
     )
     source.session.close()
     source.file.check()
-    lost = [f"{o.name} {o.sqnr_db:.1f} dB" for o in outputs if not o.sqnr_db >= LEAST_DB]
-    if lost:
-        journal.warnings.append(
-            f"the quantized model's outputs are far from its source's (SQNR {', '.join(lost)}): give more --bits, "
-            "more samples, or --exclude the layers of most error"
-        )
+    _warn_of_noise(outputs, data, context)
     device = context.target.device
     if device is None or not has_device(device):
         journal.notes.append(
@@ -182,6 +181,33 @@ def evaluate(source: FloatModel, prepared: Prepared, path: Path, data: Dataset, 
             "try --activations none, or --exclude the layers of least weight"
         )
     return Evaluation(outputs, matches, {"before": before, "after": after}, executed_kernels(path, device))
+
+
+def _warn_of_noise(outputs: Sequence[OutputComparison], data: Dataset, context: Context) -> None:
+    """Warn where an output is mostly noise."""
+    lost = [f"{o.name} {o.sqnr_db:.1f} dB" for o in outputs if not o.sqnr_db >= LEAST_DB]
+    if lost:
+        context.journal.warnings.append(
+            f"the quantized model's outputs are far from its source's (SQNR {', '.join(lost)}): "
+            + remedies(context.options.bits, len(data.calibration) + len(data.held_back), context.options.activations)
+        )
+
+
+def remedies(bits: int | float | str, samples: int, activations: str) -> str:
+    """Say what may bring outputs nearer to the source's: options that were not given yet, in words.
+
+    bits: as asked for, or the fewest of any layer; samples: how many were given; activations: as asked for
+    """
+    found = []
+    if bits == "auto":
+        found.append("a larger --size or a smaller --max-drop")
+    elif not isinstance(bits, str) and bits < MAX_BITS:
+        found.append(f"--bits {min(2 * math.ceil(bits), MAX_BITS)}")
+    if samples < ENOUGH_SAMPLES:
+        found.append(f"{ENOUGH_SAMPLES} samples or more")
+    if activations != "none":
+        found.append("--activations none")
+    return f"try {' or '.join(found)}" if found else "try --exclude for the layers that lose most"
 
 
 def quantized_session(model: Path | bytes | str, context: Context) -> Session:

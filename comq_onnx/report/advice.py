@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING
+
+from comq_onnx.evaluate import ENOUGH_SAMPLES, remedies
 
 if TYPE_CHECKING:
     from comq_onnx.report.report import LayerReport, Report
@@ -38,20 +41,17 @@ def advise(report: Report) -> list[Advice]:
 
 def _advise_on_outputs(report: Report) -> Advice | None:
     agreements = [o.top1_agreement for o in report.outputs if o.top1_agreement is not None]
-    worst = min(o.sqnr_db for o in report.outputs)
+    # outputs of class scores are judged by their classes
+    worst = min((o.sqnr_db for o in report.outputs if o.top1_agreement is None), default=math.inf)
     if agreements and min(agreements) < LOW_AGREEMENT:
         what = f"top-1 agreement {min(agreements):.1%}"
-    elif not agreements and worst < LOW_SQNR_DB:
+    elif worst < LOW_SQNR_DB:
         what = f"SQNR {worst:.1f} dB"
     else:
         return None
-    bits = min(layer.bits for layer in report.layers)
-    more = [f"--bits {min(2 * bits, 8)}"] if bits < 8 else []
-    if report.samples.get("used", 128) < 128:
-        more.append("128 samples or more")
-    if report.options.get("activations") != "none":
-        more.append("--activations none")
-    first = " or ".join(more) or "--exclude for the layers that lose most"
+    bits = "auto" if report.options.get("bits") == "auto" else min(layer.bits for layer in report.layers)
+    samples = report.samples.get("used", ENOUGH_SAMPLES) + report.samples.get("held_back", 0)
+    first = remedies(bits, samples, str(report.options.get("activations"))).removeprefix("try ")
     return Advice(what, f"{first}; docs/accuracy.md says what to try in which order")
 
 

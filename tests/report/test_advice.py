@@ -43,6 +43,25 @@ def test_outputs_that_moved_and_outliers_are_told() -> None:
     assert "SQNR 5.0 dB" in advise(report(outputs=embedding))[0].found
 
 
+def test_no_advice_names_what_was_given() -> None:
+    moved = [OutputComparison("embedding", 5.0, 0.8, None)]
+    given = {"used": 112, "held_back": 16}
+    for options, words in (
+        ({"bits": 4, "activations": "auto"}, "--bits 8 or --activations none;"),
+        ({"bits": 4, "activations": "none"}, "--bits 8;"),
+        ({"bits": "auto", "activations": "none"}, "a larger --size or a smaller --max-drop;"),
+    ):
+        (hint,) = advise(report(layers=[layer(0)], outputs=moved, options=options, samples=given))
+        assert hint.remedy.startswith(words)
+    (hint,) = advise(report(layers=[layer(0)], outputs=moved, samples={"used": 28, "held_back": 4}))
+    assert "128 samples or more" in hint.remedy
+
+
+def test_a_part_that_is_noise_is_told_beside_classes_that_agree() -> None:
+    outputs = [OutputComparison("logits", 25.0, 1.0, 0.99), OutputComparison("y: scores", 4.0, 0.7, None)]
+    assert advise(report(outputs=outputs))[0].found == "SQNR 4.0 dB"
+
+
 def test_a_layer_that_missed_its_kernel_is_told() -> None:
     (hint,) = advise(report(layers=[layer(0), layer(1, kernel="Conv")]))
     assert "1 layer written for integer kernels" in hint.found

@@ -13,6 +13,7 @@ import onnx
 from typing_extensions import Unpack
 
 from comq_onnx.bits.choose import Chosen, choose_and_solve, choose_bits, has_choice, make_tradeoff
+from comq_onnx.calibrate.integer_loss import without_lossy_integers
 from comq_onnx.context import Context, Progress, silent
 from comq_onnx.errors import OptionError, OutOfMemory
 from comq_onnx.evaluate import evaluate
@@ -115,6 +116,7 @@ def _run(path: Path, out: Path, samples: SampleSource, context: Context) -> Repo
         source = open_model(path, context)
         data = load_dataset(source, samples, context)
         planned = make_plan(source, prepare_faithfully(source, data, context), data, context)
+        planned = without_lossy_integers(planned, data, context)
     context.progress("prepare", 1, 1)
     quantized = choose_and_solve(planned, source, data, context)
     # a file that does not load or run never gets the name of the output
@@ -129,6 +131,7 @@ def _plan(path: Path, samples: SampleSource, context: Context) -> Report:
         source = open_model(path, context)
         data = load_dataset(source, samples, context)
         planned = make_plan(source, prepare_faithfully(source, data, context), data, context)
+        planned = without_lossy_integers(planned, data, context)
     options = context.options
     if samples is None and options.fixed_bits is not None and not options.sensitivity:
         if has_choice(planned, context):

@@ -7,5 +7,6 @@ cut_tensors: keep the tensors between two stages
 layer_moments: sum the moments of a layer's input
 layer_solver: solve the layers of a stage, each weight once
 observed_ranges: gather the ranges of activations, and make grids of them
+integer_loss: take layers out of integers whose activations alone make noise of the outputs
 finite: refuse numbers that cannot be calibrated on
 """

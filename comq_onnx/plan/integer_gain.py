@@ -59,7 +59,7 @@ def choose(
     best = plan(layers)
     chosen, least = set(best.integer_layers), cost_model.time(best)
     convolutions = {layer.name for layer in layers if layer.name in chosen and is_measured(layer)}
-    regions = [region & convolutions for region in _joined(prepared, best)]
+    regions = [region & convolutions for region in join_layers(prepared, best)]
     regions += [{layer.name} for layer in layers if layer.name in convolutions]
     for sweep in range(SWEEPS):
         before = least
@@ -205,7 +205,7 @@ def _outputs(layer: Layer) -> int:
     return int(layer.weight_shape[layer.kind.axis]) if layer.kind.axis is not None else 1
 
 
-def _joined(prepared: Prepared, plan: ActivationPlan) -> list[set[str]]:
+def join_layers(prepared: Prepared, plan: ActivationPlan) -> list[set[str]]:
     """Return the regions of layers that are joined by values that stay quantized from one layer to the next."""
     values = {str(v.name): v for node in prepared.model.graph for v in node.outputs}
     home: dict[str, set[str]] = {name: {name} for name in plan.integer_layers}

@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 
 from comq_onnx.context import Context
-from comq_onnx.errors import ModelError
+from comq_onnx.errors import ModelError, RuntimeFailure
 from comq_onnx.metrics import ComparisonSums, OutputComparison
 from comq_onnx.model.files import private_directory
 from comq_onnx.model.float_model import FloatModel
@@ -44,6 +44,9 @@ INTEGER_KERNELS = INTEGER_PRODUCTS | frozenset(
 TIMED_SECONDS = 2.0
 # below this an output is more noise than a user would put up with; it may be what few bits cost, but never silently
 LEAST_DB = 5.0
+# what ONNX Runtime's optimizations may change of an output's SQNR before it is said, and an SQNR above which
+# differences are those of float32 sums
+SAME_DB, MOST_DB = 1.0, 60.0
 # a model that takes so many times its source's time is warned about
 SLOWER = 1.05
 
@@ -122,13 +125,15 @@ def compare(
 def evaluate(source: FloatModel, path: Path, data: Dataset, context: Context) -> Evaluation:
     """Compare the quantized model at `path` with its source on the samples held back.
 
-    Warns where an output is mostly noise, or the model slower than its source. Releases the source's session.
+    Warns where an output is mostly noise, where it depends on ONNX Runtime's optimizations, and where the model is
+    slower than its source. Releases the source's session.
     """
     journal = context.journal
     outputs = compare_outputs(
         source.session, quantized_session(path, context), data.held_back, context.options.batch_size,
         lambda done, total: context.progress("compare", done, total),
     )  # fmt: skip
+    _compare_levels(outputs, source, path, data, context)
     source.session.close()
     source.file.check()
     lost = [f"{o.name} {o.sqnr_db:.1f} dB" for o in outputs if not o.sqnr_db >= LEAST_DB]
@@ -160,6 +165,58 @@ def quantized_session(model: Path | bytes | str, context: Context) -> Session:
         model, context.device, what="the quantized model", float_matmul_nbits=context.device != context.target.device,
         disable_qdq_fusion=context.target.runs_outside_ort,
     )  # fmt: skip
+
+
+def _compare_levels(
+    outputs: Sequence[OutputComparison], source: FloatModel, path: Path, data: Dataset, context: Context
+) -> None:
+    """Say where a model gives other outputs as it is written than at ONNX Runtime's default optimization level.
+
+    outputs: how near they are as the target computes them. Optimizations that fuse integers may change what a model
+    computes; rounding the inputs of weight-only products to 8 bits is what ONNX Runtime's CPU does by default.
+    """
+
+    def compared(literal: bool = False, exact: bool = False) -> list[OutputComparison]:
+        session = Session(
+            path, context.device, what="the quantized model", float_matmul_nbits=exact, disable_qdq_fusion=literal
+        )
+        return compare_outputs(source.session, session, data.held_back, context.options.batch_size)
+
+    if context.target.runs_outside_ort:
+        try:
+            written, default = outputs, compared()
+        except (ModelError, RuntimeFailure) as error:
+            context.journal.warnings.append(
+                f"ONNX Runtime's default optimizations fail on the quantized model: {error}"
+            )
+            return
+    else:
+        written, default = compared(literal=True), outputs
+    apart = _apart(written, default)
+    if not apart:
+        return
+    if not _apart(written, compared(exact=True)):
+        context.journal.notes.append(
+            f"ONNX Runtime's CPU rounds the inputs of weight-only products to 8 bits: {apart}; the session option "
+            "session.qdq_matmulnbits_accuracy_level=1 keeps them float"
+        )
+        return
+    context.journal.warnings.append(
+        f"ONNX Runtime's optimizations change what the quantized model computes (SQNR {apart}): judge it on its own "
+        "runtime, or set session.disable_quant_qdq=1"
+    )
+
+
+def _apart(written: Sequence[OutputComparison], default: Sequence[OutputComparison]) -> str:
+    """Name the outputs whose SQNR is another as written than by default, with both figures; "" where there are none."""
+    pairs = list(zip(written, default, strict=True))
+    return ", ".join(
+        f"{one.name} {one.sqnr_db:.1f} dB as written, {other.sqnr_db:.1f} dB by default"
+        for one, other in pairs
+        # outputs that are noise in both differ by chance
+        if max(one.sqnr_db, other.sqnr_db) >= LEAST_DB
+        and not abs(min(one.sqnr_db, MOST_DB) - min(other.sqnr_db, MOST_DB)) <= SAME_DB
+    )
 
 
 def compare_outputs(

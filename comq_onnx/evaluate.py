@@ -16,11 +16,12 @@ import onnx
 import onnx_ir as ir
 
 from comq_onnx.context import Context
-from comq_onnx.errors import ModelError
+from comq_onnx.errors import ModelError, RuntimeFailure
 from comq_onnx.metrics import ComparisonSums, OutputComparison, OutputMatch, add_matches, match_rows, match_values
-from comq_onnx.model.files import private_directory, to_bytes_or_file
+from comq_onnx.model.files import private_directory
 from comq_onnx.model.float_model import FloatModel
-from comq_onnx.model.judged import Judged, judged, judged_model
+from comq_onnx.model.judged import Judged, judged
+from comq_onnx.model.judged_session import JudgedSession
 from comq_onnx.model.layers import Prepared
 from comq_onnx.model.source import as_path, load_source, read_model
 from comq_onnx.options.samples import SampleOptions
@@ -52,6 +53,9 @@ TIMED_SECONDS = 2.0
 LEAST_DB = 5.0
 # more samples than these rarely help
 ENOUGH_SAMPLES = 128
+# what ONNX Runtime's optimizations may change of an output's SQNR before it is said, and an SQNR above which
+# differences are those of float32 sums
+SAME_DB, MOST_DB = 1.0, 60.0
 # a model that takes so many times as long as its source gets a warning
 SLOWER = 1.05
 
@@ -150,7 +154,8 @@ def _check_outputs(first: Session, second: Session, paths: Sequence[Path]) -> No
 def evaluate(source: FloatModel, prepared: Prepared, path: Path, data: Dataset, context: Context) -> Evaluation:
     """Compare the quantized model at `path` with its source on the samples held back.
 
-    Warns where an output is mostly noise, or where the model is slower than its source. Closes the source's session.
+    Warns where an output is mostly noise, where it depends on ONNX Runtime's optimizations, or where the model is
+    slower than its source. Closes the source's session.
 
     prepared: the model that was quantized
     """
@@ -160,6 +165,7 @@ def evaluate(source: FloatModel, prepared: Prepared, path: Path, data: Dataset, 
         source.session, session, data.held_back, context.options.batch_size,
         lambda done, total: context.progress("compare", done, total), prepared.judged.selected,
     )  # fmt: skip
+    _compare_levels(outputs, source, path, data, context, prepared.judged.selected)
     outputs += compare_parts(prepared, read_model(path), data, context)
     matches = match_outputs(
         source.session, session, data.held_back, context.options.batch_size, prepared.judged.selected
@@ -219,32 +225,6 @@ def quantized_session(model: Path | bytes | str, context: Context) -> Session:
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class JudgedSession:
-    """Run a model for the values by which it is judged.
-
-    names: the name of each value in the session's model
-    """
-
-    session: Session
-    names: Mapping[str, str]
-
-    @classmethod
-    def of(cls, model: ir.Model, found: Judged, load: Callable[[bytes | str], Session]) -> JudgedSession:
-        """Load what makes the judged values of a model; load: makes the session."""
-        if found.is_plain:
-            part, names = model, {name: name for name in found.names}
-        else:
-            part, names = judged_model(model, found)
-        with private_directory() as work:
-            return cls(load(to_bytes_or_file(part, work, "judged")), names)
-
-    def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the judged values by name. Raises RuntimeFailure where the model cannot run."""
-        found = self.session.run(feeds, list(self.names.values()))
-        return {name: found[there] for name, there in self.names.items()}
-
-
 def compare_parts(prepared: Prepared, quantized: ir.Model, data: Dataset, context: Context) -> list[OutputComparison]:
     """Compare, on the samples held back, the values that stand for outputs which do not stand for themselves."""
     found = prepared.judged
@@ -280,6 +260,63 @@ def match_outputs(
             one = match(first[name], second[name], name)
             found[name] = add_matches(found[name], one) if name in found else one
     return list(found.values())
+
+
+def _compare_levels(
+    outputs: Sequence[OutputComparison],
+    source: FloatModel,
+    path: Path,
+    data: Dataset,
+    context: Context,
+    selected: Collection[str],
+) -> None:
+    """Say where a model gives other outputs as it is written than at ONNX Runtime's default optimization level.
+
+    outputs: how near they are as the target computes them. Optimizations that fuse integers may change what a model
+    computes; rounding the inputs of weight-only products to 8 bits is what ONNX Runtime's CPU does by default.
+    """
+
+    def compared(literal: bool = False, exact: bool = False) -> list[OutputComparison]:
+        session = Session(
+            path, context.device, what="the quantized model", float_matmul_nbits=exact, disable_qdq_fusion=literal
+        )
+        return compare_outputs(source.session, session, data.held_back, context.options.batch_size, selected=selected)
+
+    if context.target.runs_outside_ort:
+        try:
+            written, default = list(outputs), compared()
+        except (ModelError, RuntimeFailure) as error:
+            context.journal.warnings.append(
+                f"ONNX Runtime's default optimizations fail on the quantized model: {error}"
+            )
+            return
+    else:
+        written, default = compared(literal=True), list(outputs)
+    apart = _apart(written, default)
+    if not apart:
+        return
+    if not _apart(written, compared(exact=True)):
+        context.journal.notes.append(
+            f"ONNX Runtime's CPU rounds the inputs of weight-only products to 8 bits: {apart}; the session option "
+            "session.qdq_matmulnbits_accuracy_level=1 keeps them float"
+        )
+        return
+    context.journal.warnings.append(
+        f"ONNX Runtime's optimizations change what the quantized model computes (SQNR {apart}): judge it on its own "
+        "runtime, or set session.disable_quant_qdq=1"
+    )
+
+
+def _apart(written: Sequence[OutputComparison], default: Sequence[OutputComparison]) -> str:
+    """Name the outputs whose SQNR is another as written than by default, with both figures; "" where there are none."""
+    pairs = list(zip(written, default, strict=True))
+    return ", ".join(
+        f"{one.name} {one.sqnr_db:.1f} dB as written, {other.sqnr_db:.1f} dB by default"
+        for one, other in pairs
+        # outputs that are noise in both differ by chance
+        if max(one.sqnr_db, other.sqnr_db) >= LEAST_DB
+        and not abs(min(one.sqnr_db, MOST_DB) - min(other.sqnr_db, MOST_DB)) <= SAME_DB
+    )
 
 
 def compare_outputs(

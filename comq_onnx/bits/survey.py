@@ -20,8 +20,8 @@ import onnx_ir as ir
 from comq_onnx.arrays import spread_indices
 from comq_onnx.calibrate.walk import walk
 from comq_onnx.context import Context, Journal, silent
-from comq_onnx.evaluate import JudgedSession
 from comq_onnx.metrics import lead_changes, scores_among, sqnr_of
+from comq_onnx.model.judged_session import JudgedSession
 from comq_onnx.model.layers import Layer
 from comq_onnx.plan.initial_bits import REFERENCE_BITS
 from comq_onnx.plan.plan import Plan

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from comq_onnx.context import Context
-from comq_onnx.evaluate import JudgedSession
 from comq_onnx.metrics import sqnr_of
+from comq_onnx.model.judged_session import JudgedSession
 from comq_onnx.model.probe import probe
 from comq_onnx.plan.activation_grid import ActivationGrid
 from comq_onnx.plan.activations import ActivationPlan, plan_activations

@@ -8,6 +8,7 @@ graph: change onnx-ir graphs, in the few operations that everything else uses
 prepare: clean and fold a loaded model, raise its opset, and list its layers
 half_precision: turn half-precision arithmetic into float32
 judged: find the values by which a quantized model is judged
+judged_session: run a model for these values
 layers: list the layers of a graph, and select among them
 op_kind: define the contract of a kind of layer
 operators: describe matrix products and embeddings as kinds of layers, and list all kinds by operator

@@ -77,6 +77,7 @@ def prepare_model(model: ir.Model, wanted_opset: int, min_opset: int, fold: bool
         notes.append(
             "half-precision arithmetic became float32, which the CPU computes in anyway; inputs and outputs kept"
         )
+    _fold_alpha(model)
     model.ir_version = min(max(model.ir_version, 8), graphs.MAX_IR_VERSION)
     layers, skipped = list_layers(model)
     return Prepared(model, layers, skipped, notes)
@@ -164,6 +165,22 @@ class _AddIntoConv(pattern.RewriteRuleClassBase):  # type: ignore[misc]
         assert node is not None
         bias = op.initializer(ir.tensor(addend.const_value.numpy().reshape(-1)), name=f"{w.name}.bias")
         return op.Conv(x, w, bias, **node.attributes)
+
+
+def _fold_alpha(model: ir.Model) -> None:
+    """Multiply the alpha of each Gemm into its weight: a scale cannot take it where it is negative, 0 or very small."""
+    for node in model.graph.all_nodes():
+        alpha = node.attributes.get("alpha") if node.op_type == "Gemm" and node.domain == "" else None
+        source = node.inputs[1] if alpha is not None else None
+        weight = graphs.constant(source)
+        if alpha is None or source is None or weight is None or weight.dtype != np.float32:
+            continue
+        node.attributes.pop("alpha")
+        if float(alpha.value) != 1:
+            name = f"{source.name}.times_alpha"
+            product = graphs.add_initializer(model.graph, name, weight * np.float32(alpha.value))
+            node.replace_input_with(1, product)
+    passes.RemoveUnusedNodesPass()(model)
 
 
 def _should_fold(node: ir.Node) -> bool | None:

@@ -22,6 +22,8 @@ from comq_onnx.solve.rounding_error import span_errors
 Array: TypeAlias = npt.NDArray[np.float32]
 Codes: TypeAlias = npt.NDArray[np.int8]
 MIN_BITS, MAX_BITS = 2, 8
+# below the smallest normal number a scale loses bits, and 1 / scale overflows
+LEAST_SCALE = float(np.finfo(np.float32).tiny) * 256
 # the factors on a weight's span among which `fit_mse` chooses
 SHRINKS = np.linspace(1.05, 0.3, 26, dtype=np.float32)
 
@@ -125,8 +127,7 @@ def fit_span(least: Array, most: Array, grid: Grid, shrink: float = 1.0) -> tupl
         scale = np.asarray(np.maximum(-low, high) / grid.qmax, np.float32)
     else:
         scale = np.asarray((high - low) / (grid.qmax - grid.qmin), np.float32)
-    # below the smallest normal number a scale loses bits, and 1 / scale overflows
-    scale = np.where(scale > np.finfo(np.float32).tiny * 256, scale, np.float32(1))
+    scale = np.where(scale > LEAST_SCALE, scale, np.float32(1))
     if grid.symmetric:
         return np.asarray(scale, np.float32), np.zeros(np.shape(scale), np.int8)
     zero_point = np.clip(np.rint(grid.qmin - low / scale), grid.qmin, grid.qmax)

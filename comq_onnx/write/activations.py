@@ -6,7 +6,13 @@ import numpy as np
 import onnx_ir as ir
 
 from comq_onnx.model import graph as graphs
+from comq_onnx.model.layers import Layer
 from comq_onnx.plan.solved import Solved
+
+# operators that ONNX Runtime quantizes itself between two quantized values (it makes a Gemm of a MatMul and its Add)
+_TAKEN = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+# operators that it may fuse into those, or leave between one and the QuantizeLinear of its output
+_PASSED = frozenset({"Relu", "Clip", "Add", "Mul", "Sub", "Div", "BatchNormalization", "Identity", "Sum", "Dropout"})
 
 
 def integer_readers(solved: Solved, nodes: dict[str, ir.Node]) -> dict[str, list[tuple[ir.Node, int]]]:
@@ -79,3 +85,82 @@ def _pair(model: ir.Model, value: ir.Value, solved: Solved, home: ir.Graph | ir.
     else:
         home.insert_before(next(iter(home)), [quantize, dequantize])
     return dequantize.outputs[0]
+
+
+# Layers that stay float
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def keep_float(model: ir.Model, solved: Solved) -> None:
+    """Give float layers between quantized values an input that ONNX Runtime does not quantize them for.
+
+    It would round the float weight of such a layer to 8 bits, with one scale for all channels: of a layer that was
+    excluded, or that has finer scales. It does so only where the input has a scale of rank 0. So the layer reads a
+    DequantizeLinear of its own with the same scale for each channel.
+    """
+    layers = {layer.name: layer for layer in solved.plan.layers}
+    for node in list(model.graph.all_nodes()):
+        if node.op_type not in _TAKEN or node.domain not in ("", "ai.onnx"):
+            continue
+        place = _channels(node, layers.get(str(node.name)))
+        dequantize = node.inputs[0].producer() if node.inputs[0] is not None else None
+        if place is None or dequantize is None or not _is_activation(dequantize) or not _leads_to_quantize(node):
+            continue
+        axis, count = place
+        own = [dequantize.inputs[0]]
+        for part in dequantize.inputs[1:]:
+            number = graphs.constant(part)
+            assert number is not None
+            name = f"{node.name}.input_{'scale' if part is dequantize.inputs[1] else 'zero_point'}"
+            own.append(graphs.add_initializer(model.graph, name, np.full(count, number)))
+        value = graphs.insert(node, "DequantizeLinear", own, {"axis": axis}, f"{node.name}.input")
+        node.replace_input_with(0, value)
+
+
+def _channels(node: ir.Node, layer: Layer | None) -> tuple[int, int] | None:
+    """Return the axis of input channels of a layer's input and their number; None for integer layers and one channel.
+
+    layer: the layer of the node where it is quantized
+    """
+    weight = node.inputs[1] if len(node.inputs) > 1 else None
+    producer = weight.producer() if weight is not None else None
+    if weight is None or (producer is not None and producer.op_type == "DequantizeLinear"):
+        return None
+    if layer is not None:
+        shape: tuple[int, ...] = layer.weight_shape
+    elif graphs.is_constant(weight) and weight.const_value is not None:
+        shape = tuple(weight.const_value.shape.numpy())
+    else:
+        return None
+
+    def attribute(name: str, default: int) -> int:
+        return int(node.attributes[name].value) if name in node.attributes else default
+
+    if len(shape) < 2:
+        return None
+    axis, count = {
+        "Conv": (1, shape[1] * attribute("group", 1)),
+        "ConvTranspose": (1, shape[0]),
+        "Gemm": (1 - attribute("transA", 0), shape[attribute("transB", 0)]),
+        "MatMul": (-1, shape[-2]),
+    }[node.op_type]
+    return (axis, count) if count > 1 else None
+
+
+def _is_activation(node: ir.Node) -> bool:
+    """Tell whether a node is the DequantizeLinear of a quantized activation."""
+    codes = node.inputs[0].producer() if node.op_type == "DequantizeLinear" and node.inputs[0] is not None else None
+    return codes is not None and codes.op_type == "QuantizeLinear"
+
+
+def _leads_to_quantize(node: ir.Node) -> bool:
+    """Tell whether the output of a node goes into a QuantizeLinear and nowhere else."""
+    while True:
+        readers = list(node.outputs[0].uses())
+        if len(readers) != 1 or node.outputs[0].is_graph_output():
+            return False
+        node = readers[0][0]
+        if node.op_type == "QuantizeLinear":
+            return True
+        if node.op_type not in _PASSED:
+            return False

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx_ir as ir
 
 from comq_onnx.model import graph as graphs
 from comq_onnx.model.layers import Layer
-from comq_onnx.solve.grid import Array, QuantizedWeight
+from comq_onnx.solve.grid import LEAST_SCALE, Array, QuantizedWeight
 from comq_onnx.solve.layer import Solution
 
 
@@ -49,7 +51,6 @@ def float_bias(model: ir.Model, layer: Layer, solution: Solution) -> Array | Non
         bias = np.asarray(tensor.numpy(), np.float32).reshape(-1) * np.float32(layer.kind.beta)
     if solution.shift is None:
         return bias
-    # a Gemm's alpha is in the rows, and so in the shift
     shift = solution.shift.reshape(-1)
     return shift if bias is None else bias + shift
 
@@ -100,7 +101,8 @@ def _integer_bias(
     assert weight_scale is not None
     assert weight_scale.const_value is not None
     product = input_scale * np.asarray(weight_scale.const_value.numpy(), np.float32)
-    codes = np.rint(bias.astype(np.float64) / product).astype(np.int32)
+    most = np.iinfo(np.int32).max
+    codes = np.clip(np.rint(bias.astype(np.float64) / product), -most, most).astype(np.int32)
     parts = [graphs.add_initializer(model.graph, f"{layer.name}.bias_codes", codes)]
     if product.ndim:
         factor = graphs.add_initializer(model.graph, f"{layer.name}.input_scale", np.asarray(input_scale))
@@ -112,23 +114,26 @@ def _integer_bias(
 
 
 def fit_bias(weight: QuantizedWeight, bias: Array | None, input_scale: np.float32) -> QuantizedWeight:
-    """Return the weight with a larger scale in channels whose bias would not fit in int32 at scale s_x * s_w.
+    """Return the weight of an integer layer with other scales in channels whose bias they would not suit.
 
-    Such weights are almost zero beside their bias (a folded BatchNorm leaves some). A float bias would not help, since
-    ONNX Runtime makes it int32 itself, and clips it.
+    The bias becomes int32 of scale s_x * s_w; a float one too, since ONNX Runtime makes it int32 itself and clips it.
+    So a channel gets a larger scale where its bias does not fit (its weights are almost zero beside it, as a folded
+    BatchNorm leaves some), and where the product of the scales would lose bits. A channel of zeros takes any scale: it
+    gets the one at which its bias is most exact. Where a weight of one scale has such channels, each channel has one.
 
     bias: the bias, [out]
     input_scale: s_x
     """
-    if bias is None or weight.scale.shape[-1] != 1:
+    if weight.scale.shape[-1] != 1:
         return weight
-    needed = np.abs(bias).reshape(weight.scale.shape[:2])[..., None] / np.float64(input_scale) / 2**30
-    if weight.grid.per_tensor:
-        needed = np.full_like(needed, needed.max())
-    grown = needed > weight.scale
-    if not grown.any():
+    size = np.zeros(weight.scale.shape) if bias is None else np.abs(bias.astype(np.float64)).reshape(weight.scale.shape)
+    needed = np.maximum(size / 2**30, LEAST_SCALE) / np.float64(input_scale)
+    needed = np.minimum(needed, np.finfo(np.float32).max)
+    steps = weight.codes - weight.zero_point.astype(np.float64)
+    changed = (needed > weight.scale) | (~steps.any(axis=-1, keepdims=True) & (size > 0))
+    if not changed.any():
         return weight
-    scale = np.where(grown, needed, weight.scale).astype(np.float32)
-    zero = weight.zero_point.astype(np.float64)
-    steps = np.rint((weight.codes - zero) * (weight.scale.astype(np.float64) / scale))
-    return QuantizedWeight((steps + zero).astype(np.int8), scale, weight.zero_point, weight.grid)
+    scale = np.where(changed, needed, weight.scale).astype(np.float32)
+    steps = np.rint(steps * (weight.scale.astype(np.float64) / scale))
+    codes = (steps + weight.zero_point).astype(np.int8)
+    return QuantizedWeight(codes, scale, weight.zero_point, replace(weight.grid, per_tensor=False))

@@ -120,8 +120,8 @@ def _same_codes(stored: Numbers, last: ir.Node | None, layer: Layer, form: Weigh
     same = (codes == weight.codes).all(axis=-1)
     if form is WeightForm.INTEGER and last is not None and not same.all():
         scale = graphs.constant(last.inputs[1])
-        planned = channel_scale(layer, weight)
-        if scale is not None and scale.shape == planned.shape:
+        planned = channel_scale(weight)
+        if scale is not None and scale.size in (1, same.size):
             same |= np.broadcast_to(scale != planned, same.size).reshape(same.shape)
     return bool(same.all())
 
@@ -205,7 +205,7 @@ def _scale_faults(node: ir.Node, scale: Numbers, is_activation: bool, block: int
     """Find the faults of a scale; block: the size of its blocks, 0 where it has none."""
     if not (np.isfinite(scale).all() and (scale > 0).all()):
         yield "scales must be finite and above 0"
-    if is_activation and scale.ndim:
+    if is_activation and scale.ndim and (node.op_type == "QuantizeLinear" or _has_integer_reader(node)):
         yield f"an activation's scale has rank {scale.ndim}; only rank 0 runs in integers"
     if scale.ndim > 1 and not block:
         yield f"scales of rank {scale.ndim} without blocks"
@@ -214,6 +214,12 @@ def _scale_faults(node: ir.Node, scale: Numbers, is_activation: bool, block: int
         channels = codes.shape[_axis(node, codes)] if codes is not None and codes.shape else 1
         if channels != 1:
             yield "one scale for all is of rank 0, never of shape [1]"
+
+
+def _has_integer_reader(node: ir.Node) -> bool:
+    """Tell whether a reader of what a node dequantizes has a quantized weight too, and so should run in integers."""
+    makers = [v.producer() for reader, _ in node.outputs[0].uses() for v in reader.inputs[1:2] if v is not None]
+    return any(maker is not None and maker.op_type == "DequantizeLinear" for maker in makers)
 
 
 def _activation_faults(zero: Numbers | None, target: Target) -> Iterator[str]:

@@ -15,7 +15,7 @@ import onnx_ir.passes.common as passes
 from comq_onnx.model import graph as graphs
 from comq_onnx.model.layers import nodes_by_name
 from comq_onnx.plan.solved import Solved
-from comq_onnx.write.activations import emit_activation, integer_readers
+from comq_onnx.write.activations import emit_activation, integer_readers, keep_float
 from comq_onnx.write.weights import emit_layer, stored_bytes
 
 
@@ -61,6 +61,7 @@ def emit(model: ir.Model, solved: Solved) -> None:
     for name in solved.plan.activations.values:
         if name in values and name in solved.activation_grids:
             emit_activation(model, values[name], solved, readers.get(name, []))
+    keep_float(model, solved)
     passes.RemoveUnusedNodesPass()(model)
     # the new names may be taken already
     passes.NameFixPass()(model)

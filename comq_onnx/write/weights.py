@@ -49,13 +49,9 @@ def stored_bytes(model: ir.Model, layer: Layer) -> int:
     return sum(v.const_value.nbytes for v in values if v is not None and v.const_value is not None)
 
 
-def channel_scale(layer: Layer, weight: QuantizedWeight) -> Array:
-    """Return the scales as DequantizeLinear takes them: [channels], or of rank 0 where the weight has one scale.
-
-    They contain the alpha of a Gemm: its emitted form has none.
-    """
-    scale = weight.scale.flat[0] if weight.grid.per_tensor else weight.scale.reshape(-1)
-    return np.asarray(scale * np.float32(layer.kind.alpha), np.float32)
+def channel_scale(weight: QuantizedWeight) -> Array:
+    """Return the scales as DequantizeLinear takes them: [channels], or of rank 0 where the weight has one scale."""
+    return np.asarray(weight.scale.flat[0] if weight.grid.per_tensor else weight.scale.reshape(-1), np.float32)
 
 
 # Integer layers
@@ -73,14 +69,10 @@ def _emit_integer(
     """Write an integer layer; its bias is int32 where the target takes that."""
     node, input_scale = nodes[layer.name], solved.activation_grids[layer.input].scale
     integer_bias = solved.plan.target.integer_bias and not is_open_product(node)
-    if integer_bias:
-        weight = fit_bias(weight, bias, input_scale)
+    weight = fit_bias(weight, bias, input_scale)
     dequantized = _dequantize(model, node, layer, weight, solved)
     node.replace_input_with(layer.kind.weight_index, dequantized)
     set_bias(model, nodes, layer, bias, dequantized if integer_bias else None, input_scale)
-    if layer.op == "Gemm":
-        # alpha has gone into the scales
-        node.attributes.pop("alpha", None)
 
 
 def _dequantize(model: ir.Model, node: ir.Node, layer: Layer, weight: QuantizedWeight, solved: Solved) -> ir.Value:
@@ -111,7 +103,7 @@ def _dequantize_channels(
     zero = np.asarray(weight.zero_point.flat[0] if weight.grid.per_tensor else weight.zero_point.reshape(-1))
     packed = pack(zero, container) if with_zero or zero.any() else None
     attributes = {} if weight.grid.per_tensor else {"axis": axis}
-    return _insert_dequantize(model, node, layer, codes, channel_scale(layer, weight), packed, attributes)
+    return _insert_dequantize(model, node, layer, codes, channel_scale(weight), packed, attributes)
 
 
 def _insert_dequantize(
@@ -174,7 +166,7 @@ def _dequantize_blocks(
         return _dequantize_channels(model, node, layer, weight, codes, container, axis=1, with_zero=False)
     # the block of the solution that each stored block lies in
     source = np.minimum(np.arange(-(-inputs // block)) * block, inputs - 1) // (grid.block_size or inputs)
-    scale = np.asarray(weight.scale[0][:, source].T * np.float32(layer.kind.alpha), np.float32)
+    scale = np.asarray(weight.scale[0][:, source].T, np.float32)
     zero = weight.zero_point[0][:, source].T
     packed = pack(zero, container) if zero.any() else None
     return _insert_dequantize(model, node, layer, codes, scale, packed, {"axis": 0, "block_size": block})

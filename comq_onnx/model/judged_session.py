@@ -1,0 +1,39 @@
+"""Run a model for the values by which it is judged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+
+from comq_onnx.model.files import private_directory, to_bytes_or_file
+from comq_onnx.model.judged import Judged, judged_model
+from comq_onnx.runtime.session import Session
+
+
+@dataclass(frozen=True)
+class JudgedSession:
+    """Run a model for the values by which it is judged.
+
+    names: the name of each value in the session's model
+    """
+
+    session: Session
+    names: Mapping[str, str]
+
+    @classmethod
+    def of(cls, model: ir.Model, found: Judged, load: Callable[[bytes | str], Session]) -> JudgedSession:
+        """Load what makes the judged values of a model; load: makes the session."""
+        if found.is_plain:
+            part, names = model, {name: name for name in found.names}
+        else:
+            part, names = judged_model(model, found)
+        with private_directory() as work:
+            return cls(load(to_bytes_or_file(part, work, "judged")), names)
+
+    def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the judged values by name. Raises RuntimeFailure where the model cannot run."""
+        found = self.session.run(feeds, list(self.names.values()))
+        return {name: found[there] for name, there in self.names.items()}

@@ -182,16 +182,17 @@ def _compare_levels(
         )
         return compare_outputs(source.session, session, data.held_back, context.options.batch_size)
 
+    written, default = outputs, outputs
     if context.target.runs_outside_ort:
         try:
-            written, default = outputs, compared()
+            default = compared()
         except (ModelError, RuntimeFailure) as error:
             context.journal.warnings.append(
                 f"ONNX Runtime's default optimizations fail on the quantized model: {error}"
             )
             return
     else:
-        written, default = compared(literal=True), outputs
+        written = compared(literal=True)
     apart = _apart(written, default)
     if not apart:
         return

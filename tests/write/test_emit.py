@@ -21,11 +21,12 @@ from comq_onnx.model.layers import Layer
 from comq_onnx.model.operators import Gather, Gemm
 from comq_onnx.model.source import read_model
 from comq_onnx.plan import forms as weight_forms
-from comq_onnx.plan.forms import code_bytes, supported_grid
+from comq_onnx.plan.activations import ActivationPlan
+from comq_onnx.plan.forms import WeightForm, code_bytes, form_of, supported_grid
 from comq_onnx.plan.solved import Solved
 from comq_onnx.runtime.session import Session
 from comq_onnx.solve.grid import Grid
-from comq_onnx.targets.catalog import ORT_CPU, TARGETS
+from comq_onnx.targets.catalog import ORT_CPU, TARGETS, TENSORRT
 from comq_onnx.write import emit as emitting
 from comq_onnx.write.check import lint
 from comq_onnx.write.emit import emit
@@ -234,9 +235,6 @@ def holds_the_solution(written: Written, bits: int, forms: dict[str, str], plane
             found, found_in = written.value(value), written.behind(value)
             if blocked_gemm and layer.kind.trans_b:
                 wanted = wanted.T
-            if isinstance(layer.kind, Gemm) and forms[name] != "folded":
-                # alpha 0.5 goes into the scale: a power of two, exact
-                wanted = wanted * np.float32(layer.kind.alpha)
         # one multiplication of the same two float32 numbers
         assert np.array_equal(found, wanted), name
         assert layer.weight not in written.initializers
@@ -354,10 +352,10 @@ def test_codes_of_three_bits_are_planes_where_that_saves_bytes(
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_the_file_holds_the_solutions_weights_in_blocks(quantize: Quantize, bits: int, symmetric: bool) -> None:
     written = quantize(zoo(), ZOO_FEEDS, bits=bits, symmetric=symmetric, granularity="16")
-    # 8 and 16 inputs are no more than a block: those layers have whole channels, weight-only like the rest
+    # 8 and 16 inputs are no more than a block, and 5 or kernels of 9 do not fill one: whole channels, as in integers
     holds_the_solution(written, bits, INTEGER | dict.fromkeys(PRODUCTS, "blocked"))
     grids = {n: s.weight.grid.block_size for n, s in written.solved.solutions.items()}
-    assert grids == dict.fromkeys(written.layers) | {"matmul": 16}
+    assert grids == dict.fromkeys(written.layers) | {"matmul": 16, "up": 16, "y3": 16}
 
 
 def test_a_folded_weight_in_blocks_has_no_scale_as_large_as_itself(quantize: Quantize) -> None:
@@ -776,33 +774,88 @@ def layer_of(source: onnx.ModelProto) -> Layer:
     return layer
 
 
+WEIGHT_ONLY = ActivationPlan("float32")
+
+
 @pytest.mark.parametrize(
-    ("op", "inputs", "weight", "x", "attributes", "blocked"),
+    ("op", "inputs", "weight", "x", "attributes", "block"),
     [
-        ("MatMul", "x w", (64, 8), (4, 64), {}, True),
-        ("MatMul", "x w", (32, 8), (4, 32), {}, False),
-        ("MatMul", "x w", (2, 64, 8), (2, 4, 64), {}, False),
-        ("MatMul", "w x", (8, 64), (64, 4), {}, False),
-        ("Gemm", "x w", (8, 64), (4, 64), {"transB": 1}, True),
-        ("Conv", "x w", (8, 64, 1, 1), (1, 64, 4, 4), {}, False),
+        ("MatMul", "x w", (64, 8), (4, 64), {}, 32),
+        ("MatMul", "x w", (32, 8), (4, 32), {}, None),
+        # a MatMul's last block may be smaller, where the target takes that; all other blocks must fill the inputs
+        ("MatMul", "x w", (80, 8), (4, 80), {}, 32),
+        ("MatMul", "x w", (2, 64, 8), (2, 4, 64), {}, 32),
+        ("MatMul", "x w", (2, 80, 8), (2, 4, 80), {}, 16),
+        ("MatMul", "w x", (8, 64), (64, 4), {}, 32),
+        ("MatMul", "w x", (8, 72), (72, 4), {}, None),
+        ("Gemm", "x w", (8, 64), (4, 64), {"transB": 1}, 32),
+        ("Gemm", "x w", (64, 8), (64, 4), {"transA": 1}, 32),
+        ("Conv", "x w", (8, 64, 1, 1), (1, 64, 4, 4), {}, 32),
+        ("Conv", "x w", (8, 16, 3, 3), (1, 16, 4, 4), {}, 16),
+        ("Conv", "x w", (64, 1, 3, 3), (1, 64, 4, 4), {"group": 64}, None),
+        # whole kernels of 4 numbers, and of 9
+        ("ConvTranspose", "x w", (32, 4, 2, 2), (1, 32, 4, 4), {"group": 2}, 32),
+        ("ConvTranspose", "x w", (32, 8, 3, 3), (1, 32, 4, 4), {}, None),
     ],
 )
-def test_blocks_are_for_matrices_with_more_inputs_than_a_block(
-    op: str, inputs: str, weight: tuple, x: tuple, attributes: dict, blocked: bool
+def test_blocks_are_what_the_form_of_a_layer_can_hold(
+    op: str, inputs: str, weight: tuple, x: tuple, attributes: dict, block: int | None
 ) -> None:
     layer = layer_of(model([node(op, inputs, "y", **attributes)], {"w": weight}, {"x": x}, ["y"]))
+    form = form_of(layer, WEIGHT_ONLY)
     grid = Grid(4, symmetric=False, block_size=32)
-    assert supported_grid(layer, grid, ORT_CPU) == (grid if blocked else Grid(4, symmetric=False))
-    assert supported_grid(layer, Grid(3), ORT_CPU) == Grid(3)
+    assert supported_grid(layer, form, grid, ORT_CPU) == Grid(4, symmetric=False, block_size=block)
+    assert supported_grid(layer, WeightForm.INTEGER, grid, ORT_CPU) == Grid(4, symmetric=False)
+    assert supported_grid(layer, form, Grid(3), ORT_CPU) == Grid(3)
 
 
-def test_a_grouped_transposed_convolution_has_one_scale_and_a_table_no_zero_point() -> None:
-    up = layer_of(
-        model([node("ConvTranspose", "x w", "y", group=2)], {"w": (16, 4, 2, 2)}, {"x": (1, 16, 4, 4)}, ["y"])
-    )
-    assert supported_grid(up, Grid(4), ORT_CPU) == Grid(4, per_tensor=True)
+def test_a_target_of_whole_blocks_gets_smaller_ones_that_fill_the_inputs() -> None:
+    layer = layer_of(model([node("MatMul", "x w", "y")], {"w": (96, 8)}, {"x": (4, 96)}, ["y"]))
+    for target, block in ((ORT_CPU, 64), (TENSORRT, 32)):
+        grid = supported_grid(layer, WeightForm.BLOCKED, Grid(4, block_size=64), target)
+        assert grid == Grid(4, block_size=block)
+
+
+def test_a_table_has_no_zero_point() -> None:
     table = layer_of(model([node("Gather", "w ids", "y")], {"w": (20, 16)}, {"ids": (4,)}, ["y"]))
-    assert supported_grid(table, Grid(8, symmetric=False, block_size=16), ORT_CPU) == Grid(8)
+    grid = supported_grid(table, WeightForm.LOOKED_UP, Grid(8, symmetric=False, block_size=16), ORT_CPU)
+    assert grid == Grid(8)
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3])
+@pytest.mark.parametrize("granularity", ["channel", "16", "tensor"])
+@pytest.mark.parametrize("target", ["ort-cpu", "tensorrt", "openvino"])
+@pytest.mark.parametrize(
+    ("nodes", "weight", "x"),
+    [
+        (node("ConvTranspose", "x w b", "y", strides=[2, 2], group=4), (32, 5, 2, 2), ("n", 32, 5, 5)),
+        (node("ConvTranspose", "x w b", "y", group=32), (32, 2, 3, 3), ("n", 32, 5, 5)),
+        (node("ConvTranspose", "x w b", "y", group=2), (32, 3, 3), ("n", 32, 5)),
+        (node("Conv", "x w b", "y", group=2), (8, 16, 2, 2), ("n", 32, 5, 5)),
+        (node("MatMul", "x w", "y"), (3, 32, 8), ("n", 3, 5, 32)),
+        (node("MatMul", "w x", "y"), (8, 32), ("n", 32, 5)),
+    ],
+    ids=["transposed in groups", "transposed, depthwise", "transposed, 1-D", "Conv in groups", "stack", "left"],
+)
+def test_scales_of_any_shape_are_folded_at_load(
+    quantize: Quantize, bits: int, granularity: str, target: str, nodes: onnx.NodeProto, weight: tuple, x: tuple
+) -> None:
+    outs = (
+        weight[0]
+        if nodes.op_type == "Conv"
+        else weight[1] * next((a.i for a in nodes.attribute if a.name == "group"), 1)
+    )
+    weights = {"w": weight} | ({"b": (outs,)} if "b" in nodes.input else {})
+    feeds = {"x": normal(24, *x[1:])}
+    options = {"activations": "none", "granularity": granularity, "target": target, "uniform": True}
+    written = quantize(model([nodes], weights, {"x": list(x)}, ["y"]), feeds, bits=bits, **options)
+    (layer,) = written.layers.values()
+    solution = written.solved.solutions[layer.name].weight
+    assert solution.grid.per_tensor == (granularity == "tensor")
+    held = written.value(f"{layer.name}.weight", {})
+    assert np.array_equal(held, layer.kind.from_matrix(solution.dequantize()))
+    # ONNX Runtime runs the product alone; it folds no DequantizeLinear, which TensorRT wants
+    assert target == "tensorrt" or len(written.kernels.counts) == 1
 
 
 @pytest.mark.parametrize("bits", range(2, 9))

@@ -134,7 +134,12 @@ class Conv(_Spatial):
     def axis(self) -> int | None:
         return 0
 
+    def scaled_shape(self, blocks: int = 1) -> tuple[int, ...]:
+        return self.weight_shape if blocks == 1 else (self.outputs, blocks, self.inputs // blocks)
+
     def spread_scale(self, scale: AnyArray) -> AnyArray:
+        if scale.shape[-1] > 1:
+            return scale.reshape(-1, scale.shape[-1], 1)
         return scale.reshape(-1, *[1] * (len(self.weight_shape) - 1))
 
 
@@ -221,17 +226,24 @@ class ConvTranspose(_Spatial):
         # one entry per output channel only where there is one group
         return 1 if self.group == 1 else None
 
-    def spread_scale(self, scale: AnyArray) -> AnyArray:
-        ones = [1] * (len(self.weight_shape) - 2)
-        if self.group == 1:
-            return scale.reshape(1, -1, *ones)
-        return np.repeat(scale, self.weight_shape[0] // self.group, axis=0).reshape(
-            self.weight_shape[0], self.weight_shape[1], *ones
-        )
+    def takes_blocks(self, block: int) -> bool:
+        # whole kernels: the matrix has them flipped
+        return super().takes_blocks(block) and block % int(np.prod(self.kernel)) == 0
 
-    @property
-    def needs_one_scale(self) -> bool:
-        return self.group > 1
+    def scaled_shape(self, blocks: int = 1) -> tuple[int, ...]:
+        if blocks == 1 and (self.group == 1 or self.weight_shape[0] == self.group):
+            return self.weight_shape
+        channels = self.weight_shape[0] // self.group
+        parts = (channels,) if blocks == 1 else (blocks, channels // blocks)
+        return (self.group, *parts, *self.weight_shape[1:])
+
+    def spread_scale(self, scale: AnyArray) -> AnyArray:
+        groups, out, blocks = scale.shape
+        ones = [1] * len(self.kernel)
+        if blocks == 1 and len(self.scaled_shape()) == len(self.weight_shape):
+            return scale.reshape(groups, out, *ones)
+        parts = (1,) if blocks == 1 else (blocks, 1)
+        return scale.swapaxes(1, 2).reshape(groups, *parts, out, *ones)
 
 
 def _window_attributes(node: ir.Node, rank: int) -> tuple[int, tuple[int, ...], tuple[int, ...], tuple[int, ...], str]:

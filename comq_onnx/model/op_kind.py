@@ -130,9 +130,21 @@ class OpKind(ABC):
     def axis(self) -> int | None:
         """Return the weight's axis of output channels for DequantizeLinear; None where no single axis holds them."""
 
+    def takes_blocks(self, block: int) -> bool:
+        """Tell whether `block` inputs each of a channel can share a scale in `scaled_shape`: they must fill it."""
+        return self.inputs % block == 0
+
+    @abstractmethod
+    def scaled_shape(self, blocks: int = 1) -> tuple[int, ...]:
+        """Return a shape of the weight's numbers, in their order, that `spread_scale` broadcasts against.
+
+        It is the shape of the weight where that will do.
+
+        blocks: the number of scales of a channel, each for as many inputs"""
+
     @abstractmethod
     def spread_scale(self, scale: AnyArray) -> AnyArray:
-        """Reshape numbers per channel [groups, out] so that they broadcast against the weight."""
+        """Reshape numbers per block [groups, out, blocks] so that they broadcast against `scaled_shape`."""
 
     @property
     def is_matrix(self) -> bool:
@@ -150,11 +162,6 @@ class OpKind(ABC):
     def has_integer_form(self) -> bool:
         """Tell whether runtimes may have an integer kernel for it: a convolution or `is_matrix`, with an `axis`."""
         return self.is_matrix
-
-    @property
-    def needs_one_scale(self) -> bool:
-        """Tell whether only one scale for the whole weight can be written: for a ConvTranspose with groups."""
-        return False
 
 
 def attribute(node: ir.Node, name: str, default: Any) -> Any:

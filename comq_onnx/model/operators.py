@@ -18,6 +18,16 @@ from comq_onnx.model.op_kind import AnyArray, NotQuantizable, OpKind, at_positio
 from comq_onnx.solve.grid import Array
 
 
+def _inputs_first(blocks: int, inputs: int, out: int) -> tuple[int, ...]:
+    """Return the shape of a weight [in, out] whose inputs lie in blocks; its own where there is one block."""
+    return (inputs, out) if blocks == 1 else (blocks, inputs // blocks, out)
+
+
+def _outputs_first(blocks: int, out: int, inputs: int) -> tuple[int, ...]:
+    """Return the shape of a weight [out, in] whose inputs lie in blocks; its own where there is one block."""
+    return (out, inputs) if blocks == 1 else (out, blocks, inputs // blocks)
+
+
 @dataclass(frozen=True)
 class MatMul(OpKind):
     """Describe x [..., in] @ weight [in, out].
@@ -83,8 +93,12 @@ class MatMul(OpKind):
     def axis(self) -> int | None:
         return len(self.weight_shape) - 1 if int(np.prod(self._lead)) == 1 else None
 
+    def scaled_shape(self, blocks: int = 1) -> tuple[int, ...]:
+        return (*self._lead, *_inputs_first(blocks, *self.weight_shape[-2:]))
+
     def spread_scale(self, scale: AnyArray) -> AnyArray:
-        return scale.reshape(*self._lead, 1, self.weight_shape[-1])
+        blocks = _inputs_first(scale.shape[-1], scale.shape[-1], scale.shape[-2])
+        return scale.swapaxes(1, 2).reshape(*self._lead, *blocks)
 
     @property
     def is_matrix(self) -> bool:
@@ -119,8 +133,11 @@ class _OutputsFirst(OpKind):
     def axis(self) -> int | None:
         return 0
 
+    def scaled_shape(self, blocks: int = 1) -> tuple[int, ...]:
+        return _outputs_first(blocks, *self.weight_shape)
+
     def spread_scale(self, scale: AnyArray) -> AnyArray:
-        return scale.reshape(-1, 1)
+        return scale.reshape(_outputs_first(scale.shape[-1], *scale.shape[1:]))
 
 
 @dataclass(frozen=True)
@@ -206,8 +223,12 @@ class Gemm(OpKind):
     def axis(self) -> int | None:
         return 0 if self.trans_b else 1
 
+    def scaled_shape(self, blocks: int = 1) -> tuple[int, ...]:
+        return (_outputs_first if self.trans_b else _inputs_first)(blocks, *self.weight_shape)
+
     def spread_scale(self, scale: AnyArray) -> AnyArray:
-        return scale.reshape(-1, 1) if self.trans_b else scale.reshape(1, -1)
+        matrix = scale[0] if self.trans_b else scale[0].T
+        return matrix.reshape((_outputs_first if self.trans_b else _inputs_first)(scale.shape[-1], *matrix.shape))
 
     @property
     def is_matrix(self) -> bool:

@@ -170,16 +170,16 @@ class _AddIntoConv(pattern.RewriteRuleClassBase):  # type: ignore[misc]
 def _fold_alpha(model: ir.Model) -> None:
     """Multiply the alpha of each Gemm into its weight: a scale cannot take it where it is negative, 0 or very small."""
     for node in model.graph.all_nodes():
-        alpha = node.attributes.get("alpha") if node.op_type == "Gemm" and node.domain == "" else None
-        source = node.inputs[1] if alpha is not None else None
-        weight = graphs.constant(source)
-        if alpha is None or source is None or weight is None or weight.dtype != np.float32:
+        if node.op_type != "Gemm" or node.domain != "" or "alpha" not in node.attributes:
+            continue
+        alpha, value = node.attributes["alpha"], node.inputs[1]
+        weight = graphs.constant(value)
+        if value is None or weight is None or weight.dtype != np.float32:
             continue
         node.attributes.pop("alpha")
         if float(alpha.value) != 1:
-            name = f"{source.name}.times_alpha"
-            product = graphs.add_initializer(model.graph, name, weight * np.float32(alpha.value))
-            node.replace_input_with(1, product)
+            product = weight * np.float32(alpha.value)
+            node.replace_input_with(1, graphs.add_initializer(model.graph, f"{value.name}.times_alpha", product))
     passes.RemoveUnusedNodesPass()(model)
 
 

@@ -8,6 +8,7 @@ from enum import Enum
 import numpy as np
 
 from comq_onnx.model.layers import Layer
+from comq_onnx.options.options import LEAST_BLOCK
 from comq_onnx.plan.activations import ActivationPlan
 from comq_onnx.solve.grid import Grid
 from comq_onnx.targets.target import WIDTHS, Target
@@ -25,7 +26,9 @@ class WeightForm(Enum):
     BLOCKED: for a weight-only MatMul, codes in blocks along the inputs -> DequantizeLinear; it becomes MatMulNBits.
     FOLDED: for any other weight-only layer, codes -> Cast to FLOAT -> Mul by the scale. Runtimes fold both at load: the
         file is small, and the layer as fast as the float one. A DequantizeLinear would run at every call in ONNX
-        Runtime. TensorRT takes codes only from a DequantizeLinear, so one of scale 1 stands there for the Cast.
+        Runtime. TensorRT takes codes only from a DequantizeLinear, so one of scale 1 stands there for the Cast. Scales
+        that do not broadcast against the weight (per group and output of a ConvTranspose, per block of a convolution)
+        multiply codes of another shape, and a Reshape makes the weight of the product.
     LOOKED_UP: for embeddings, Gather of codes -> Cast -> Mul by the Gather of scales. Only the rows that are looked up
         become floats.
     """
@@ -79,22 +82,27 @@ def code_bytes(layer: Layer, bits: int, activations: ActivationPlan, target: Tar
     return sum(-(-count * width // 8) for width in planes or (WIDTHS[container],))
 
 
-def supported_grid(layer: Layer, grid: Grid, target: Target) -> Grid:
+def supported_grid(layer: Layer, form: WeightForm, grid: Grid, target: Target) -> Grid:
     """Return the grid nearest to `grid` that the form of a layer can hold on a target.
 
-    Only a matrix can have blocks, along its inputs. A grouped ConvTranspose has one scale. Where the target takes no
-    zero points the grid is symmetric.
+    Where the target takes no zero points the grid is symmetric.
     """
-    kind = layer.kind
-    if kind.is_lookup:
+    if form is WeightForm.LOOKED_UP:
         return Grid(grid.bits, symmetric=True)
-    matrix = kind.is_matrix and not layer.nested
     if not (grid.symmetric or target.weight_zero_points):
         grid = replace(grid, symmetric=True)
-    if grid.block_size is not None and (
-        not matrix or grid.block_size >= kind.inputs or not target.takes_blocks(kind.inputs, grid.block_size)
-    ):
-        return Grid(grid.bits, grid.symmetric)
-    if kind.needs_one_scale:
-        return Grid(grid.bits, grid.symmetric, per_tensor=True)
-    return grid
+    return grid if grid.block_size is None else replace(grid, block_size=_block(layer, form, grid.block_size, target))
+
+
+def _block(layer: Layer, form: WeightForm, wanted: int, target: Target) -> int | None:
+    """Return the number of inputs that share a scale: `wanted`, or the next smaller that can be written.
+
+    None for a scale per channel: where a block is no smaller than one, and in integer layers.
+    """
+    inputs = layer.kind.inputs
+    if wanted >= inputs or form not in (WeightForm.BLOCKED, WeightForm.FOLDED):
+        return None
+    sizes = [wanted >> k for k in range(wanted.bit_length()) if wanted >> k >= LEAST_BLOCK]
+    if form is WeightForm.BLOCKED:
+        return next((size for size in sizes if target.takes_blocks(inputs, size)), None)
+    return next((size for size in sizes if layer.kind.takes_blocks(size)), None)

@@ -77,4 +77,4 @@ class Plan:
 
     def grid_at(self, layer: Layer, bits: int, options: Options) -> Grid:
         """Return the grid of a layer's weight at `bits` bits."""
-        return supported_grid(layer, options.grid(bits), self.target)
+        return supported_grid(layer, self.form(layer), options.grid(bits), self.target)

@@ -114,7 +114,7 @@ def _same_codes(stored: Numbers, last: ir.Node | None, layer: Layer, form: Weigh
     if form in (WeightForm.LOOKED_UP, WeightForm.BLOCKED):
         codes = (codes.T if form is WeightForm.BLOCKED else codes)[None]
     else:
-        codes = layer.kind.to_matrix(codes)
+        codes = layer.kind.to_matrix(codes.reshape(layer.weight_shape))
     if codes.shape != weight.codes.shape:
         return False
     same = (codes == weight.codes).all(axis=-1)

@@ -208,24 +208,29 @@ def _gemm_as_matmul(model: ir.Model, node: ir.Node, layer: Layer, bias: Array | 
 
 
 def _unpack_at_load(model: ir.Model, node: ir.Node, layer: Layer, weight: QuantizedWeight, solved: Solved) -> ir.Value:
-    """Write codes -> floats (-> Sub zero point) -> Mul scale, all constant: folded when the runtime loads the model."""
+    """Write codes -> floats (-> Sub zero point) -> Mul scale (-> Reshape), all constant: folded at load."""
     # a stack of INT4 matrices times one number is what TensorRT fails to compile
     single = weight.grid.per_tensor and layer.kind.takes_scalar_scale
 
     def spread(numbers: Numbers) -> Numbers:
-        return np.asarray(numbers.flat[0]) if single else layer.kind.spread_scale(numbers[..., 0])
+        return np.asarray(numbers.flat[0]) if single else layer.kind.spread_scale(numbers)
 
     if layer.nested:
         # in the main graph, where every runtime folds constants, and once for all iterations
         node = next(iter(model.graph))
-    codes = _codes(model, layer, layer.kind.from_matrix(weight.codes), weight, solved)
+    shape = layer.weight_shape if weight.grid.per_tensor else layer.kind.scaled_shape(weight.scale.shape[-1])
+    codes = _codes(model, layer, layer.kind.from_matrix(weight.codes).reshape(shape), weight, solved)
     value = _as_float(model, node, codes, solved.plan.target.unpack, f"{layer.name}.float")
     if weight.zero_point.any():
         zero = spread(weight.zero_point).astype(np.float32)
         part = graphs.add_initializer(model.graph, f"{layer.name}.zero_point", zero)
         value = graphs.insert(node, "Sub", [value, part], {}, f"{layer.name}.steps")
     part = graphs.add_initializer(model.graph, f"{layer.name}.scale", np.asarray(spread(weight.scale), np.float32))
-    return graphs.insert(node, "Mul", [value, part], {}, f"{layer.name}.weight")
+    if shape == layer.weight_shape:
+        return graphs.insert(node, "Mul", [value, part], {}, f"{layer.name}.weight")
+    value = graphs.insert(node, "Mul", [value, part], {}, f"{layer.name}.scaled")
+    whole = graphs.add_initializer(model.graph, f"{layer.name}.shape", np.array(layer.weight_shape))
+    return graphs.insert(node, "Reshape", [value, whole], {}, f"{layer.name}.weight")
 
 
 def _emit_gather(model: ir.Model, node: ir.Node, layer: Layer, weight: QuantizedWeight, solved: Solved) -> None:

@@ -71,10 +71,18 @@ def product(kind: OpKind, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
     assert back.flags.c_contiguous
     assert np.array_equal(back, weight)
 
-    scale = np.arange(1, 1 + groups * out, dtype=np.float32).reshape(groups, out)
+    for block in range(1, inputs + 1):
+        if block == inputs or kind.takes_blocks(block):
+            blocks = inputs // block
+            scale = np.arange(1, 1 + groups * out * blocks, dtype=np.float32).reshape(groups, out, blocks)
+            scaled = weight.reshape(kind.scaled_shape(blocks)) * kind.spread_scale(scale)
+            expected = kind.from_matrix(matrix * np.repeat(scale, block, axis=-1))
+            assert np.array_equal(expected, scaled.reshape(weight.shape))
+    scale = np.arange(1, 1 + groups * out, dtype=np.float32).reshape(groups, out, 1)
     spread = kind.spread_scale(scale)
-    assert np.array_equal(kind.from_matrix(matrix * scale[..., None]), weight * spread)
     if kind.axis is not None:
+        # no Reshape, and what DequantizeLinear does along the axis
+        assert kind.scaled_shape() == weight.shape
         along = [1] * weight.ndim
         along[kind.axis] = -1
         assert np.array_equal(
@@ -246,7 +254,7 @@ def test_an_embeddings_rows_are_one_hot() -> None:
     assert np.array_equal(kind.from_matrix(kind.to_matrix(table)), table)
     scale = np.arange(1, 8, dtype=np.float32)
     assert np.array_equal(
-        kind.from_matrix(kind.to_matrix(table) * scale[:, None]), table * kind.spread_scale(scale[None])
+        kind.from_matrix(kind.to_matrix(table) * scale[:, None]), table * kind.spread_scale(scale[None, :, None])
     )
     assert kind.to_matrix(table).shape == (kind.groups, kind.outputs, kind.inputs) == (1, 7, 3)
 
@@ -420,7 +428,6 @@ STACKS = {"MatMul of one matrix in a stack", "MatMul of a stack"}
         ("has_integer_form", MATRICES | CONVOLUTIONS | {"ConvTranspose"}),
         ("has_leading_axes", STACKS | {"MatMul"}),
         ("has_flat_rows", {"Gemm", "Gemm, transB", "Gemm, transA"}),
-        ("needs_one_scale", {"ConvTranspose in groups", "ConvTranspose, depthwise"}),
         ("takes_scalar_scale", set(KINDS) - STACKS - {"MatMul"}),
         ("rows_follow_samples", set(KINDS) - {"MatMul of a stack", "MatMulLeft", "Gemm, transA"}),
     ],

@@ -7,9 +7,10 @@ import pytest
 from zoo import model_of, node
 
 from comq_onnx.model.layers import Layer
-from comq_onnx.plan.forms import supported_grid
+from comq_onnx.plan.activations import ActivationPlan
+from comq_onnx.plan.forms import WeightForm, form_of, supported_grid
 from comq_onnx.solve.grid import Grid
-from comq_onnx.targets.catalog import ORT_CPU
+from comq_onnx.targets.catalog import ORT_CPU, TENSORRT
 
 
 def layer_of(source: onnx.ModelProto) -> Layer:
@@ -22,33 +23,52 @@ def layer_of(source: onnx.ModelProto) -> Layer:
     return layer
 
 
+WEIGHT_ONLY = ActivationPlan("float32")
+
+
 @pytest.mark.parametrize(
-    ("op", "inputs", "weight", "x", "attributes", "blocked"),
+    ("op", "inputs", "weight", "x", "attributes", "block"),
     [
-        ("MatMul", "x w", (64, 8), (4, 64), {}, True),
-        ("MatMul", "x w", (32, 8), (4, 32), {}, False),
-        ("MatMul", "x w", (2, 64, 8), (2, 4, 64), {}, False),
-        ("MatMul", "w x", (8, 64), (64, 4), {}, False),
-        ("Gemm", "x w", (8, 64), (4, 64), {"transB": 1}, True),
-        ("Conv", "x w", (8, 64, 1, 1), (1, 64, 4, 4), {}, False),
+        ("MatMul", "x w", (64, 8), (4, 64), {}, 32),
+        ("MatMul", "x w", (32, 8), (4, 32), {}, None),
+        # a MatMul's last block may be smaller, where the target takes that; all other blocks must fill the inputs
+        ("MatMul", "x w", (80, 8), (4, 80), {}, 32),
+        ("MatMul", "x w", (2, 64, 8), (2, 4, 64), {}, 32),
+        ("MatMul", "x w", (2, 80, 8), (2, 4, 80), {}, 16),
+        ("MatMul", "w x", (8, 64), (64, 4), {}, 32),
+        ("MatMul", "w x", (8, 72), (72, 4), {}, None),
+        ("Gemm", "x w", (8, 64), (4, 64), {"transB": 1}, 32),
+        ("Gemm", "x w", (64, 8), (64, 4), {"transA": 1}, 32),
+        ("Conv", "x w", (8, 64, 1, 1), (1, 64, 4, 4), {}, 32),
+        ("Conv", "x w", (8, 16, 3, 3), (1, 16, 4, 4), {}, 16),
+        ("Conv", "x w", (64, 1, 3, 3), (1, 64, 4, 4), {"group": 64}, None),
+        # whole kernels of 4 numbers, and of 9
+        ("ConvTranspose", "x w", (32, 4, 2, 2), (1, 32, 4, 4), {"group": 2}, 32),
+        ("ConvTranspose", "x w", (32, 8, 3, 3), (1, 32, 4, 4), {}, None),
     ],
 )
-def test_blocks_are_for_matrices_with_more_inputs_than_a_block(
-    op: str, inputs: str, weight: tuple, x: tuple, attributes: dict, blocked: bool
+def test_blocks_are_what_the_form_of_a_layer_can_hold(
+    op: str, inputs: str, weight: tuple, x: tuple, attributes: dict, block: int | None
 ) -> None:
     layer = layer_of(model_of([node(op, inputs, "y", **attributes)], {"w": weight}, {"x": x}, ["y"]))
+    form = form_of(layer, WEIGHT_ONLY)
     grid = Grid(4, symmetric=False, block_size=32)
-    assert supported_grid(layer, grid, ORT_CPU) == (grid if blocked else Grid(4, symmetric=False))
-    assert supported_grid(layer, Grid(3), ORT_CPU) == Grid(3)
+    assert supported_grid(layer, form, grid, ORT_CPU) == Grid(4, symmetric=False, block_size=block)
+    assert supported_grid(layer, WeightForm.INTEGER, grid, ORT_CPU) == Grid(4, symmetric=False)
+    assert supported_grid(layer, form, Grid(3), ORT_CPU) == Grid(3)
 
 
-def test_a_grouped_transposed_convolution_has_one_scale_and_a_table_no_zero_point() -> None:
-    up = layer_of(
-        model_of([node("ConvTranspose", "x w", "y", group=2)], {"w": (16, 4, 2, 2)}, {"x": (1, 16, 4, 4)}, ["y"])
-    )
-    assert supported_grid(up, Grid(4), ORT_CPU) == Grid(4, per_tensor=True)
+def test_a_target_of_whole_blocks_gets_smaller_ones_that_fill_the_inputs() -> None:
+    layer = layer_of(model_of([node("MatMul", "x w", "y")], {"w": (96, 8)}, {"x": (4, 96)}, ["y"]))
+    for target, block in ((ORT_CPU, 64), (TENSORRT, 32)):
+        grid = supported_grid(layer, WeightForm.BLOCKED, Grid(4, block_size=64), target)
+        assert grid == Grid(4, block_size=block)
+
+
+def test_a_table_has_no_zero_point() -> None:
     table = layer_of(model_of([node("Gather", "w ids", "y")], {"w": (20, 16)}, {"ids": (4,)}, ["y"]))
-    assert supported_grid(table, Grid(8, symmetric=False, block_size=16), ORT_CPU) == Grid(8)
+    grid = supported_grid(table, WeightForm.LOOKED_UP, Grid(8, symmetric=False, block_size=16), ORT_CPU)
+    assert grid == Grid(8)
 
 
 @pytest.mark.parametrize("bits", range(2, 9))

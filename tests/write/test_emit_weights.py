@@ -60,14 +60,50 @@ def test_codes_of_three_bits_are_planes_where_that_saves_bytes(
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_the_file_holds_the_solutions_weights_in_blocks(quantize: Quantize, bits: int, symmetric: bool) -> None:
     written = quantize(zoo(), ZOO_FEEDS, bits=bits, symmetric=symmetric, granularity="16")
-    # 8 and 16 inputs are no more than a block: those layers have whole channels, weight-only like the rest
+    # 8 and 16 inputs are no more than a block, and 5 or kernels of 9 do not fill one: whole channels, as in integers
     holds_the_solution(written, bits, INTEGER | dict.fromkeys(PRODUCTS, "blocked"))
     grids = {n: s.weight.grid.block_size for n, s in written.solved.solutions.items()}
-    assert grids == dict.fromkeys(written.layers) | {"matmul": 16}
+    assert grids == dict.fromkeys(written.layers) | {"matmul": 16, "up": 16, "y3": 16}
 
 
 def test_a_folded_weight_in_blocks_has_no_scale_as_large_as_itself(quantize: Quantize) -> None:
     no_float_as_large_as_a_weight(quantize(zoo(), ZOO_FEEDS, bits=4, granularity="16"))
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3])
+@pytest.mark.parametrize("granularity", ["channel", "16", "tensor"])
+@pytest.mark.parametrize("target", ["ort-cpu", "tensorrt", "openvino"])
+@pytest.mark.parametrize(
+    ("nodes", "weight", "x"),
+    [
+        (node("ConvTranspose", "x w b", "y", strides=[2, 2], group=4), (32, 5, 2, 2), ("n", 32, 5, 5)),
+        (node("ConvTranspose", "x w b", "y", group=32), (32, 2, 3, 3), ("n", 32, 5, 5)),
+        (node("ConvTranspose", "x w b", "y", group=2), (32, 3, 3), ("n", 32, 5)),
+        (node("Conv", "x w b", "y", group=2), (8, 16, 2, 2), ("n", 32, 5, 5)),
+        (node("MatMul", "x w", "y"), (3, 32, 8), ("n", 3, 5, 32)),
+        (node("MatMul", "w x", "y"), (8, 32), ("n", 32, 5)),
+    ],
+    ids=["transposed in groups", "transposed, depthwise", "transposed, 1-D", "Conv in groups", "stack", "left"],
+)
+def test_scales_of_any_shape_are_folded_at_load(
+    quantize: Quantize, bits: int, granularity: str, target: str, nodes: onnx.NodeProto, weight: tuple, x: tuple
+) -> None:
+    outs = (
+        weight[0]
+        if nodes.op_type == "Conv"
+        else weight[1] * next((a.i for a in nodes.attribute if a.name == "group"), 1)
+    )
+    weights = {"w": weight} | ({"b": (outs,)} if "b" in nodes.input else {})
+    feeds = {"x": noise(24, *x[1:])}
+    options = {"activations": "none", "granularity": granularity, "target": target, "uniform": True}
+    written = quantize(model_of([nodes], weights, {"x": list(x)}, ["y"]), feeds, bits=bits, **options)
+    (layer,) = written.layers.values()
+    solution = written.solved.solutions[layer.name].weight
+    assert solution.grid.per_tensor == (granularity == "tensor")
+    held = written.value(f"{layer.name}.weight", {})
+    assert np.array_equal(held, layer.kind.from_matrix(solution.dequantize()))
+    # ONNX Runtime runs the product alone; it folds no DequantizeLinear, which TensorRT wants
+    assert target == "tensorrt" or len(written.kernels.counts) == 1
 
 
 def lookup() -> tuple[onnx.ModelProto, Feeds]:

@@ -106,7 +106,7 @@ class Subject:
 
     def grids(self, grid: Grid) -> dict[str, Grid]:
         """Return the grid of each layer, by name."""
-        return {layer.name: supported_grid(layer, grid, TARGET) for layer in self.plan.layers}
+        return {layer.name: supported_grid(layer, self.plan.form(layer), grid, TARGET) for layer in self.plan.layers}
 
 
 def find(zoo: Path, name: str) -> tuple[Path, Path, Path]:

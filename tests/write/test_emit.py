@@ -774,7 +774,7 @@ def layer_of(source: onnx.ModelProto) -> Layer:
     return layer
 
 
-WEIGHT_ONLY = ActivationPlan("float32")
+NO_ACTIVATIONS = ActivationPlan("float32")
 
 
 @pytest.mark.parametrize(
@@ -802,7 +802,7 @@ def test_blocks_are_what_the_form_of_a_layer_can_hold(
     op: str, inputs: str, weight: tuple, x: tuple, attributes: dict, block: int | None
 ) -> None:
     layer = layer_of(model([node(op, inputs, "y", **attributes)], {"w": weight}, {"x": x}, ["y"]))
-    form = form_of(layer, WEIGHT_ONLY)
+    form = form_of(layer, NO_ACTIVATIONS)
     grid = Grid(4, symmetric=False, block_size=32)
     assert supported_grid(layer, form, grid, ORT_CPU) == Grid(4, symmetric=False, block_size=block)
     assert supported_grid(layer, WeightForm.INTEGER, grid, ORT_CPU) == Grid(4, symmetric=False)

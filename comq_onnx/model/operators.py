@@ -227,7 +227,7 @@ class Gemm(OpKind):
         return (_outputs_first if self.trans_b else _inputs_first)(blocks, *self.weight_shape)
 
     def spread_scale(self, scale: AnyArray) -> AnyArray:
-        matrix = scale[0] if self.trans_b else scale[0].T
+        matrix: AnyArray = scale[0] if self.trans_b else scale[0].T
         return matrix.reshape((_outputs_first if self.trans_b else _inputs_first)(scale.shape[-1], *matrix.shape))
 
     @property

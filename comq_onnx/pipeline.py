@@ -30,6 +30,7 @@ from comq_onnx.runtime.device import is_gpu
 from comq_onnx.samples.dataset import load_dataset
 from comq_onnx.samples.inspection import Inspection, describe
 from comq_onnx.samples.samples import Samples
+from comq_onnx.write.check import warn_of_source
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +108,7 @@ def _run(path: Path, out: Path, samples: SampleSource, context: Context) -> Repo
         source = open_model(path, context)
         data = load_dataset(source, samples, context)
         planned = make_plan(source, prepare_faithfully(source, data, context), data, context)
+        warn_of_source(planned.written.model, context)
     context.progress("prepare", 1, 1)
     quantized = choose_and_solve(planned, source, data, context)
     # what does not load or run never gets the output's name
@@ -121,6 +123,7 @@ def _plan(path: Path, samples: SampleSource, context: Context) -> Report:
         source = open_model(path, context)
         data = load_dataset(source, samples, context)
         planned = make_plan(source, prepare_faithfully(source, data, context), data, context)
+        warn_of_source(planned.written.model, context)
     options = context.options
     if samples is None and options.fixed_bits is not None and not options.sensitivity:
         if has_choice(planned, context):

@@ -18,19 +18,21 @@ from comq_onnx.context import Context, Progress, silent
 from comq_onnx.errors import OptionError, OutOfMemory
 from comq_onnx.evaluate import evaluate
 from comq_onnx.model.files import check_output, private_directory, subdirectory, written
-from comq_onnx.model.float_model import open_model
+from comq_onnx.model.float_model import FloatModel, open_model
 from comq_onnx.model.source import as_path
 from comq_onnx.options.keywords import OptionKeywords
 from comq_onnx.options.options import Options
 from comq_onnx.options.spelling import command_line, differing
 from comq_onnx.plan.faithful import prepare_faithfully
 from comq_onnx.plan.make import make_plan
+from comq_onnx.plan.plan import Plan
 from comq_onnx.report.build import build_plan_report, build_report
 from comq_onnx.report.report import Report
 from comq_onnx.runtime.device import is_gpu
-from comq_onnx.samples.dataset import load_dataset
+from comq_onnx.samples.dataset import Dataset, load_dataset
 from comq_onnx.samples.inspection import Inspection, describe
 from comq_onnx.samples.samples import Samples
+from comq_onnx.write.check import warn_of_source
 
 logger = logging.getLogger(__name__)
 
@@ -109,14 +111,21 @@ def inspect_samples(model: Model, samples: SampleSource = None, **options: Unpac
     return describe(data.calibration, len(data.held_back), data.first_outputs, notes, warnings)
 
 
+def _planned(path: Path, samples: SampleSource, context: Context) -> tuple[FloatModel, Dataset, Plan]:
+    """Open the model at `path` and its samples, and plan how it is written."""
+    source = open_model(path, context)
+    data = load_dataset(source, samples, context)
+    planned = make_plan(source, prepare_faithfully(source, data, context), data, context)
+    planned = without_lossy_integers(planned, data, context)
+    warn_of_source(planned.written.model, context)
+    return source, data, planned
+
+
 def _run(path: Path, out: Path, samples: SampleSource, context: Context) -> Report:
     """Quantize the model at `path` to `out`, one stage after the other."""
     context.progress("prepare", 0, 1)
     with context.journal.timed("load"):
-        source = open_model(path, context)
-        data = load_dataset(source, samples, context)
-        planned = make_plan(source, prepare_faithfully(source, data, context), data, context)
-        planned = without_lossy_integers(planned, data, context)
+        source, data, planned = _planned(path, samples, context)
     context.progress("prepare", 1, 1)
     quantized = choose_and_solve(planned, source, data, context)
     # a file that does not load or run never gets the name of the output
@@ -128,10 +137,7 @@ def _run(path: Path, out: Path, samples: SampleSource, context: Context) -> Repo
 def _plan(path: Path, samples: SampleSource, context: Context) -> Report:
     """Plan the quantization of the model at `path`."""
     with context.journal.timed("load"):
-        source = open_model(path, context)
-        data = load_dataset(source, samples, context)
-        planned = make_plan(source, prepare_faithfully(source, data, context), data, context)
-        planned = without_lossy_integers(planned, data, context)
+        source, data, planned = _planned(path, samples, context)
     options = context.options
     if samples is None and options.fixed_bits is not None and not options.sensitivity:
         if has_choice(planned, context):

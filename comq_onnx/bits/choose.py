@@ -158,7 +158,8 @@ def file_size_at(plan: Plan, bits: Bits, source: FloatModel, data: Dataset, cont
     plan = plan.with_bits(bits, context.options)
     solutions = {x.name: blank(plan.written.weight(x), plan.grids[x.name]) for x in plan.layers}
     one = ActivationGrid(np.float32(1), 0, plan.activations.dtype)
-    solved = Solved(plan, solutions, dict.fromkeys(plan.activations.values, one))
+    grids = {name: value.given or one for name, value in plan.activations.values.items()}
+    solved = Solved(plan, solutions, grids)
     return file_size(emit_model(solved, provenance(source, data, context)).model)
 
 

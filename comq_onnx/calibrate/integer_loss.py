@@ -128,7 +128,10 @@ def _observed_grids(
         for name, span in seen.items():
             span.observe(take_kept(found[name] if name in found else batch[name], kept, least_rank=3))
     planned = plan.activations.values
-    return {name: span.grid(plan.activations.dtype, planned[name].bounds) for name, span in seen.items()}
+    return {
+        name: planned[name].given or span.grid(plan.activations.dtype, planned[name].bounds)
+        for name, span in seen.items()
+    }
 
 
 def _session(plan: Plan, solved: Solved, device: str) -> JudgedSession:

@@ -71,8 +71,14 @@ class ActivationRanges:
             self.grids[name] = self.grids[root] if root != name and root in self.grids else self._grid(name)
 
     def _grid(self, name: str) -> ActivationGrid:
-        """Choose the grid of a value by its effect on the readers; by the range alone where no layer reads it."""
+        """Choose the grid of a value by its effect on the readers; by the range alone where no layer reads it.
+
+        A grid that the source has is taken as it is.
+        """
         plan, seen = self._plan, self.ranges[name]
+        given = plan.activations.values[name].given
+        if given is not None:
+            return given
         dtype, bounds = plan.activations.dtype, plan.activations.values[name].bounds
         positions = self._positions.pop(name, None)
         if positions is None or not positions.enough or not np.isfinite(seen.low):

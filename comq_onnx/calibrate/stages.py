@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from comq_onnx.model.layers import Layer
+from comq_onnx.model.quantized import nodes_of_quantized_weights
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,18 @@ class Stage:
 
 
 def cut(model: ir.Model, layers: Sequence[Layer]) -> list[Stage]:
-    """Divide the main graph of `model` into stages; a node with layers in its subgraphs counts as a float operator."""
+    """Divide the main graph of `model` into stages; a node with layers in its subgraphs counts as a float operator.
+
+    Nodes that make weights from constants belong to no stage: every segment that needs one has it anyway, and kept at a
+    cut it would be kept for every batch.
+    """
     by_name = {layer.name: layer for layer in layers}
+    weights = {id(node) for node in nodes_of_quantized_weights(model)}
     depths: dict[int, int] = {}
     members: dict[int, list[ir.Node]] = {0: []}
     for node in model.graph:
+        if id(node) in weights:
+            continue
         before = [depths.get(id(v.producer()), 0) for v in reads(node) if v.producer() is not None]
         depth = max(before, default=0) + (node.name in by_name)
         depths[id(node)] = depth

@@ -10,7 +10,8 @@ import onnx_ir as ir
 from comq_onnx.context import Context
 from comq_onnx.errors import ModelError
 from comq_onnx.model import graph as graphs
-from comq_onnx.model.prepare import check_source, prepare_model
+from comq_onnx.model.prepare import prepare_model
+from comq_onnx.model.quantized import check_source
 from comq_onnx.model.source import SourceFile, load_source
 from comq_onnx.runtime.session import Session
 
@@ -38,8 +39,8 @@ class FloatModel:
 def open_model(path: Path, context: Context) -> FloatModel:
     """Read a model and load it into ONNX Runtime, so that faults of the model show here.
 
-    Raises ModelError for a file that is no ONNX model, and for a model that is quantized already, has a newer opset
-    than the target reads, cannot run, or has no inputs.
+    Raises ModelError for a file that is no ONNX model, and for a model whose layers are all quantized already, that has
+    a newer opset than the target reads, cannot run, or has no inputs.
     """
     model, file = load_source(path)
     check_source(model, str(path))

@@ -10,6 +10,9 @@ from comq_onnx.model import graph as graphs
 from comq_onnx.model.graph import HALF
 from comq_onnx.model.layers import reaches_layer
 
+# the attributes that name a type to compute in or to return; the last two are of DequantizeLinear and QuantizeLinear
+_TYPES = ("to", "dtype", "output_dtype", "precision")
+
 
 def upcast(model: ir.Model) -> bool:
     """Make float16 and bfloat16 arithmetic float32, keep the types of inputs and outputs, and tell if there was any."""
@@ -79,7 +82,7 @@ def _upcast_initializer(graph: ir.Graph, value: ir.Value) -> None:
 def _upcast_attributes(node: ir.Node) -> None:
     """Make the types and tensors that a node's attributes name float32 where they are half precision."""
     for name, attribute in list(node.attributes.items()):
-        if attribute.type == ir.AttributeType.INT and name in ("to", "dtype") and attribute.value in (10, 16):
+        if attribute.type == ir.AttributeType.INT and name in _TYPES and attribute.value in (10, 16):
             node.attributes[name] = ir.AttrInt64(name, ir.DataType.FLOAT.value)
         elif attribute.type == ir.AttributeType.TENSOR and attribute.value.dtype in HALF:
             node.attributes[name] = ir.AttrTensor(name, ir.tensor(attribute.value.numpy().astype(np.float32)))

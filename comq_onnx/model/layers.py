@@ -15,11 +15,10 @@ from comq_onnx.errors import ModelError, OptionError, did_you_mean
 from comq_onnx.model import graph as graphs
 from comq_onnx.model.graph import HALF
 from comq_onnx.model.judged import Judged, judged
-from comq_onnx.model.op_kind import NotQuantizable, OpKind
+from comq_onnx.model.op_kind import MIN_WEIGHTS, NotQuantizable, OpKind
 from comq_onnx.model.operators import OP_KINDS, MatMulLeft
+from comq_onnx.model.quantized import is_column, quantized_weight
 
-# below this a layer's weights are no part of the file worth having, and its error is all cost
-MIN_WEIGHTS = 128
 # operators that only rearrange or retype a weight on its way to a layer
 WEIGHT_CHAIN = frozenset({"Identity", "Transpose", "Reshape", "Cast", "Squeeze", "Unsqueeze", "Flatten"})
 # operators for which a constant is no weight: adding or scaling by one is no layer
@@ -27,6 +26,7 @@ _ELEMENTWISE = frozenset(
     {
         "Add", "Sub", "Mul", "Div", "Pow", "Max", "Min", "Where", "Concat", "Slice", "Expand", "Identity", "Cast",
         "Pad", "Resize", "ScatterND", "GatherElements", "Reshape", "Transpose", "Unsqueeze", "Squeeze",
+        "QuantizeLinear", "DequantizeLinear",
     }
 )  # fmt: skip
 
@@ -100,6 +100,10 @@ def list_layers(model: ir.Model) -> tuple[list[Layer], dict[str, str]]:
     skipped: dict[str, str] = {}
     for node in model.graph.all_nodes():
         name = str(node.name)
+        codes = quantized_weight(node)
+        if codes is not None:
+            skipped[name] = f"{node.op_type}: its weight is quantized already ({codes})"
+            continue
         try:
             layer = _as_layer(node, nested=node.graph is not model.graph)
         except NotQuantizable as reason:
@@ -191,6 +195,8 @@ def _as_layer(node: ir.Node, nested: bool) -> Layer | None:
         raise _wrong_type(weight.const_value.dtype)
     shape = tuple(weight.const_value.shape.numpy())
     kind = factory.of(node, shape)
+    if is_column(node, weight.const_value):
+        raise NotQuantizable("one number a row, for which a scale would take as much")
     if weight.const_value.size < MIN_WEIGHTS:
         raise NotQuantizable(f"only {weight.const_value.size} weights, too few to matter")
     source = node.inputs[kind.input_index]

@@ -23,6 +23,8 @@ from comq_onnx import arrays
 from comq_onnx.solve.grid import Array
 
 AnyArray = npt.NDArray[Any]
+# below this a layer's weights are no part of the file worth having, and its error is all cost
+MIN_WEIGHTS = 128
 
 
 class NotQuantizable(Exception):

@@ -7,6 +7,7 @@ Whether they changed the outputs is checked afterwards, by running the prepared 
 from __future__ import annotations
 
 import logging
+from collections.abc import Set
 from typing import Any
 
 import numpy as np
@@ -21,34 +22,16 @@ from comq_onnx.model import graph as graphs
 from comq_onnx.model.half_precision import upcast
 from comq_onnx.model.layers import WEIGHT_CHAIN, Prepared, list_layers, reaches_layer
 from comq_onnx.model.operators import OP_KINDS
+from comq_onnx.model.quantized import nodes_of_quantized_weights
 
 logger = logging.getLogger(__name__)
 
-# operators of models that are quantized already
-QUANTIZED_OPS = frozenset(
-    {
-        "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger",
-        "MatMulInteger", "MatMulNBits", "MatMulBnb4", "QAttention", "QGemm", "QLinearAdd", "QLinearMul",
-        "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "GatherBlockQuantized", "DynamicQuantizeLSTM",
-    }
-)  # fmt: skip
 # the opset that HardSwish came with
 HARDSWISH_OPSET = 14
 
 
 class Unprepared(Exception):
     """Say that this way of preparing does not work for this model; a plainer one may."""
-
-
-def check_source(model: ir.Model, path: str) -> None:
-    """Refuse a model that is quantized already. Raises ModelError."""
-    counts: dict[str, int] = {}
-    for node in model.graph.all_nodes():
-        if node.op_type in QUANTIZED_OPS:
-            counts[node.op_type] = counts.get(node.op_type, 0) + 1
-    if counts:
-        found = ", ".join(f"{n} {op}" for op, n in sorted(counts.items()))
-        raise ModelError(f"{path}: already quantized ({found}); give the float model it was made from")
 
 
 def prepare_model(model: ir.Model, wanted_opset: int, min_opset: int, fold: bool = True) -> Prepared:
@@ -63,8 +46,9 @@ def prepare_model(model: ir.Model, wanted_opset: int, min_opset: int, fold: bool
     _clean(model)
     names = _layer_names(model)
     if fold:
+        kept = {str(node.name) for node in nodes_of_quantized_weights(model)}
         try:
-            optimizer.optimize_ir(model, should_fold=_should_fold, onnx_shape_inference=True)
+            optimizer.optimize_ir(model, should_fold=lambda node: _should_fold(node, kept), onnx_shape_inference=True)
             RewritePass([_AddIntoConv.rule()])(model)
         except Exception as error:  # a library's bug on one graph must not end the run: the graph works unfolded
             raise Unprepared(f"constant folding failed: {error}") from error
@@ -73,6 +57,7 @@ def prepare_model(model: ir.Model, wanted_opset: int, min_opset: int, fold: bool
         RewritePass(fuse_hardswish_rules())(model)
     _restore_names(model, names)
     _clean(model)
+    _drop_axes(model)
     if upcast(model):
         notes.append(
             "half-precision arithmetic became float32, which the CPU computes in anyway; inputs and outputs kept"
@@ -183,8 +168,13 @@ def _fold_alpha(model: ir.Model) -> None:
     passes.RemoveUnusedNodesPass()(model)
 
 
-def _should_fold(node: ir.Node) -> bool | None:
-    """Fold operators between a weight and its layer whatever its size; None leaves a node to the library's limits."""
+def _should_fold(node: ir.Node, kept: Set[str]) -> bool | None:
+    """Fold operators between a weight and its layer whatever its size; None leaves a node to the library's limits.
+
+    kept: the names of nodes that are not folded
+    """
+    if node.name in kept:
+        return False
     if node.domain != "":
         return None
     if node.op_type in WEIGHT_CHAIN and reaches_layer(node.outputs[0]):
@@ -192,6 +182,26 @@ def _should_fold(node: ir.Node) -> bool | None:
     # the library does not fold these, nor then any Pad whose amounts an exporter computed from shapes
     shape = graphs.constant(node.inputs[0]) if node.op_type == "ConstantOfShape" else None
     return True if shape is not None and int(np.prod(shape)) <= 1024 else None
+
+
+def _drop_axes(model: ir.Model) -> None:
+    """Make scales and zero points of shape [1] that whole activations have of rank 0: the same numbers.
+
+    With shape [1] ONNX Runtime refuses to load a QLinearAdd, and runs other operators in float.
+    """
+    made: dict[str, ir.Value] = {}
+    for node in model.graph.all_nodes():
+        if node.op_type not in ("QuantizeLinear", "DequantizeLinear") or graphs.is_constant(node.inputs[0]):
+            continue
+        numbers = {i: graphs.constant(value) for i, value in enumerate(node.inputs) if i and value is not None}
+        if "block_size" in node.attributes or any(n is None or n.shape != (1,) for n in numbers.values()):
+            continue
+        for index, number in numbers.items():
+            name = str(node.inputs[index].name)  # type: ignore[union-attr]
+            if name not in made and number is not None:
+                made[name] = graphs.add_initializer(model.graph, f"{name}.of_all", number.reshape(()))
+            node.replace_input_with(index, made[name])
+        node.attributes.pop("axis", None)
 
 
 def _raise_opset(model: ir.Model, wanted: int, least: int, notes: list[str]) -> ir.Model:

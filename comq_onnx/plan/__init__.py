@@ -9,6 +9,7 @@ integer_gain: predict times, and leave the layers that integers would make slowe
 initial_bits: give each layer its bits before any survey
 forms: choose the form, the grid and the container of each weight
 smoothing: even out the channels of activations
+given_pairs: read the QuantizeLinear and DequantizeLinear that the source has
 activation_grid: define the grid of an activation, its scale and its zero point
 observed_range: gather the range of an activation from samples
 ranges: choose the range of an activation by what its rounding does to the layers that read it

@@ -34,6 +34,11 @@ class ActivationGrid:
         """Return the highest code of the type."""
         return int(np.iinfo(self.dtype).max)
 
+    def is_within(self, bounds: tuple[float, float] | None) -> bool:
+        """Tell whether the values of all codes stay inside bounds, as a runtime wants it to drop a Relu or a Clip."""
+        low, high = (self.scale * np.float32(code - self.zero_point) for code in (self.qmin, self.qmax))
+        return bounds is None or self.qmin < 0 or bool(bounds[0] <= low and high <= bounds[1])
+
     def fake_quantize(self, x: Array) -> Array:
         """Compute DequantizeLinear(QuantizeLinear(x)) as the runtime does: in float32, half rounded to even."""
         q = np.clip(np.rint(x / self.scale) + np.float32(self.zero_point), self.qmin, self.qmax)

@@ -20,6 +20,8 @@ import onnx_ir as ir
 
 from comq_onnx.model import graph as graphs
 from comq_onnx.model.layers import Layer, nodes_by_name
+from comq_onnx.plan.activation_grid import ActivationGrid
+from comq_onnx.plan.given_pairs import given_grid, grid_of
 from comq_onnx.targets.target import Target
 
 
@@ -31,12 +33,14 @@ class QuantizedValue:
     everywhere: all readers take the dequantized value; otherwise only integer layers do
     like: the value whose scale it shares, where that is known in time; None where it has its own
     bounds: what the Clip or Relu that is fused before it lets through; None where there is none
+    given: the grid that the source has for it; None where a grid is to be found
     """
 
     name: str
     everywhere: bool
     like: str | None = None
     bounds: tuple[float, float] | None = None
+    given: ActivationGrid | None = None
 
 
 @dataclass(frozen=True)
@@ -65,16 +69,21 @@ def plan_activations(model: ir.Model, layers: Sequence[Layer], target: Target, d
     """
     if dtype is None:
         return ActivationPlan("float32")
-    integer = {layer.name: layer for layer in layers if runs_in_integers(layer, target)}
-    made = _integer_outputs(model, integer, target)
+    nodes = nodes_by_name(model)
+    integer = {
+        layer.name: layer
+        for layer in layers
+        if runs_in_integers(layer, target) and _fits_given_grid(nodes[layer.name], target, dtype)
+    }
+    made = _integer_outputs(model, integer, target, dtype)
     values = {layer.input: QuantizedValue(layer.input, False) for layer in integer.values()}
     values.update(made)
     everywhere = [v for node in _in_order(model) for v in _skips(node, integer, target)]
-    nodes = nodes_by_name(model)
     if target.split_outputs:
         whole = [nodes[layer.bias_node or layer.name].outputs[0] for layer in integer.values()]
         everywhere += [v for v in whole if _is_split(v)]
     values.update((str(v.name), QuantizedValue(str(v.name), True)) for v in everywhere)
+    _take_given_grids(model, values, dtype)
     for node in _in_order(model):
         if node.op_type == "Concat" and node.outputs and str(node.outputs[0].name) in made:
             _share_scale(node, values)
@@ -83,9 +92,41 @@ def plan_activations(model: ir.Model, layers: Sequence[Layer], target: Target, d
     return ActivationPlan(dtype, ordered, frozenset(integer))
 
 
+def plan_between_pairs(model: ir.Model, layers: Sequence[Layer], target: Target) -> ActivationPlan:
+    """Plan no new pairs: only layers that stand between pairs of the source run in integers.
+
+    ONNX Runtime rounds the float weights of such a layer to 8 bits itself, whatever they were rounded to before.
+    """
+    nodes, dtype = nodes_by_name(model), target.activation
+
+    def is_between(layer: Layer) -> bool:
+        node = nodes[layer.name]
+        source = node.inputs[layer.kind.input_index]
+        if dtype is None or source is None or layer.op not in target.needs_output:
+            return False
+        ends = (source, fused_output(node, target)[0])
+        return all(given_grid(value, dtype) is not None for value in ends)
+
+    between = [layer for layer in layers if is_between(layer)]
+    return plan_activations(model, between, target, dtype) if between else ActivationPlan("float32")
+
+
 def runs_in_integers(layer: Layer, target: Target) -> bool:
     """Tell whether the target has an integer kernel for the layer."""
     return layer.op in target.integer_layers and layer.kind.has_integer_form
+
+
+def _fits_given_grid(node: ir.Node, target: Target, dtype: str) -> bool:
+    """Tell whether the source's own grid for the output of a layer lets the target fuse the Relu or Clip before it.
+
+    Where it does not, the layer would run in floats and unpack its weight at every call; a second pair before the
+    source's would be merged with that by ONNX Runtime, to a scale that the biases behind do not have.
+    """
+    if node.op_type not in target.needs_output:
+        return True
+    made, bounds = fused_output(node, target)
+    grid = given_grid(made, dtype)
+    return grid is None or grid.is_within(bounds)
 
 
 def fused_output(node: ir.Node, target: Target) -> tuple[ir.Value, tuple[float, float] | None]:
@@ -124,10 +165,13 @@ def clip_bounds(node: ir.Node) -> tuple[float, float] | None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def _integer_outputs(model: ir.Model, integer: Mapping[str, Layer], target: Target) -> dict[str, QuantizedValue]:
+def _integer_outputs(
+    model: ir.Model, integer: Mapping[str, Layer], target: Target, dtype: str
+) -> dict[str, QuantizedValue]:
     """Return the outputs of integer layers and of operators between them that are quantized, by name.
 
     integer: the layers that run in integers, by name
+    dtype: the type of quantized activations
     """
     made: dict[str, QuantizedValue] = {}
     operators: list[tuple[ir.Node, QuantizedValue]] = []
@@ -136,7 +180,7 @@ def _integer_outputs(model: ir.Model, integer: Mapping[str, Layer], target: Targ
             value, bounds = fused_output(node, target)
             made[str(value.name)] = QuantizedValue(str(value.name), True, None, bounds)
         elif node.name not in integer and node.domain in ("", "ai.onnx"):
-            output = _integer_operator(node, made, target)
+            output = _integer_operator(node, made, target, dtype)
             if output is not None:
                 made[output.name] = output
                 operators.append((node, output))
@@ -151,11 +195,16 @@ def _integer_outputs(model: ir.Model, integer: Mapping[str, Layer], target: Targ
     return made
 
 
-def _integer_operator(node: ir.Node, made: Mapping[str, QuantizedValue], target: Target) -> QuantizedValue | None:
+def _integer_operator(
+    node: ir.Node, made: Mapping[str, QuantizedValue], target: Target, dtype: str
+) -> QuantizedValue | None:
     """Return the quantized output of an operator between integer layers; None where it cannot run in integers.
 
     made: the values that come out of integers so far
+    dtype: the type of quantized activations
     """
+    if node.op_type == "DequantizeLinear":
+        return QuantizedValue(str(node.outputs[0].name), True) if grid_of(node, dtype) is not None else None
     inputs = _data_inputs(node)
     if not inputs or any(str(v.name) not in made for v in inputs):
         return None
@@ -201,12 +250,22 @@ def _is_split(value: ir.Value) -> bool:
     return parts > 1 and not value.is_graph_output()
 
 
+def _take_given_grids(model: ir.Model, values: dict[str, QuantizedValue], dtype: str) -> None:
+    """Give values that the source itself rounds the grids that it has for them."""
+    for value in graphs.walk_values(model):
+        planned = values.get(str(value.name))
+        grid = None if planned is None else given_grid(value, dtype)
+        if planned is not None and grid is not None:
+            values[planned.name] = replace(planned, like=None, given=grid)
+
+
 def _share_scale(concat: ir.Node, values: dict[str, QuantizedValue]) -> None:
     """Give values that only a Concat reads the scale of its output: then it copies codes, and does not round again."""
     out = str(concat.outputs[0].name)
     inputs = [v for v in concat.inputs if v is not None]
     alone = [v for v in inputs if len(list(v.uses())) == 1 and not v.is_graph_output()]
-    mine = [values[str(v.name)] for v in alone if str(v.name) in values and values[str(v.name)].like is None]
+    planned = [values[str(v.name)] for v in alone if str(v.name) in values]
+    mine = [value for value in planned if value.like is None and value.given is None]
     if len(mine) != len(inputs) or len({value.bounds for value in mine}) != 1:
         return
     values[out] = replace(values[out], bounds=mine[0].bounds)

@@ -38,7 +38,7 @@ def prepare_faithfully(source: FloatModel, data: Dataset, context: Context) -> P
         except (Unprepared, ModelError, RuntimeFailure) as error:
             failed.append(str(error))
             continue
-        if found >= (SAME_HALF_DB if source.is_half else SAME_DB):
+        if found >= (SAME_HALF_DB if source.is_half or _rounds(prepared) else SAME_DB):
             if not fold:
                 context.journal.notes.append("constants and BatchNorms were not folded: " + failed[0])
             context.journal.notes += prepared.notes
@@ -61,6 +61,11 @@ def _wanted_opset(context: Context) -> int:
         *(target.opset_for(bits) for bits in widths),
         BLOCKS_OPSET if modern else 0,
     )
+
+
+def _rounds(prepared: Prepared) -> bool:
+    """Tell whether the source itself rounds activations: there a float32 sum in another order may be a step."""
+    return any("Quantize" in node.op_type or "QLinear" in node.op_type for node in prepared.model.graph.all_nodes())
 
 
 def _fidelity(prepared: Prepared, source: FloatModel, data: Dataset, context: Context) -> float:

@@ -21,6 +21,7 @@ import onnx_ir as ir
 
 from comq_onnx.model.layers import Layer, Prepared
 from comq_onnx.plan.activations import ActivationPlan, fused_output
+from comq_onnx.plan.given_pairs import is_between_pairs
 from comq_onnx.targets.costs import Costs
 from comq_onnx.targets.target import Target
 
@@ -131,7 +132,8 @@ class CostModel:
     def _is_between_quantized(self, layer: Layer, node: ir.Node, plan: ActivationPlan) -> bool:
         """Tell whether a float layer reads a dequantized value and writes one that is quantized."""
         read, (made, _) = plan.values.get(layer.input), fused_output(node, self.target)
-        return read is not None and read.everywhere and str(made.name) in plan.values
+        planned = read is not None and read.everywhere and str(made.name) in plan.values
+        return planned or is_between_pairs(node, made)
 
     def _layer(self, layer: Layer, node: ir.Node, integer: bool) -> float:
         """Predict the microseconds of a layer alone."""

@@ -14,7 +14,7 @@ from comq_onnx.model.float_model import FloatModel
 from comq_onnx.model.layers import Layer, Prepared
 from comq_onnx.model.probe import probe
 from comq_onnx.plan import integer_gain, smoothing
-from comq_onnx.plan.activations import ActivationPlan, plan_activations
+from comq_onnx.plan.activations import ActivationPlan, plan_activations, plan_between_pairs
 from comq_onnx.plan.faithful import BLOCKS_OPSET
 from comq_onnx.plan.initial_bits import fill_containers, initial_bits
 from comq_onnx.plan.plan import Plan
@@ -82,6 +82,8 @@ def _choose_activations(plan: Plan, dtype: str | None, data: Dataset, context: C
     def planned(layers: Sequence[Layer]) -> ActivationPlan:
         return plan_activations(walked.model, layers, plan.target, dtype)
 
+    if dtype is None:
+        return replace(plan, activations=plan_between_pairs(walked.model, whole, plan.target))
     found = planned(whole)
     may_be_slower = any(x.name in found.integer_layers and integer_gain.is_measured(x) for x in whole)
     if context.options.activations != "auto" or plan.target.costs is None or not may_be_slower:

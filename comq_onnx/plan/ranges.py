@@ -166,7 +166,7 @@ def readers(prepared: Prepared, plan: ActivationPlan) -> dict[str, Readers]:
     integer = {x.name: x for x in prepared.layers if x.name in plan.integer_layers and not x.nested}
     found = {}
     for name, value in plan.values.items():
-        if value.like is not None:
+        if value.like is not None or value.given is not None:
             continue
         layers: list[Layer] = []
         passed_on, open_values = False, [values[name]]

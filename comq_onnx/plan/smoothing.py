@@ -59,6 +59,7 @@ def candidates(prepared: Prepared, plan: ActivationPlan) -> dict[str, list[Layer
         name: layers
         for name, layers in found.items()
         if not plan.values[name].everywhere
+        and plan.values[name].given is None
         and all(x.kind.is_matrix for x in layers)
         and all(len(initializers[x.weight].uses()) == 1 for x in layers)
     }

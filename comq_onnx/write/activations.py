@@ -7,12 +7,29 @@ import onnx_ir as ir
 
 from comq_onnx.model import graph as graphs
 from comq_onnx.model.layers import Layer
+from comq_onnx.plan.given_pairs import dequantized
 from comq_onnx.plan.solved import Solved
 
 # operators that ONNX Runtime quantizes itself between two quantized values (it makes a Gemm of a MatMul and its Add)
 _TAKEN = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 # operators that it may fuse into those, or leave between one and the QuantizeLinear of its output
 _PASSED = frozenset({"Relu", "Clip", "Add", "Mul", "Sub", "Div", "BatchNormalization", "Identity", "Sum", "Dropout"})
+# under this key a QuantizeLinear keeps the name of the activation that it quantizes
+QUANTIZES = "comq_onnx.quantizes"
+# this key marks the pairs that the source has
+_OF_SOURCE = "comq_onnx.of_source"
+
+
+def mark_source(model: ir.Model) -> None:
+    """Mark each QuantizeLinear and DequantizeLinear that a model has before anything is written into it."""
+    for node in model.graph.all_nodes():
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            node.meta[_OF_SOURCE] = True
+
+
+def is_of_source(node: ir.Node) -> bool:
+    """Tell whether `mark_source` has marked a node."""
+    return _OF_SOURCE in node.meta
 
 
 def integer_readers(solved: Solved, nodes: dict[str, ir.Node]) -> dict[str, list[tuple[ir.Node, int]]]:
@@ -34,9 +51,16 @@ def integer_readers(solved: Solved, nodes: dict[str, ir.Node]) -> dict[str, list
 def emit_activation(model: ir.Model, value: ir.Value, solved: Solved, readers: list[tuple[ir.Node, int]]) -> None:
     """Insert the QuantizeLinear and DequantizeLinear of a value: for all its readers, or only for integer layers.
 
+    Where the source has that pair, its readers take what comes out of it.
+
     readers: the integer layers that read it, as `integer_readers` gives them
     """
-    if solved.plan.activations.values[str(value.name)].everywhere:
+    everywhere = solved.plan.activations.values[str(value.name)].everywhere
+    known = dequantized(value, solved.activation_grids[str(value.name)])
+    if known is not None and not (everywhere and known is not value and value.is_graph_output()):
+        _read_known(value, known, solved, readers)
+        return
+    if everywhere:
         _replace_everywhere(model, value, solved)
         return
     # a pair in each graph that has readers
@@ -45,6 +69,27 @@ def emit_activation(model: ir.Model, value: ir.Value, solved: Solved, readers: l
         for node, index in readers:
             if node.graph is home:
                 node.replace_input_with(index, new)
+
+
+def _read_known(value: ir.Value, known: ir.Value, solved: Solved, readers: list[tuple[ir.Node, int]]) -> None:
+    """Let readers of a value take `known`, what a pair of the source makes of it: all readers, or integer layers."""
+    if known is value:
+        return
+    dequantize = known.producer()
+    assert dequantize is not None
+    assert dequantize.inputs[0] is not None
+    quantize = dequantize.inputs[0].producer()
+    assert quantize is not None
+    quantize.meta[QUANTIZES] = str(value.name)
+    home, producer = quantize.graph, value.producer()
+    assert isinstance(home, ir.Graph)
+    # before all readers
+    home.remove([quantize, dequantize])
+    _place(home, producer, [quantize, dequantize])
+    everywhere = solved.plan.activations.values[str(value.name)].everywhere
+    for node, index in [*value.uses()] if everywhere else readers:
+        if node is not quantize:
+            node.replace_input_with(index, known)
 
 
 def _replace_everywhere(model: ir.Model, value: ir.Value, solved: Solved) -> None:
@@ -77,14 +122,19 @@ def _pair(model: ir.Model, value: ir.Value, solved: Solved, home: ir.Graph | ir.
     zero = graphs.add_initializer(model.graph, f"{value.name}.zero_point", np.asarray(grid.zero_point, grid.dtype))
     quantize = ir.node("QuantizeLinear", [value, scale, zero], name=f"{value.name}.quantize")
     quantize.outputs[0].name = f"{value.name}.quantized"
+    quantize.meta[QUANTIZES] = str(value.name)
     dequantize = ir.node("DequantizeLinear", [quantize.outputs[0], scale, zero], name=f"{value.name}.dequantize")
     dequantize.outputs[0].name = f"{value.name}.dequantized"
-    producer = value.producer()
-    if producer is not None and producer.graph is home:
-        home.insert_after(producer, [quantize, dequantize])
-    else:
-        home.insert_before(next(iter(home)), [quantize, dequantize])
+    _place(home, value.producer(), [quantize, dequantize])
     return dequantize.outputs[0]
+
+
+def _place(home: ir.Graph, producer: ir.Node | None, nodes: list[ir.Node]) -> None:
+    """Insert nodes right behind `producer`, or at the begin of `home` where that is not in it."""
+    if producer is not None and producer.graph is home:
+        home.insert_after(producer, nodes)
+    else:
+        home.insert_before(next(iter(home)), nodes)
 
 
 # Layers that stay float

@@ -6,13 +6,14 @@ target does not read, or would run in float without a warning.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from comq_onnx.context import Context
 from comq_onnx.errors import InternalError
 from comq_onnx.model import graph as graphs
 from comq_onnx.model.layers import Layer, nodes_by_name
@@ -20,6 +21,7 @@ from comq_onnx.plan.forms import WeightForm
 from comq_onnx.plan.solved import Solved
 from comq_onnx.solve.grid import QuantizedWeight
 from comq_onnx.targets.target import Target
+from comq_onnx.write.activations import QUANTIZES, is_of_source
 from comq_onnx.write.weights import channel_scale
 
 Numbers = npt.NDArray[Any]
@@ -34,7 +36,7 @@ _UNPACKING = frozenset(
 
 def check_emitted(model: ir.Model, solved: Solved) -> None:
     """Raise InternalError where a written model is not what was planned or breaks a rule of its target."""
-    found = [*missing(model, solved), *lint(model, solved.plan.target)]
+    found = [*missing(model, solved), *lint(model, solved.plan.target, ours_alone=True)]
     if found:
         more = f"; {len(found) - MOST_NAMED} more" if len(found) > MOST_NAMED else ""
         raise InternalError(
@@ -62,15 +64,19 @@ def missing(model: ir.Model, solved: Solved) -> list[str]:
         fault = "has no node" if node is None else _fault(node, layer, solved)
         if fault:
             found.append(f"layer {layer.name!r} {fault}")
-    return [*found, *_left_weights(model, solved), *_unquantized(nodes, solved)]
+    return [*found, *_left_weights(model, solved), *_unquantized(model, solved)]
 
 
-def _unquantized(nodes: Mapping[str, ir.Node], solved: Solved) -> Iterator[str]:
+def _unquantized(model: ir.Model, solved: Solved) -> Iterator[str]:
     """Name the planned activations that are not quantized, or not for all their readers."""
+    pairs = {node.meta[QUANTIZES]: node for node in model.graph.all_nodes() if QUANTIZES in node.meta}
+    values = {str(v.name): v for v in graphs.walk_values(model)}
     for name, planned in solved.plan.activations.values.items():
-        pair = nodes.get(f"{name}.quantize")
+        pair = pairs.get(name)
         if pair is None or pair.op_type != "QuantizeLinear":
-            yield f"activation {name!r} is not quantized"
+            # the source may have it dequantized
+            if planned.given is None or not _dequantized(values.get(name)):
+                yield f"activation {name!r} is not quantized"
             continue
         raw = pair.inputs[0]
         assert raw is not None
@@ -127,12 +133,11 @@ def _same_codes(stored: Numbers, last: ir.Node | None, layer: Layer, form: Weigh
 
 
 def _dequantized(value: ir.Value | None) -> bool:
-    """Tell whether a value comes from a QuantizeLinear and a DequantizeLinear behind it."""
+    """Tell whether a value comes from a DequantizeLinear of codes that are no constant."""
     last = None if value is None else value.producer()
     if last is None or last.op_type != "DequantizeLinear" or last.inputs[0] is None:
         return False
-    first = last.inputs[0].producer()
-    return first is not None and first.op_type == "QuantizeLinear"
+    return not graphs.is_constant(last.inputs[0])
 
 
 def _constants_behind(value: ir.Value | None) -> list[ir.Value]:
@@ -167,10 +172,23 @@ def _left_weights(model: ir.Model, solved: Solved) -> Iterator[str]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def lint(model: ir.Model, target: Target) -> list[str]:
+def warn_of_source(model: ir.Model, context: Context) -> None:
+    """Warn of nodes of the source itself that another runtime than ONNX Runtime does not read, or runs in float."""
+    target = context.target
+    found = [fault for node in _pairs(model) for fault in _faults(node, target)] if target.runs_outside_ort else []
+    if found:
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        context.journal.warnings.append(
+            f"the source itself breaks rules of {target.name}, and this is left as it is: {found[0]}{more}"
+        )
+
+
+def lint(model: ir.Model, target: Target, ours_alone: bool = False) -> list[str]:
     """List the rules of a target that a QDQ model breaks, a line for each finding; [] where it keeps them all.
 
     Checks versions, containers, scales, zero points, the axes of weights and the form of biases.
+
+    ours_alone: leave out the nodes that the source had
     """
     opset = graphs.opset(model)
     found = []
@@ -178,10 +196,21 @@ def lint(model: ir.Model, target: Target) -> list[str]:
         found.append(f"opset {opset}: {target.name} reads {target.min_opset} to {target.max_opset}")
     if model.ir_version > target.max_ir:
         found.append(f"IR version {model.ir_version}: {target.name} reads up to {target.max_ir}")
+    for node in _pairs(model):
+        if not (ours_alone and is_of_source(node)):
+            found += _faults(node, target)
+    return found
+
+
+def _pairs(model: ir.Model) -> Iterator[ir.Node]:
+    """Yield every QuantizeLinear and DequantizeLinear."""
     for node in model.graph.all_nodes():
         if node.op_type in ("QuantizeLinear", "DequantizeLinear") and node.domain in ("", "ai.onnx"):
-            found += [f"{node.op_type} {node.name!r}: {fault}" for fault in _pair_faults(node, target)]
-    return found
+            yield node
+
+
+def _faults(node: ir.Node, target: Target) -> list[str]:
+    return [f"{node.op_type} {node.name!r}: {fault}" for fault in _pair_faults(node, target)]
 
 
 def _pair_faults(node: ir.Node, target: Target) -> Iterator[str]:

@@ -15,7 +15,7 @@ import onnx_ir.passes.common as passes
 from comq_onnx.model import graph as graphs
 from comq_onnx.model.layers import nodes_by_name
 from comq_onnx.plan.solved import Solved
-from comq_onnx.write.activations import emit_activation, integer_readers, keep_float
+from comq_onnx.write.activations import emit_activation, integer_readers, keep_float, mark_source
 from comq_onnx.write.weights import emit_layer, stored_bytes
 
 
@@ -53,6 +53,7 @@ def emit(model: ir.Model, solved: Solved) -> None:
     model: a clone of the model that is written, or a part of it
     """
     nodes = nodes_by_name(model)
+    mark_source(model)
     for layer in solved.plan.layers:
         if layer.name in nodes and layer.name in solved.solutions:
             emit_layer(model, nodes, layer, solved)

@@ -178,7 +178,9 @@ def _adding_op(node: ir.Node, plan: ActivationPlan) -> str:
     ONNX Runtime takes MatMul, Add and QuantizeLinear for a Gemm, runs it in float and never makes it MatMulNBits. It
     leaves a Sum alone.
     """
-    return "Sum" if str(node.outputs[0].name) in plan.values else "Add"
+    made = node.outputs[0]
+    rounded = str(made.name) in plan.values or any(reader.op_type == "QuantizeLinear" for reader, _ in made.uses())
+    return "Sum" if rounded else "Add"
 
 
 def _gemm_as_matmul(model: ir.Model, node: ir.Node, layer: Layer, bias: Array | None, plan: ActivationPlan) -> ir.Node:

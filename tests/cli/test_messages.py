@@ -146,7 +146,8 @@ CASES: list[tuple[Setup, Sequence[str], int, str]] = [
      "m.onnx: external data of 'w1' should end at byte 6144 of 'w.data', which has 4; the file is truncated or not "
      "this model's"),
     (lambda _: comq_onnx.quantize(mlp(), "m.onnx", samples_for(mlp()), bits=8) and None, RUN, 3,
-     "m.onnx: already quantized (…); give the float model it was made from"),
+     "m.onnx: already quantized (the weights of 1 Gemm, 1 MatMul are, and no other layer has as many as 128); give the "
+     "float model it was made from"),
     (model(mlp(opset=999)), RUN, 3,
      "m.onnx: has opset 999; ort-cpu reads 26 at most: export the model with a lower one"),
     (model(mlp(ir_version=99)), RUN, 3, "ONNX Runtime … cannot load m.onnx: …"),

@@ -49,6 +49,8 @@ INTEGER_KERNELS = INTEGER_PRODUCTS | frozenset(
 )  # fmt: skip
 # models are timed for about so long, in turn
 TIMED_SECONDS = 2.0
+# what messages call the quantized model
+QUANTIZED = "the quantized model"
 # an output with a lower SQNR is hardly of use; few bits may cost that much, but never without a warning
 LEAST_DB = 5.0
 # more samples than these rarely help
@@ -135,8 +137,7 @@ def compare(
         return Comparison(
             outputs=compare_outputs(first, second, data, batch_size, selected=selected),
             matches=match_outputs(first, second, data, batch_size, selected),
-            size={"before": sizes[0], "after": sizes[1]},
-            latency_ms={"before": times[0], "after": times[1]},
+            size={"before": sizes[0], "after": sizes[1]}, latency_ms={"before": times[0], "after": times[1]},
             kernels=kernels.integer, float_kernels=kernels.floating, samples=len(data),
         )  # fmt: skip
 
@@ -220,7 +221,7 @@ def quantized_session(model: Path | bytes | str, context: Context) -> Session:
     """Load a quantized model to compute what its target would, as far as ONNX Runtime can."""
     # only ONNX Runtime on a CPU rounds the activations of weight-only products
     return Session(
-        model, context.device, what="the quantized model", float_matmul_nbits=context.device != context.target.device,
+        model, context.device, what=QUANTIZED, float_matmul_nbits=context.device != context.target.device,
         disable_qdq_fusion=context.target.runs_outside_ort,
     )  # fmt: skip
 
@@ -276,10 +277,8 @@ def _compare_levels(
     computes; rounding the inputs of weight-only products to 8 bits is what ONNX Runtime's CPU does by default.
     """
 
-    def compared(literal: bool = False, exact: bool = False) -> list[OutputComparison]:
-        session = Session(
-            path, context.device, what="the quantized model", float_matmul_nbits=exact, disable_qdq_fusion=literal
-        )
+    def compared(fused: bool = True, exact: bool = False) -> list[OutputComparison]:
+        session = Session(path, context.device, what=QUANTIZED, float_matmul_nbits=exact, disable_qdq_fusion=not fused)
         return compare_outputs(source.session, session, data.held_back, context.options.batch_size, selected=selected)
 
     if context.target.runs_outside_ort:
@@ -291,20 +290,20 @@ def _compare_levels(
             )
             return
     else:
-        written, default = compared(literal=True), list(outputs)
+        written, default = compared(fused=False), list(outputs)
     apart = _apart(written, default)
     if not apart:
         return
-    if not _apart(written, compared(exact=True)):
+    if _apart(written, compared(exact=True)):
+        context.journal.warnings.append(
+            f"ONNX Runtime's optimizations change what the quantized model computes (SQNR {apart}): judge it on its "
+            "own runtime, or set session.disable_quant_qdq=1"
+        )
+    else:
         context.journal.notes.append(
             f"ONNX Runtime's CPU rounds the inputs of weight-only products to 8 bits: {apart}; the session option "
             "session.qdq_matmulnbits_accuracy_level=1 keeps them float"
         )
-        return
-    context.journal.warnings.append(
-        f"ONNX Runtime's optimizations change what the quantized model computes (SQNR {apart}): judge it on its own "
-        "runtime, or set session.disable_quant_qdq=1"
-    )
 
 
 def _apart(written: Sequence[OutputComparison], default: Sequence[OutputComparison]) -> str:

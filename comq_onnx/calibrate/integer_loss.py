@@ -88,30 +88,32 @@ class _Trial:
     """Hold what it takes to see what quantized activations do to the outputs.
 
     grids: of each value, from the range that the samples show
+    mask: the input whose zeros mark positions that are left out; None where there is none
     feeds, expected: the samples, and the values that the float model is judged by, batch by batch
     """
 
     plan: Plan
     device: str
+    mask: str | None
     grids: Mapping[str, ActivationGrid]
     feeds: Sequence[Mapping[str, Any]]
-    expected: Sequence[Mapping[str, Any]]
+    expected: Sequence[dict[str, Any]]
 
     @classmethod
     def of(cls, plan: Plan, data: Dataset, context: Context) -> _Trial:
         """Run the float model on a few samples."""
         feeds = list(data.calibration.few(SAMPLES).batches(BATCH))
         session = _session(plan, Solved(plan, {}, {}), context.device)
-        return cls(
-            plan, context.device, _observed_grids(plan, data, feeds, context), feeds, [session.run(x) for x in feeds]
-        )
+        expected = [_kept_values(session, batch, data.mask) for batch in feeds]
+        return cls(plan, context.device, data.mask, _observed_grids(plan, data, feeds, context), feeds, expected)
 
     def sqnr_db(self, activations: ActivationPlan) -> float:
         """Return the SQNR of the worst value, with these activations quantized and all weights as they are."""
         everywhere = {name: replace(value, everywhere=True) for name, value in activations.values.items()}
         plan = replace(self.plan, activations=replace(activations, values=everywhere))
         session = _session(plan, Solved(plan, {}, self.grids), self.device)
-        noise = [10 ** (-sqnr_of(dict(x), session.run(f)) / 10) for f, x in zip(self.feeds, self.expected, strict=True)]
+        found = (_kept_values(session, batch, self.mask) for batch in self.feeds)
+        noise = [10 ** (-sqnr_of(one, other) / 10) for one, other in zip(self.expected, found, strict=True)]
         return -10 * float(np.log10(max(float(np.mean(noise)), 1e-20)))
 
 
@@ -124,7 +126,7 @@ def _observed_grids(
     seen = {name: ObservedRange() for name in plan.activations.values}
     values = probe(plan.walked.model, made, feeds, context.device, "the model with its activations as outputs")
     for batch, found in zip(feeds, values, strict=True) if made else [(batch, {}) for batch in feeds]:
-        kept = None if data.mask is None else batch[data.mask] == 1
+        kept = _kept(batch, data.mask)
         for name, span in seen.items():
             span.observe(take_kept(found[name] if name in found else batch[name], kept, least_rank=3))
     planned = plan.activations.values
@@ -132,6 +134,17 @@ def _observed_grids(
         name: planned[name].given or span.grid(plan.activations.dtype, planned[name].bounds)
         for name, span in seen.items()
     }
+
+
+def _kept(batch: Mapping[str, Any], mask: str | None) -> np.ndarray[Any, Any] | None:
+    """Return the positions [samples, positions] of a batch that are not masked; None for all."""
+    return None if mask is None else np.asarray(batch[mask] == 1)
+
+
+def _kept_values(session: JudgedSession, batch: Mapping[str, Any], mask: str | None) -> dict[str, Any]:
+    """Return the judged values of a batch, without the positions that are masked."""
+    kept = _kept(batch, mask)
+    return {name: take_kept(value, kept, least_rank=3) for name, value in session.run(batch).items()}
 
 
 def _session(plan: Plan, solved: Solved, device: str) -> JudgedSession:

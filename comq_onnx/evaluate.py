@@ -183,9 +183,10 @@ def evaluate(source: FloatModel, prepared: Prepared, path: Path, data: Dataset, 
         return Evaluation(outputs, matches, {}, None)
     before, after = latency([Session(x, device, threads=1) for x in (source.reference, path)], data.held_back)
     if after > SLOWER * before:
+        other = "auto" if context.options.activations == "none" else "none"
         journal.warnings.append(
             f"the quantized model is slower than its source ({after:.2f} against {before:.2f} ms): "
-            "try --activations none, or --exclude the layers of least weight"
+            f"try --activations {other}, or --exclude the layers of least weight"
         )
     return Evaluation(outputs, matches, {"before": before, "after": after}, executed_kernels(path, device))
 

@@ -268,8 +268,7 @@ def _gains(
 def _activation_noise(solved: Solved, outputs: _Outputs) -> Noise:
     """Measure the noise of quantized activations alone."""
     plan = solved.plan
-    everywhere = {name: replace(value, everywhere=True) for name, value in plan.activations.values.items()}
-    alone = replace(plan, activations=replace(plan.activations, values=everywhere))
+    alone = replace(plan, activations=plan.activations.everywhere())
     # unoptimized: ONNX Runtime would quantize the float weights between quantized activations itself
     return outputs.noise_of(Solved(alone, {}, solved.activation_grids), level=0)
 

@@ -25,7 +25,7 @@ from comq_onnx.plan.plan import Plan
 from comq_onnx.plan.solved import Solved
 from comq_onnx.runtime.session import Session
 from comq_onnx.samples.dataset import Dataset
-from comq_onnx.samples.padding import take_kept
+from comq_onnx.samples.padding import Mask, take_kept
 from comq_onnx.write.emit import emit
 
 # samples that tell what quantized activations cost, and how many of them run at once
@@ -88,47 +88,46 @@ class _Trial:
     """Hold what it takes to see what quantized activations do to the outputs.
 
     grids: of each value, from the range that the samples show
-    mask: the input whose zeros mark positions that are left out; None where there is none
-    feeds, expected: the samples, and the values that the float model is judged by, batch by batch
+    feeds: the samples, batch by batch
+    kept: the positions of each batch that are not masked; None for all
+    expected: the values that the float model is judged by, in each batch
     """
 
     plan: Plan
     device: str
-    mask: str | None
     grids: Mapping[str, ActivationGrid]
     feeds: Sequence[Mapping[str, Any]]
+    kept: Sequence[Mask | None]
     expected: Sequence[dict[str, Any]]
 
     @classmethod
     def of(cls, plan: Plan, data: Dataset, context: Context) -> _Trial:
         """Run the float model on a few samples."""
         feeds = list(data.calibration.few(SAMPLES).batches(BATCH))
-        session = _session(plan, Solved(plan, {}, {}), context.device)
-        expected = [_kept_values(session, batch, data.mask) for batch in feeds]
-        return cls(plan, context.device, data.mask, _observed_grids(plan, data, feeds, context), feeds, expected)
+        kept = [data.kept(batch) for batch in feeds]
+        expected = _kept_values(_session(plan, Solved(plan, {}, {}), context.device), feeds, kept)
+        return cls(plan, context.device, _observed_grids(plan, feeds, kept, context), feeds, kept, expected)
 
     def sqnr_db(self, activations: ActivationPlan) -> float:
         """Return the SQNR of the worst value, with these activations quantized and all weights as they are."""
-        everywhere = {name: replace(value, everywhere=True) for name, value in activations.values.items()}
-        plan = replace(self.plan, activations=replace(activations, values=everywhere))
+        plan = replace(self.plan, activations=activations.everywhere())
         session = _session(plan, Solved(plan, {}, self.grids), self.device)
-        found = (_kept_values(session, batch, self.mask) for batch in self.feeds)
+        found = _kept_values(session, self.feeds, self.kept)
         noise = [10 ** (-sqnr_of(one, other) / 10) for one, other in zip(self.expected, found, strict=True)]
         return -10 * float(np.log10(max(float(np.mean(noise)), 1e-20)))
 
 
 def _observed_grids(
-    plan: Plan, data: Dataset, feeds: Sequence[Mapping[str, Any]], context: Context
+    plan: Plan, feeds: Sequence[Mapping[str, Any]], kept: Sequence[Mask | None], context: Context
 ) -> dict[str, ActivationGrid]:
     """Return the min-max grid of each value that may be quantized, on these samples."""
     inputs = {str(v.name) for v in plan.written.model.graph.inputs}
     made = [name for name in plan.activations.values if name not in inputs]
     seen = {name: ObservedRange() for name in plan.activations.values}
     values = probe(plan.walked.model, made, feeds, context.device, "the model with its activations as outputs")
-    for batch, found in zip(feeds, values, strict=True) if made else [(batch, {}) for batch in feeds]:
-        kept = _kept(batch, data.mask)
+    for batch, mask, found in zip(feeds, kept, values if made else [{}] * len(feeds), strict=True):
         for name, span in seen.items():
-            span.observe(take_kept(found[name] if name in found else batch[name], kept, least_rank=3))
+            span.observe(take_kept(found[name] if name in found else batch[name], mask, least_rank=3))
     planned = plan.activations.values
     return {
         name: planned[name].given or span.grid(plan.activations.dtype, planned[name].bounds)
@@ -136,15 +135,14 @@ def _observed_grids(
     }
 
 
-def _kept(batch: Mapping[str, Any], mask: str | None) -> np.ndarray[Any, Any] | None:
-    """Return the positions [samples, positions] of a batch that are not masked; None for all."""
-    return None if mask is None else np.asarray(batch[mask] == 1)
-
-
-def _kept_values(session: JudgedSession, batch: Mapping[str, Any], mask: str | None) -> dict[str, Any]:
-    """Return the judged values of a batch, without the positions that are masked."""
-    kept = _kept(batch, mask)
-    return {name: take_kept(value, kept, least_rank=3) for name, value in session.run(batch).items()}
+def _kept_values(
+    session: JudgedSession, feeds: Sequence[Mapping[str, Any]], kept: Sequence[Mask | None]
+) -> list[dict[str, Any]]:
+    """Return the judged values of each batch, without the positions that are masked."""
+    return [
+        {name: take_kept(value, mask, least_rank=3) for name, value in session.run(batch).items()}
+        for batch, mask in zip(feeds, kept, strict=True)
+    ]
 
 
 def _session(plan: Plan, solved: Solved, device: str) -> JudgedSession:

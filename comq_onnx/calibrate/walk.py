@@ -71,7 +71,7 @@ class _Walk:
         size = context.options.batch_size
         self._batches = list(self._samples.batches(size))
         self._counts = self._samples.batch_counts(size)
-        self._masks = [None if data.mask is None else batch[data.mask] == 1 for batch in self._batches]
+        self._masks = [data.kept(batch) for batch in self._batches]
         self._solver = LayerSolver(plan, context.options.method, observer)
         self._ranges = ActivationRanges(plan, self._masks, context.options.seed, self._out_of_range)
         self._layers = list(calibrated(plan.walked.layers))

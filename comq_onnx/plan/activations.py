@@ -61,6 +61,10 @@ class ActivationPlan:
         like = self.values[name].like
         return self.root(like) if like is not None else name
 
+    def everywhere(self) -> ActivationPlan:
+        """Return the plan in which all readers of each value take what is quantized, as float layers do then too."""
+        return replace(self, values={name: replace(value, everywhere=True) for name, value in self.values.items()})
+
 
 def plan_activations(model: ir.Model, layers: Sequence[Layer], target: Target, dtype: str | None) -> ActivationPlan:
     """Choose the values that are quantized for those of `layers` that the target runs in integers.

@@ -132,6 +132,6 @@ def _smoothing_factors(plan: Plan, data: Dataset, context: Context) -> smoothing
     if not candidates:
         return {}
     few = data.calibration.few(SMOOTHING_SAMPLES)
-    masks = [None if data.mask is None else batch[data.mask] == 1 for batch in few.batches(SMOOTHING_BATCH)]
+    masks = [data.kept(batch) for batch in few.batches(SMOOTHING_BATCH)]
     values = probe(plan.walked.model, list(candidates), few.batches(SMOOTHING_BATCH), context.device, PROBED)
     return smoothing.find_factors(plan.walked, candidates, plan.activations.dtype, plan.grids, values, masks)

@@ -43,6 +43,10 @@ class Dataset:
         """Tell whether no samples were given."""
         return self.calibration.source == "synthetic"
 
+    def kept(self, batch: Mapping[str, AnyArray]) -> padding.Mask | None:
+        """Return the positions [samples, positions] of a batch that the model does not ignore; None for all."""
+        return None if self.mask is None else batch[self.mask] == 1
+
 
 def load_dataset(source: FloatModel, samples: Any, context: Context) -> Dataset:
     """Load samples for a model, hold some back, and run one batch, so that faults of the samples show here.

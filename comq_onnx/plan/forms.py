@@ -82,6 +82,18 @@ def code_bytes(layer: Layer, bits: int, activations: ActivationPlan, target: Tar
     return sum(-(-count * width // 8) for width in planes or (WIDTHS[container],))
 
 
+def may_overflow(layer: Layer, activations: ActivationPlan, target: Target) -> bool:
+    """Tell whether x86 CPUs without VNNI could add two products of a layer to more than 16 bits hold.
+
+    Their kernels multiply uint8 activations by int8 codes, and add the products of neighbouring inputs with saturation.
+    """
+    if layer.name not in activations.integer_layers or activations.dtype != "uint8":
+        return False
+    kind = layer.kind
+    exact = target.exact_depthwise and kind.is_depthwise and kind.outputs == kind.groups
+    return not exact
+
+
 def supported_grid(layer: Layer, form: WeightForm, grid: Grid, target: Target) -> Grid:
     """Return the grid nearest to `grid` that the form of a layer can hold on a target.
 

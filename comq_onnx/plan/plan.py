@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from comq_onnx.model.layers import Layer, Prepared
 from comq_onnx.options.options import Options
 from comq_onnx.plan.activations import ActivationPlan
-from comq_onnx.plan.forms import WeightForm, code_bytes, container_of, form_of, may_add_bias, supported_grid
+from comq_onnx.plan.forms import (
+    WeightForm,
+    code_bytes,
+    container_of,
+    form_of,
+    may_add_bias,
+    may_overflow,
+    supported_grid,
+)
 from comq_onnx.solve.grid import Grid
 from comq_onnx.targets.target import Target
 
@@ -26,8 +35,8 @@ class Plan:
     probes: for each layer in the body of a loop, the value of `walked` that stacks the layer's inputs
     activations: the values that are quantized, and the layers that run in integers
     target: the runtime that the model is written for
-    bits: the bits of each layer's weight, by the name of the layer
-    grids: the grid of each layer's weight, by the name of the layer
+    bits: the bits that each layer's weight is stored with, by the name of the layer
+    grids: the grid of each layer's weight, by the name of the layer; of fewer bits for layers of `narrow` weights
     slower: the names of layers that are weight-only because integers would make them slower
     """
 
@@ -76,5 +85,15 @@ class Plan:
         return replace(self, bits=bits, grids=grids)
 
     def grid_at(self, layer: Layer, bits: int, options: Options) -> Grid:
-        """Return the grid of a layer's weight at `bits` bits."""
+        """Return the grid of a layer's weight that is stored with `bits` bits.
+
+        Unless all CPUs that matter have VNNI, its codes have at most as many bits as are safe without.
+        """
+        if options.cpu == "any" and layer.weight in self.narrow:
+            bits = min(bits, self.target.safe_bits)
         return supported_grid(layer, self.form(layer), options.grid(bits), self.target)
+
+    @cached_property
+    def narrow(self) -> frozenset[str]:
+        """Return the weights of layers that may overflow on some CPUs, also where other layers share them."""
+        return frozenset(x.weight for x in self.layers if may_overflow(x, self.activations, self.target))

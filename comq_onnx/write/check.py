@@ -91,7 +91,7 @@ def _fault(node: ir.Node, layer: Layer, solved: Solved) -> str:
     index = 0 if form is WeightForm.LOOKED_UP else 1 if form is WeightForm.BLOCKED else layer.kind.weight_index
     weight = node.inputs[index]
     solution = solved.solutions[layer.name].weight
-    container, planes = solved.plan.container(layer, solution.grid.bits)
+    container, planes = solved.plan.container(layer, solved.plan.bits[layer.name])
     codes = [v for v in _constants_behind(weight) if str(v.name).startswith(f"{layer.weight}.codes")]
     types = {v.dtype for v in codes}
     wanted = ir.DataType.UINT8 if planes else ir.DataType[container]

@@ -14,7 +14,7 @@ from comq_onnx.model.layers import Layer
 from comq_onnx.plan.activations import ActivationPlan
 from comq_onnx.plan.forms import WeightForm
 from comq_onnx.plan.solved import Solved
-from comq_onnx.solve.grid import Array, QuantizedWeight
+from comq_onnx.solve.grid import MAX_BITS, Array, QuantizedWeight
 from comq_onnx.write.biases import add_bias, fit_bias, float_bias, is_open_product, set_bias
 from comq_onnx.write.codes import pack, shared_constant, store
 
@@ -44,7 +44,8 @@ def emit_layer(model: ir.Model, nodes: dict[str, ir.Node], layer: Layer, solved:
 
 def stored_bytes(model: ir.Model, layer: Layer) -> int:
     """Return the bytes that the weight of a layer takes in an emitted `model`: codes, scales and zero points."""
-    names = (f"{layer.weight}.codes", f"{layer.name}.scale", f"{layer.name}.zero_point")
+    planes = (f"{layer.weight}.codes.plane_{k}" for k in range(MAX_BITS))
+    names = (f"{layer.weight}.codes", *planes, f"{layer.name}.scale", f"{layer.name}.zero_point")
     values = (model.graph.initializers.get(name) for name in names)
     return sum(v.const_value.nbytes for v in values if v is not None and v.const_value is not None)
 
@@ -77,7 +78,7 @@ def _emit_integer(
 
 def _dequantize(model: ir.Model, node: ir.Node, layer: Layer, weight: QuantizedWeight, solved: Solved) -> ir.Value:
     """Write codes -> Cast to INT8 where they are packed -> DequantizeLinear along the channels."""
-    codes = _codes(model, layer, layer.kind.from_matrix(weight.codes), weight, solved)
+    codes = _codes(model, layer, layer.kind.from_matrix(weight.codes), solved)
     if codes.dtype != ir.DataType.INT8:
         codes = graphs.insert(node, "Cast", [codes], {"to": ir.DataType.INT8}, f"{layer.name}.int8")
     # without a zero point ONNX Runtime does not fuse a Gemm
@@ -159,7 +160,7 @@ def _dequantize_blocks(
     """
     inputs, grid = weight.codes.shape[-1], weight.grid
     block = grid.block_size or solved.plan.target.block_of(inputs, grid.bits)
-    codes = _codes(model, layer, weight.codes[0].T, weight, solved)
+    codes = _codes(model, layer, weight.codes[0].T, solved)
     assert codes.dtype is not None
     container = codes.dtype.name
     if solved.plan.opset < 21 or block is None:
@@ -221,7 +222,7 @@ def _unpack_at_load(model: ir.Model, node: ir.Node, layer: Layer, weight: Quanti
         # in the main graph, where every runtime folds constants, and once for all iterations
         node = next(iter(model.graph))
     shape = layer.weight_shape if weight.grid.per_tensor else layer.kind.scaled_shape(weight.scale.shape[-1])
-    codes = _codes(model, layer, layer.kind.from_matrix(weight.codes).reshape(shape), weight, solved)
+    codes = _codes(model, layer, layer.kind.from_matrix(weight.codes).reshape(shape), solved)
     value = _as_float(model, node, codes, solved.plan.target.unpack, f"{layer.name}.float")
     if weight.zero_point.any():
         zero = spread(weight.zero_point).astype(np.float32)
@@ -238,7 +239,7 @@ def _unpack_at_load(model: ir.Model, node: ir.Node, layer: Layer, weight: Quanti
 def _emit_gather(model: ir.Model, node: ir.Node, layer: Layer, weight: QuantizedWeight, solved: Solved) -> None:
     """Replace an embedding by Gathers of codes, zero points and scales, and their product."""
     indices = node.inputs[1]
-    codes = _codes(model, layer, weight.codes[0], weight, solved)
+    codes = _codes(model, layer, weight.codes[0], solved)
     scale = graphs.add_initializer(model.graph, f"{layer.name}.scale", weight.scale[0])
     attributes = {"axis": 0}
     if solved.plan.target.unpack != "Cast":
@@ -271,9 +272,9 @@ def _as_float(model: ir.Model, node: ir.Node, codes: ir.Value, unpack: str, name
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def _codes(model: ir.Model, layer: Layer, codes: Numbers, weight: QuantizedWeight, solved: Solved) -> ir.Value:
+def _codes(model: ir.Model, layer: Layer, codes: Numbers, solved: Solved) -> ir.Value:
     """Store the codes of a layer, laid out as they are written, in the container that is planned for them."""
-    container, planes = solved.plan.container(layer, weight.grid.bits)
+    container, planes = solved.plan.container(layer, solved.plan.bits[layer.name])
     return store(model, layer.weight, codes, container, planes)
 
 

@@ -43,7 +43,8 @@ def form_of(layer: Layer, activations: ActivationPlan) -> WeightForm:
     """Choose how the weight of a layer is written."""
     if layer.kind.is_lookup:
         return WeightForm.LOOKED_UP
-    if layer.name in activations.integer_layers:
+    # no runtime has an integer kernel for wider activations: the layer reads them as floats again
+    if layer.name in activations.integer_layers and np.iinfo(activations.dtype).bits == 8:
         return WeightForm.INTEGER
     if layer.nested:
         return WeightForm.FOLDED

@@ -324,10 +324,16 @@ def _axis(node: ir.Node, quantized: ir.Value | None) -> int:
 
 
 def _constant_scale(value: ir.Value | None) -> Numbers | None:
-    """Return the numbers of a scale: of an initializer, or of the product of two, which int32 biases have."""
+    """Return the numbers of a scale: of an initializer, reshaped or not, or of the product of two.
+
+    The scales of int32 biases are products.
+    """
     if value is None or value.producer() is None:
         return graphs.constant(value)
     node = value.producer()
+    if node is not None and node.op_type == "Reshape":
+        scale, shape = _constant_scale(node.inputs[0]), graphs.constant(node.inputs[1])
+        return None if scale is None or shape is None else scale.reshape(shape)
     parts = [] if node is None or node.op_type != "Mul" else [graphs.constant(v) for v in node.inputs]
     return parts[0] * parts[1] if len(parts) == 2 and parts[0] is not None and parts[1] is not None else None
 

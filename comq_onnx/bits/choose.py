@@ -149,7 +149,7 @@ def _widths(plan: Plan, name: str, members: Sequence[str], context: Context) -> 
     fixed = context.options.fixed_bits is not None
     layer = next(x for x in plan.layers if x.name == name)
     explicit = any(has_explicit_bits(member, context.options) for member in members)
-    if explicit or (fixed and layer.kind.is_lookup):
+    if explicit or plan.is_unseen(layer) or (fixed and layer.kind.is_lookup):
         return (plan.bits[name],)
     return _distinct(plan, layer, [bits for bits in BITS if not fixed or bits >= plan.bits[name]], context)
 

@@ -31,8 +31,8 @@ class Plan:
 
     written: the model that is written, with its layers in topological order
     walked: the same model as calibration walks through it: branches of If inlined, loops with more outputs (see
-        subgraphs.py)
-    probes: for each layer in the body of a loop, the value of `walked` that stacks the layer's inputs
+        subgraphs.py); its layers are those that the samples reach
+    probes: for each layer in a subgraph of `walked`, the value that stacks the layer's inputs
     activations: the values that are quantized, and the layers that run in integers
     target: the runtime that the model is written for
     bits: the bits that each layer's weight is stored with, by the name of the layer
@@ -58,6 +58,24 @@ class Plan:
     def opset(self) -> int:
         """Return the opset of the model that is written."""
         return self.written.opset
+
+    @cached_property
+    def unreached(self) -> frozenset[str]:
+        """Return the names of the layers that calibration does not reach."""
+        return frozenset(x.name for x in self.layers) - {x.name for x in self.walked.layers}
+
+    @cached_property
+    def unreached_weights(self) -> frozenset[str]:
+        """Return the weights of the layers that calibration does not reach."""
+        return frozenset(x.weight for x in self.layers if x.name in self.unreached)
+
+    def is_unseen(self, layer: Layer) -> bool:
+        """Tell whether calibration reaches neither a layer nor another one with its weight."""
+        return layer.name in self.unreached and layer.weight not in self._walked_weights
+
+    @cached_property
+    def _walked_weights(self) -> frozenset[str]:
+        return frozenset(x.weight for x in self.walked.layers)
 
     def form(self, layer: Layer) -> WeightForm:
         """Return how the weight of a layer is written."""

@@ -14,7 +14,6 @@ from comq_onnx.model.layers import Layer, Prepared
 from comq_onnx.model.probe import probe
 from comq_onnx.samples.samples import Samples
 
-
 # operators with subgraphs, and the attributes that hold these
 SUBGRAPHS = {"If": ("then_branch", "else_branch"), "Loop": ("body",), "Scan": ("body",)}
 

@@ -9,4 +9,5 @@ codes: store integer codes in containers or as bit planes
 expose: make weights inputs of the float model, to try quantized ones without a new session
 provenance: make the metadata of the file
 check: check a written model against its plan and the rules of its target
+size: compare its size with that of its source
 """

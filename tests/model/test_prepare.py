@@ -20,6 +20,7 @@ from models import (
     batchnorm_cnn,
     build,
     cnn,
+    codes,
     infer,
     mlp,
     normal,
@@ -620,3 +621,39 @@ def test_more_bits_are_nearer_to_the_float_model(tmp_path: Path) -> None:
         comq_onnx.quantize(cnn(), tmp_path / "q.onnx", samples, bits=bits, device="cpu")
         reached.append(sqnr(reference, infer(tmp_path / "q.onnx", samples)["logits"]))
     assert reached == sorted(reached)
+
+
+# Weights that are stored more than once
+
+
+@pytest.mark.parametrize("way", ["Identity (w)", "Cast <to = 1> (w)", "Reshape (w, shape)"])
+def test_copies_of_a_weight_are_stored_once(quantized: Run, way: str) -> None:
+    model = build(
+        f"""g (float[batch, 64] x) => (float[batch, 64] y) {{
+            [first] a = MatMul (x, w)
+            b = Tanh (a)
+            copy = {way}
+            [second] c = MatMul (b, copy)
+            d = Tanh (c)
+            [third] y = MatMul (d, equal)
+        }}""",
+        {"w": weight(64, 64), "equal": weight(64, 64), **({"shape": np.array([64, 64])} if "shape" in way else {})},
+    )
+    done = quantized(model)
+    assert names(done.report) == ["first", "second", "third"]
+    assert len(codes(done.out)) == 1
+    assert done.out.stat().st_size < 4096 + 8000
+
+
+def test_weights_that_differ_in_one_number_are_two(quantized: Run) -> None:
+    other = weight(64, 64)
+    other[63, 62] += 0.01
+    model = build(
+        """g (float[batch, 64] x) => (float[batch, 64] y) {
+            [first] a = MatMul (x, w)
+            b = Tanh (a)
+            [second] y = MatMul (b, other)
+        }""",
+        {"w": weight(64, 64), "other": other},
+    )
+    assert len(codes(quantized(model).out)) == 2

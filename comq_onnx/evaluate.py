@@ -185,7 +185,7 @@ def evaluate(source: FloatModel, prepared: Prepared, path: Path, data: Dataset, 
     if after > SLOWER * before:
         other = "auto" if context.options.activations == "none" else "none"
         journal.warnings.append(
-            f"the quantized model is slower than its source ({after:.2f} against {before:.2f} ms): "
+            f"the quantized model is slower than its source ({after:.3g} against {before:.3g} ms): "
             f"try --activations {other}, or --exclude the layers of least weight"
         )
     return Evaluation(outputs, matches, {"before": before, "after": after}, executed_kernels(path, device))

@@ -44,8 +44,9 @@ def _quick_latency(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _integers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run layers in integers wherever there is a kernel: those of tests are too small to gain by it."""
+    """Run layers in integers or with packed weights wherever there is a kernel: those of tests are too small for it."""
     if request.path.stem not in ("test_integer_gain", "test_golden"):
+        monkeypatch.setattr(gains, "unpacked", lambda _prepared, _shapes, _target: frozenset())
         monkeypatch.setattr(gains, "choose", lambda _prepared, layers, plan, _shapes, _costs: plan(layers))
 
 

@@ -101,7 +101,7 @@ def _solve(chosen: Chosen, source: FloatModel, data: Dataset, context: Context) 
     for solution in solved.solutions.values():
         check_codes(solution.weight)
     with context.journal.timed("emit"):
-        emitted = emit_model(solved, provenance(source, data, context))
+        emitted = emit_model(solved, provenance(source, data, context), source.described)
         check_emitted(emitted.model, solved)
     return Quantized(chosen, emitted)
 
@@ -171,7 +171,7 @@ def file_size_at(plan: Plan, bits: Bits, source: FloatModel, data: Dataset, cont
     one = ActivationGrid(np.float32(1), 0, plan.activations.dtype)
     grids = {name: value.given or one for name, value in plan.activations.values.items()}
     solved = Solved(plan, solutions, grids)
-    return file_size(emit_model(solved, provenance(source, data, context)).model)
+    return file_size(emit_model(solved, provenance(source, data, context), source.described).model)
 
 
 def _own_outputs(plan: Plan, data: Dataset) -> dict[str, Any]:

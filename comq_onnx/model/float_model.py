@@ -26,6 +26,7 @@ class FloatModel:
     session: runs the reference, on the device that the model is calibrated on
     reference: what the quantized model is compared with: the file, or its float32 form where the file cannot run
     is_half: whether it has half-precision values
+    described: the names of the values whose shapes the file tells
     """
 
     path: Path
@@ -34,6 +35,7 @@ class FloatModel:
     session: Session
     reference: Path | bytes
     is_half: bool
+    described: frozenset[str]
 
 
 def open_model(path: Path, context: Context) -> FloatModel:
@@ -59,9 +61,10 @@ def open_model(path: Path, context: Context) -> FloatModel:
 def _load(path: Path, model: ir.Model, file: SourceFile, context: Context) -> FloatModel:
     """Load the file; where ONNX Runtime has no bfloat16 arithmetic, load the float32 form in its place."""
     types = {v.dtype for v in graphs.walk_values(model)}
+    described = frozenset(str(v.name) for v in graphs.walk_values(model) if v.shape is not None)
     try:
         session = Session(path, context.device, what=str(path), check=file.check)
-        return FloatModel(path, model, file, session, path, ir.DataType.FLOAT16 in types)
+        return FloatModel(path, model, file, session, path, ir.DataType.FLOAT16 in types, described)
     except ModelError as refused:
         if ir.DataType.BFLOAT16 not in types:
             raise
@@ -70,7 +73,7 @@ def _load(path: Path, model: ir.Model, file: SourceFile, context: Context) -> Fl
         )
         reference = _in_float32(model, refused)
     session = Session(reference, context.device, what=str(path))
-    return FloatModel(path, model, file, session, reference, is_half=True)
+    return FloatModel(path, model, file, session, reference, True, described)
 
 
 def _in_float32(model: ir.Model, refused: ModelError) -> bytes:

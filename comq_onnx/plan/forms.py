@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import replace
 from enum import Enum
 
@@ -23,14 +24,15 @@ class WeightForm(Enum):
     INTEGER: codes -> (Cast to INT8) -> DequantizeLinear per channel. The layer's input is quantized, and its bias is
         int32 of scale s_x * s_w (float where the target wants that, or where an int32 bias would be dequantized at
         every call). ONNX Runtime folds the Cast at load and runs its int8 kernels; the file holds 4 (2) bits a weight.
-    BLOCKED: for a weight-only MatMul, codes in blocks along the inputs -> DequantizeLinear; it becomes MatMulNBits.
+    BLOCKED: for a weight-only MatMul, codes in blocks along the inputs -> DequantizeLinear; it becomes MatMulNBits,
+        which is faster than floats where there are few rows or many weights.
     FOLDED: for any other weight-only layer, codes -> Cast to FLOAT -> Mul by the scale. Runtimes fold both at load: the
         file is small, and the layer as fast as the float one. A DequantizeLinear would run at every call in ONNX
         Runtime. TensorRT takes codes only from a DequantizeLinear, so one of scale 1 stands there for the Cast. Scales
         that do not broadcast against the weight (per group and output of a ConvTranspose, per block of a convolution)
         multiply codes of another shape, and a Reshape makes the weight of the product.
-    LOOKED_UP: for embeddings, Gather of codes -> Cast -> Mul by the Gather of scales. Only the rows that are looked up
-        become floats.
+    LOOKED_UP: for embeddings of more than a few rows, Gather of codes -> Cast -> Mul by the Gather of scales. Only the
+        rows that are looked up become floats.
     """
 
     INTEGER = "integer"
@@ -39,32 +41,32 @@ class WeightForm(Enum):
     LOOKED_UP = "looked up"
 
 
-def form_of(layer: Layer, activations: ActivationPlan) -> WeightForm:
-    """Choose how the weight of a layer is written."""
+def form_of(layer: Layer, activations: ActivationPlan, unpacked: Set[str] = frozenset()) -> WeightForm:
+    """Choose how the weight of a layer is written.
+
+    unpacked: the names of products and tables that are FOLDED where they could be BLOCKED or LOOKED_UP
+    """
     if layer.kind.is_lookup:
-        return WeightForm.LOOKED_UP
+        return WeightForm.FOLDED if layer.name in unpacked else WeightForm.LOOKED_UP
     # no runtime has an integer kernel for wider activations: the layer reads them as floats again
     if layer.name in activations.integer_layers and np.iinfo(activations.dtype).bits == 8:
         return WeightForm.INTEGER
     if layer.nested:
         return WeightForm.FOLDED
-    return WeightForm.BLOCKED if layer.kind.is_matrix else WeightForm.FOLDED
+    return WeightForm.BLOCKED if layer.kind.is_matrix and layer.name not in unpacked else WeightForm.FOLDED
 
 
-def may_add_bias(layer: Layer, activations: ActivationPlan) -> bool:
+def may_add_bias(layer: Layer, form: WeightForm) -> bool:
     """Tell whether a layer without a bias can be given one: a weight-only MatMul, whose kernel adds biases too."""
-    return layer.kind.bias_index is None and form_of(layer, activations) is WeightForm.BLOCKED
+    return layer.kind.bias_index is None and form is WeightForm.BLOCKED
 
 
-def container_of(
-    layer: Layer, bits: int, activations: ActivationPlan, target: Target, opset: int
-) -> tuple[str, tuple[int, ...]]:
+def container_of(layer: Layer, form: WeightForm, bits: int, target: Target, opset: int) -> tuple[str, tuple[int, ...]]:
     """Return the container of a layer's codes, and the widths of the bit planes that are stored in its place.
 
     There are no planes, (), where they save less than the nodes that join them take, and in a weight-only MatMul that
     would lose its 4-bit kernel by them.
     """
-    form = form_of(layer, activations)
     storage = target.integer if form is WeightForm.INTEGER else target.weight_only
     container, planes = storage.container(bits, opset)[0], storage.planes(bits, opset)
     if int(np.prod(layer.weight_shape)) * (WIDTHS[container] - bits) < 8 * PLANE_NODE_BYTES:
@@ -76,9 +78,9 @@ def container_of(
     return container, planes
 
 
-def code_bytes(layer: Layer, bits: int, activations: ActivationPlan, target: Target, opset: int) -> int:
+def code_bytes(layer: Layer, form: WeightForm, bits: int, target: Target, opset: int) -> int:
     """Return the bytes that the codes of a layer take in the file at `bits` bits."""
-    container, planes = container_of(layer, bits, activations, target, opset)
+    container, planes = container_of(layer, form, bits, target, opset)
     count = int(np.prod(layer.weight_shape))
     return sum(-(-count * width // 8) for width in planes or (WIDTHS[container],))
 

@@ -1,10 +1,10 @@
-"""Predict which layers gain by integers, and leave those that integers would make slower in floats.
+"""Predict which layers gain by integers or by packed weights, and leave those that these would make slower in floats.
 
 A convolution in integers saves time in its products. But its input must be quantized and brought into another layout,
 and its output dequantized where a float operator reads it. With few products, or one input channel for each output
 channel, that costs more than it saves. Such a layer is left weight-only: its file is as small, it is as fast as the
-float layer, and its activations lose nothing. Matrix products stay in integers: their weight-only kernel rounds
-activations too, and the two are a few microseconds apart where there is little to multiply.
+float layer, and its activations lose nothing. A matrix product with packed weights is the fastest where there is one
+row, in integers where there are many, and in floats where it is tiny.
 
 Times come from `Costs`, measured once for a target and kept as numbers, not from a clock on the user's machine: the
 same model and samples give the same file.
@@ -38,6 +38,12 @@ BLOCKED = frozenset(
 )  # fmt: skip
 # a layer that stays float must save this share of the whole time: predictions are off by about a tenth of a layer
 WORTH = 0.002
+# integers must save this share of the time of small layers: predictions of these are off by about as much
+MARGIN = 0.1
+# packed weights take less memory: a product of so many weights is unpacked only where they take so many times as long
+LARGE, UNPACK = 2**18, 1.1
+# tables of fewer numbers are unpacked: looking codes and scales up takes more nodes
+SMALL_TABLE = 2**16
 # how often all regions and layers are tried at most
 SWEEPS = 3
 # microseconds for what must not happen: ONNX Runtime rounds the weights of a float layer between quantized values
@@ -57,6 +63,8 @@ def choose(
     target: the runtime, whose costs are known
     """
     cost_model = CostModel(prepared, shapes, target)
+    lost = cost_model.lost_products(layers)
+    layers = [layer for layer in layers if layer.name not in lost]
     best = plan(layers)
     chosen, least = set(best.integer_layers), cost_model.time(best)
     convolutions = {layer.name for layer in layers if layer.name in chosen and is_measured(layer)}
@@ -73,7 +81,8 @@ def choose(
                 best, chosen, least = found, tried, time
         if least == before:
             break
-    return best
+    floats = plan([layer for layer in layers if not (is_measured(layer) or layer.kind.is_matrix)])
+    return best if least < cost_model.time(floats) * (1 - MARGIN) else floats
 
 
 @dataclass(frozen=True)
@@ -106,7 +115,7 @@ class CostModel:
         for node in self.prepared.model.graph:
             layer = layers.get(str(node.name))
             if layer is not None:
-                total += self._layer(layer, node, layer.name in plan.integer_layers)
+                total += self._layer(layer, layer.name in plan.integer_layers)
                 if layer.name not in plan.integer_layers and self._is_between_quantized(layer, node, plan):
                     total += FORBIDDEN_US
             elif node.op_type in self.costs.operators:
@@ -135,12 +144,44 @@ class CostModel:
         planned = read is not None and read.everywhere and str(made.name) in plan.values
         return planned or is_between_pairs(node, made)
 
-    def _layer(self, layer: Layer, node: ir.Node, integer: bool) -> float:
-        """Predict the microseconds of a layer alone."""
-        out, read = self._size(node.outputs[0]), self._size(node.inputs[layer.kind.input_index])
-        fixed, product, number = self.costs.layers[_kind(layer)][integer]
-        products = out * int(np.prod(layer.weight_shape)) / max(_outputs(layer), 1)
-        return fixed + (products * product + (out + read) * number) * 1e-3
+    def lost_products(self, layers: Sequence[Layer]) -> frozenset[str]:
+        """Return the names of the matrix products that take longer in integers, with their inputs quantized.
+
+        Those that read the same value are judged together: it is quantized once.
+        """
+        readers: dict[str, list[Layer]] = {}
+        for layer in layers:
+            if layer.kind.is_matrix and layer.input in self.shapes and layer.output in self.shapes:
+                readers.setdefault(layer.input, []).append(layer)
+        lost: set[str] = set()
+        for name, group in readers.items():
+            times = [self.times(layer) for layer in group]
+            quantize = self.costs.quantize.of(int(np.prod(self.shapes[name], dtype=np.int64)))
+            least = sum(_least_in_float(t) for t in times)
+            if quantize + sum(t["integer"] for t in times) > least * (1 - MARGIN):
+                lost |= {layer.name for layer in group}
+        return frozenset(lost)
+
+    def is_unpacked(self, layer: Layer) -> bool:
+        """Tell whether packed weights make a layer slower that is weight-only."""
+        if layer.kind.is_lookup:
+            return int(np.prod(layer.weight_shape)) < SMALL_TABLE
+        if not layer.kind.is_matrix or layer.input not in self.shapes or layer.output not in self.shapes:
+            return False
+        times = self.times(layer)
+        return times["weight-only"] > times["float"] * _patience(layer)
+
+    def times(self, layer: Layer) -> dict[str, float]:
+        """Predict the microseconds of a layer alone in each form that `Costs` has for its kind."""
+        read, out = (int(np.prod(self.shapes.get(v, ()), dtype=np.int64)) for v in (layer.input, layer.output))
+        weights = int(np.prod(layer.weight_shape))
+        products = out * weights // max(_outputs(layer), 1)
+        return {form: line.of(products, weights, out + read) for form, line in self.costs.layers[_kind(layer)].items()}
+
+    def _layer(self, layer: Layer, integer: bool) -> float:
+        """Predict the microseconds of a layer alone, where it is not in integers in the form that takes least."""
+        times = self.times(layer)
+        return times["integer"] if integer else _least_in_float(times)
 
     def _conversions(self, value: ir.Value, plan: ActivationPlan, integers: set[str]) -> float:
         """Predict the microseconds to quantize, dequantize and lay out a value between its producer and its readers."""
@@ -184,6 +225,26 @@ class CostModel:
 
     def _size(self, value: Any) -> int:
         return int(np.prod(self.shapes.get(str(value.name), ()), dtype=np.int64)) if value is not None else 0
+
+
+def _patience(layer: Layer) -> float:
+    """Return how many times as long as in floats a product with packed weights may take."""
+    return UNPACK if np.prod(layer.weight_shape) >= LARGE else 1.0
+
+
+def _least_in_float(times: Mapping[str, float]) -> float:
+    """Return the least time that a layer takes in any form but integers."""
+    return min(time for form, time in times.items() if form != "integer")
+
+
+def unpacked(prepared: Prepared, shapes: Shapes, target: Target) -> frozenset[str]:
+    """Return the names of the layers that packed weights make slower, where they are weight-only: products and tables.
+
+    shapes: the shapes of the values that products read and make, for one sample
+    target: the runtime, whose costs are known
+    """
+    cost_model = CostModel(prepared, shapes, target)
+    return frozenset(layer.name for layer in prepared.layers if cost_model.is_unpacked(layer))
 
 
 def is_measured(layer: Layer) -> bool:

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
-import onnx_ir as ir
 
 from comq_onnx.context import Context
 from comq_onnx.errors import ModelError, OptionError
@@ -99,13 +98,14 @@ def _choose_activations(plan: Plan, dtype: str | None, data: Dataset, context: C
     def planned(layers: Sequence[Layer]) -> ActivationPlan:
         return plan_activations(walked.model, layers, plan.target, dtype)
 
-    if dtype is None:
-        return replace(plan, activations=plan_between_pairs(walked.model, whole, plan.target))
-    found = planned(whole)
-    may_be_slower = any(x.name in found.integer_layers and integer_gain.is_measured(x) for x in whole)
-    if context.options.activations != "auto" or plan.target.costs is None or not may_be_slower:
+    found = planned(whole) if dtype is not None else plan_between_pairs(walked.model, whole, plan.target)
+    if plan.target.costs is None or not (found.integer_layers or any(_may_be_packed(x) for x in walked.layers)):
         return replace(plan, activations=found)
-    faster = integer_gain.choose(walked, whole, planned, _shapes(walked.model, data, context), plan.target)
+    shapes = _shapes(walked, found, data, context)
+    plan = replace(plan, unpacked=integer_gain.unpacked(walked, shapes, plan.target))
+    if dtype is None or context.options.activations != "auto":
+        return replace(plan, activations=found)
+    faster = integer_gain.choose(walked, whole, planned, shapes, plan.target)
     slower = found.integer_layers - faster.integer_layers
     if slower:
         context.journal.notes.append(
@@ -115,12 +115,26 @@ def _choose_activations(plan: Plan, dtype: str | None, data: Dataset, context: C
     return replace(plan, activations=faster, slower=slower)
 
 
-def _shapes(model: ir.Model, data: Dataset, context: Context) -> integer_gain.Shapes:
-    """Return the shape of every tensor of the main graph for one sample, by name."""
-    names = [str(v.name) for node in model.graph for v in node.outputs if v.name]
+def _may_be_packed(layer: Layer) -> bool:
+    """Tell whether a layer may run on packed weights."""
+    return layer.kind.is_lookup or (layer.kind.is_matrix and not layer.nested)
+
+
+def _shapes(prepared: Prepared, found: ActivationPlan, data: Dataset, context: Context) -> integer_gain.Shapes:
+    """Return the shapes of tensors of the main graph for one sample, by name.
+
+    They are those of all tensors where convolutions may run in integers, else those that matrix products read and make.
+    """
+    if any(x.name in found.integer_layers and integer_gain.is_measured(x) for x in prepared.layers):
+        names = [str(v.name) for node in prepared.model.graph for v in node.outputs if v.name]
+    else:
+        of_nodes = {str(v.name) for node in prepared.model.graph for v in node.outputs}
+        products = [x for x in prepared.layers if x.kind.is_matrix]
+        names = [n for n in dict.fromkeys(n for x in products for n in (x.input, x.output)) if n in of_nodes]
     feeds = next(data.calibration.batches(1))
-    made = {**feeds, **next(iter(probe(model, names, [feeds], context.device, PROBED)))}
-    return {name: value.shape for name, value in made.items() if isinstance(value, np.ndarray)}
+    made = next(iter(probe(prepared.model, names, [feeds], context.device, PROBED))) if names else {}
+    values = {**feeds, **made}
+    return {name: value.shape for name, value in values.items() if isinstance(value, np.ndarray)}
 
 
 def smooth_activations(plan: Plan, dtype: str | None, data: Dataset, context: Context) -> Plan:

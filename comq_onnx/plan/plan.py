@@ -38,6 +38,8 @@ class Plan:
     bits: the bits that each layer's weight is stored with, by the name of the layer
     grids: the grid of each layer's weight, by the name of the layer; of fewer bits for layers of `narrow` weights
     slower: the names of layers that are weight-only because integers would make them slower
+    unpacked: the names of weight-only products and tables that are unpacked to floats at load because packed weights
+        would make them slower
     """
 
     written: Prepared
@@ -48,6 +50,7 @@ class Plan:
     bits: Bits = field(default_factory=dict)
     grids: Mapping[str, Grid] = field(default_factory=dict)
     slower: frozenset[str] = frozenset()
+    unpacked: frozenset[str] = frozenset()
 
     @property
     def layers(self) -> Sequence[Layer]:
@@ -79,7 +82,7 @@ class Plan:
 
     def form(self, layer: Layer) -> WeightForm:
         """Return how the weight of a layer is written."""
-        return form_of(layer, self.activations)
+        return form_of(layer, self.activations, self.unpacked)
 
     def is_integer(self, layer: Layer) -> bool:
         """Tell whether a layer runs in integers."""
@@ -87,15 +90,15 @@ class Plan:
 
     def has_bias(self, layer: Layer) -> bool:
         """Tell whether a layer has a bias that can take a shift of its output, or can be given one."""
-        return layer.has_bias or may_add_bias(layer, self.activations)
+        return layer.has_bias or may_add_bias(layer, self.form(layer))
 
     def container(self, layer: Layer, bits: int) -> tuple[str, tuple[int, ...]]:
         """Return the container of a layer's codes, and the widths of bit planes in its place (see `container_of`)."""
-        return container_of(layer, bits, self.activations, self.target, self.opset)
+        return container_of(layer, self.form(layer), bits, self.target, self.opset)
 
     def code_bytes(self, layer: Layer, bits: int) -> int:
         """Return the bytes that the codes of a layer take in the file at `bits` bits."""
-        return code_bytes(layer, bits, self.activations, self.target, self.opset)
+        return code_bytes(layer, self.form(layer), bits, self.target, self.opset)
 
     def with_bits(self, bits: Bits, options: Options) -> Plan:
         """Return the plan with other bits by the name of the layer, and the grids that the options give for them."""

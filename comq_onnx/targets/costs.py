@@ -25,47 +25,75 @@ class Line:
         return self.fixed + self.number * numbers * 1e-3
 
 
-# fixed microseconds; nanoseconds for each multiplication; nanoseconds for each number read or written
-LayerLine = tuple[float, float, float]
+@dataclass(frozen=True)
+class LayerLine:
+    """Describe the time of a layer.
+
+    fixed: microseconds
+    product, weight, number: nanoseconds for each multiplication, each weight, each number that it reads or writes
+    """
+
+    fixed: float
+    product: float
+    weight: float
+    number: float
+
+    def of(self, products: int, weights: int, numbers: int) -> float:
+        """Return microseconds for so many multiplications, weights, and numbers read or written."""
+        return self.fixed + (self.product * products + self.weight * weights + self.number * numbers) * 1e-3
 
 
 @dataclass(frozen=True)
 class Costs:
     """Hold the times of operators on a runtime.
 
-    layers: by kind (pointwise, window and depthwise convolutions, matrix products), weight-only (of convolutions: in
-    float) and in integers.
-    operators: those with an integer kernel, in float and in integers.
-    quantize, dequantize: of a tensor.
-    layout: of a change of layout before or behind a convolution.
+    layers: by kind (pointwise, window and depthwise convolutions, matrix products) and form: float, integer and, of
+        matrix products, weight-only; without the quantization of the input
+    operators: those with an integer kernel, in float and in integers
+    quantize, dequantize: of a tensor
+    layout: of a change of layout before or behind a convolution
     """
 
-    layers: Mapping[str, tuple[LayerLine, LayerLine]]
+    layers: Mapping[str, Mapping[str, LayerLine]]
     operators: Mapping[str, tuple[Line, Line]]
     quantize: Line
     dequantize: Line
     layout: Line
 
 
-# ONNX Runtime 1.31, one thread of a server CPU with AVX-512 VNNI: medians of the nodes of seven real models
+# ONNX Runtime 1.32, one thread of a server CPU with AVX-512 VNNI, by tools/bench/costs.py; Concat, pools, Sigmoid,
+# LeakyRelu and layout by the number: profiles of seven real models
 ORT_CPU_COSTS = Costs(
     layers={
-        "pointwise": ((5.0, 0.0184, 0.0), (5.9, 0.0047, 0.038)),
-        "window": ((3.0, 0.0174, 0.150), (15.2, 0.0030, 0.461)),
-        "depthwise": ((0.6, 0.0158, 0.064), (11.4, 0.0306, 0.041)),
-        "matrix": ((6.9, 0.0071, 1.289), (6.2, 0.0040, 0.342)),
+        "matrix": {
+            "float": LayerLine(0.92, 0.0106, 0.0349, 0.0024),
+            "weight-only": LayerLine(1.36, 0.0086, 0.0062, 0.8079),
+            "integer": LayerLine(1.62, 0.0009, 0.0187, 0.1149),
+        },
+        "pointwise": {
+            "float": LayerLine(1.01, 0.0100, 0.0438, 0.0450),
+            "integer": LayerLine(1.28, 0.0023, 0.0427, 0.1167),
+        },
+        "window": {
+            "float": LayerLine(1.16, 0.0109, 0.0556, 0.2246),
+            "integer": LayerLine(1.40, 0.0023, 0.0383, 0.3660),
+        },
+        "depthwise": {
+            "float": LayerLine(1.01, 0.0287, 0.2725, 0.0),
+            "integer": LayerLine(1.74, 0.0528, 0.0, 0.0),
+        },
     },
     operators={
-        "Add": (Line(3.5, 0.098), Line(3.9, 0.144)),
-        "Mul": (Line(3.5, 0.111), Line(3.9, 0.144)),
-        "Concat": (Line(4.7, 0.095), Line(2.6, 0.143)),
-        "GlobalAveragePool": (Line(2.5, 0.146), Line(6.6, 0.039)),
-        "AveragePool": (Line(7.5, 0.031), Line(6.6, 0.039)),
-        "MaxPool": (Line(6.7, 0.068), Line(4.0, 0.030)),
-        "Sigmoid": (Line(3.2, 0.275), Line(3.2, 0.05)),
-        "LeakyRelu": (Line(3.2, 0.1), Line(3.2, 0.05)),
+        "Add": (Line(0.76, 0.127), Line(0.95, 0.192)),
+        "Mul": (Line(0.75, 0.128), Line(0.96, 0.276)),
+        "Concat": (Line(1.2, 0.095), Line(0.8, 0.143)),
+        "GlobalAveragePool": (Line(0.8, 0.146), Line(1.2, 0.039)),
+        "AveragePool": (Line(1.0, 0.031), Line(1.2, 0.039)),
+        "MaxPool": (Line(1.0, 0.068), Line(1.0, 0.030)),
+        "Sigmoid": (Line(0.8, 0.275), Line(0.9, 0.05)),
+        "LeakyRelu": (Line(0.8, 0.169), Line(0.9, 0.05)),
     },
-    quantize=Line(3.6, 0.123),
-    dequantize=Line(3.4, 0.106),
-    layout=Line(2.5, 0.100),
+    quantize=Line(0.22, 0.149),
+    dequantize=Line(0.22, 0.149),
+    layout=Line(0.6, 0.100),
 )

@@ -59,7 +59,7 @@ def missing(model: ir.Model, solved: Solved) -> list[str]:
     found = []
     for layer in solved.plan.layers:
         node = nodes.get(layer.name) or nodes.get(f"{layer.name}.matmul")
-        if layer.kind.is_lookup:
+        if solved.plan.form(layer) is WeightForm.LOOKED_UP:
             node = nodes.get(f"{layer.name}.rows")
         fault = "has no node" if node is None else _fault(node, layer, solved)
         if fault:

@@ -112,15 +112,14 @@ def test_the_time_is_the_sum_of_its_lines() -> None:
     number, products = 8 * 10 * 10, 8 * 10 * 10 * 8 * 9
     costs = ORT_CPU_COSTS
 
-    def layer(integer: bool) -> float:
-        fixed, product, each = costs.layers["window"][integer]
-        return fixed + (products * product + 2 * number * each) * 1e-3
+    def layer(form: str) -> float:
+        return costs.layers["window"][form].of(products, 8 * 8 * 9, 2 * number)
 
     layout = costs.layout.of(number)
     # in float the layout changes before and after each convolution, since HardSwish has no blocked kernel
-    assert cost_model.time(plan([])) == pytest.approx(2 * layer(False) + 4 * layout)
+    assert cost_model.time(plan([])) == pytest.approx(2 * layer("float") + 4 * layout)
     # in integers the inputs of both are quantized besides, and the outputs of both dequantized
-    whole = 2 * layer(True) + 2 * costs.quantize.of(number) + 2 * costs.dequantize.of(number) + 4 * layout
+    whole = 2 * layer("integer") + 2 * costs.quantize.of(number) + 2 * costs.dequantize.of(number) + 4 * layout
     assert cost_model.time(plan(prepared.layers)) == pytest.approx(whole)
 
 
@@ -184,3 +183,58 @@ def _layers() -> list[Layer]:
     """List layers of every kind."""
     model = cnn()
     return prepare_model(ir.from_proto(model), 17, 13).layers + prepare_model(ir.from_proto(net(4, 8)), 17, 13).layers
+
+
+# Products and tables
+
+
+def product(width: int, rows: int) -> onnx.ModelProto:
+    """Build a product of [rows, width] by a square weight."""
+    return build(
+        f"g (float[n, {rows}, {width}] x) => (float[n, {rows}, {width}] y) {{ [layer] y = MatMul (x, w) }}",
+        {"w": weight(width, width)},
+    )
+
+
+@pytest.mark.parametrize(
+    ("width", "rows", "auto", "alone"),
+    [
+        # tiny: floats; one row of a large weight: packed weights; many rows: integers, or else floats
+        (32, 1, "folded", "folded"), (32, 64, "folded", "folded"), (512, 1, "blocked", "blocked"),
+        (256, 64, "integer", "folded"), (1024, 16, "integer", "blocked"),
+    ],
+)  # fmt: skip
+def test_a_product_gets_the_form_that_takes_least(
+    quantized: Callable[..., Done], width: int, rows: int, auto: str, alone: str
+) -> None:
+    model = product(width, rows)
+    for activations, form in (("auto", auto), ("none", alone)):
+        done = quantized(model, {"x": normal(16, rows, width)}, activations=activations, solver="rtn")
+        assert [layer.form for layer in done.report.layers] == [form]
+        kernels = {"folded": "MatMul", "blocked": "MatMulNBits", "integer": "MatMulIntegerToFloat"}
+        assert [layer.kernel for layer in done.report.layers] == [kernels[form]]
+
+
+def test_tables_of_few_rows_are_unpacked(quantized: Callable[..., Done]) -> None:
+    for rows, form in ((64, "folded"), (5000, "looked up")):
+        model = build(
+            "g (int64[n, 6] ids) => (float[n, 6, 16] y) { [table] y = Gather (w, ids) }", {"w": normal(rows, 16)}
+        )
+        done = quantized(model, {"ids": np.random.default_rng(0).integers(0, rows, (20, 6))})
+        assert [layer.form for layer in done.report.layers] == [form]
+
+
+def described(model: onnx.ModelProto) -> set[str]:
+    """Return the values between nodes whose shapes a model tells."""
+    made = {name for node in model.graph.node for name in node.output}
+    return made & {value.name for value in model.graph.value_info}
+
+
+def test_the_source_alone_tells_the_shapes_of_values(quantized: Callable[..., Done]) -> None:
+    """Test it because ONNX Runtime makes other kernels where it knows more shapes, and some are slower."""
+    model = cnn()
+    assert not described(quantized(model).model)
+    told = onnx.shape_inference.infer_shapes(model)
+    kept = described(quantized(told).model)
+    assert kept
+    assert kept <= described(told)

@@ -42,10 +42,10 @@ def test_every_target_holds_the_solutions_weights(quantize: Quantize, bits: int,
     integer = activations == "auto" and target != "ort-cuda"
     holds_the_solution(written, bits, INTEGER if integer else WEIGHT_ONLY)
     stored = {t.name: t for t in written.proto.graph.initializer}
-    plan, opset = written.solved.plan.activations, written.solved.plan.opset
+    plan = written.solved.plan
     for layer in written.layers.values():
         width = 8 if isinstance(layer.kind, Gather) else bits
-        wanted = code_bytes(layer, width, plan, TARGETS[target], opset)
+        wanted = code_bytes(layer, plan.form(layer), width, TARGETS[target], plan.opset)
         assert len(stored[f"{layer.weight}.codes"].raw_data) == wanted
     types = {stored[n.input[2]].data_type for n in written.proto.graph.node if n.op_type == "QuantizeLinear"}
     signed = {"tensorrt": {TensorProto.INT8}, "openvino": {TensorProto.UINT8}}

@@ -158,7 +158,7 @@ def measure(
     context = context_for(method)
     found = walk(replace(subject.plan, grids=grids), dataset(subject, calib, test), context)
     with private_directory() as work:
-        model = to_bytes_or_file(emit_model(found, {}).model, work, "quantized")
+        model = to_bytes_or_file(emit_model(found, {}, frozenset()).model, work, "quantized")
         quantized = Session(model, float_matmul_nbits=True)
         outputs = compare_outputs(subject.source, quantized, test, BATCH)
         worst = min(outputs, key=lambda o: o.sqnr_db)

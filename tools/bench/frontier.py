@@ -85,7 +85,7 @@ class Subject:
     def measure(self, bits: Mapping[str, int]) -> tuple[int, OutputComparison]:
         """Quantize with the bits of each layer; return the bytes of the file, and its worst output."""
         solved = walk(self.plan.with_bits(dict(bits), self.context.options), self.data, self.context)
-        model = emit_model(solved, {}).model
+        model = emit_model(solved, {}, frozenset()).model
         with tempfile.TemporaryDirectory() as work, written(model, Path(work) / "model.onnx") as (path, size):
             return size, self.worst(path)
 

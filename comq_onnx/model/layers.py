@@ -16,7 +16,7 @@ from comq_onnx.model import graph as graphs
 from comq_onnx.model.graph import HALF
 from comq_onnx.model.judged import Judged, judged
 from comq_onnx.model.op_kind import MIN_WEIGHTS, NotQuantizable, OpKind
-from comq_onnx.model.operators import OP_KINDS, MatMulLeft
+from comq_onnx.model.operators import MatMulLeft, kinds_of
 from comq_onnx.model.quantized import is_column, quantized_weight
 
 # operators that only rearrange or retype a weight on its way to a layer
@@ -35,14 +35,18 @@ _ELEMENTWISE = frozenset(
 class Layer:
     """Describe one operator with a constant weight, by names in the graph.
 
-    name: the node's (unique) name.
+    An operator with two weights, such as an LSTM, is two layers.
+
+    name: the node's (unique) name, with `part` behind it.
     op: its operator.
     kind: what the operator computes.
-    input, output: the values that it reads and makes.
+    input, output: the values that it reads and makes. A layer that reads the state of its own node names as its input
+        the node's output that holds all states.
     weight, bias: the initializers; bias is None where there is none to change.
     bias_node: the node that adds the bias: the layer's own for Conv and Gemm, the Add behind a MatMul.
     has_bias: a bias can take up a shift of the outputs, also one that must be made for it.
     nested: the node lies in a subgraph.
+    part: tells the layers of one node apart (".W", ".R"); "" where the node is one layer.
     """
 
     name: str
@@ -55,6 +59,12 @@ class Layer:
     bias_node: str | None = None
     has_bias: bool = False
     nested: bool = False
+    part: str = ""
+
+    @property
+    def node(self) -> str:
+        """Return the name of the node."""
+        return self.name.removesuffix(self.part)
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -99,31 +109,40 @@ def list_layers(model: ir.Model) -> tuple[list[Layer], dict[str, str]]:
     layers: list[Layer] = []
     skipped: dict[str, str] = {}
     for node in model.graph.all_nodes():
-        name = str(node.name)
-        codes = quantized_weight(node)
-        if codes is not None:
-            skipped[name] = f"{node.op_type}: its weight is quantized already ({codes})"
-            continue
-        try:
-            layer = _as_layer(node, nested=node.graph is not model.graph)
-        except NotQuantizable as reason:
-            skipped[name] = f"{node.op_type}: {reason}"
-            continue
-        if layer is not None:
-            layers.append(layer)
-        elif (size := _idle_weight(node)) >= MIN_WEIGHTS:
-            skipped[name] = f"{node.op_type}: not a kind of layer that is quantized ({size:,} weights stay float)"
+        idle = _idle_weight(node)
+        for part in kinds_of(node) or [""]:
+            name = f"{node.name}{part}"
+            codes = quantized_weight(node, part)
+            if codes is not None:
+                skipped[name] = f"{node.op_type}: its weight is quantized already ({codes})"
+                continue
+            try:
+                layer = _as_layer(node, part, nested=node.graph is not model.graph)
+            except NotQuantizable as reason:
+                skipped[name] = f"{node.op_type}: {reason}"
+                continue
+            if layer is not None:
+                layers.append(layer)
+            elif idle >= MIN_WEIGHTS and not part:
+                skipped[name] = f"{node.op_type}: not a kind of layer that is quantized ({idle:,} weights stay float)"
     return layers, skipped
 
 
 def reaches_layer(value: ir.Value) -> bool:
     """Tell whether a value becomes a layer's weight, directly or behind operators of WEIGHT_CHAIN."""
     for user, index in value.uses():
-        if user.op_type in OP_KINDS and user.domain == "" and index in ((0, 1) if user.op_type == "MatMul" else (1,)):
+        if index in _weight_places(user):
             return True
         if user.op_type in WEIGHT_CHAIN and user.domain == "" and reaches_layer(user.outputs[0]):
             return True
     return False
+
+
+def _weight_places(node: ir.Node) -> Sequence[int]:
+    """Return the places of weights among a node's inputs."""
+    if node.op_type == "Gather":
+        return (1,) if node.domain == "" else ()
+    return (0, 1) if node.op_type == "MatMul" else [kind.weight_index for kind in kinds_of(node).values()]
 
 
 def select(prepared: Prepared, include: Sequence[str], exclude: Sequence[str]) -> Prepared:
@@ -145,8 +164,8 @@ def select(prepared: Prepared, include: Sequence[str], exclude: Sequence[str]) -
     if not layers:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:3])
         raise ModelError(
-            "the model has no layer to quantize (MatMul, Gemm, Conv, ConvTranspose or Gather with a constant weight"
-            f" of {MIN_WEIGHTS} numbers or more)" + (f"; left out: {reasons}" if reasons else "")
+            "the model has no layer to quantize (MatMul, Gemm, Conv, ConvTranspose, Gather, LSTM, GRU or RNN with a "
+            f"constant weight of {MIN_WEIGHTS} numbers or more)" + (f"; left out: {reasons}" if reasons else "")
         )
     return Prepared(prepared.model, layers, skipped, prepared.notes)
 
@@ -154,6 +173,14 @@ def select(prepared: Prepared, include: Sequence[str], exclude: Sequence[str]) -
 def calibrated(layers: Sequence[Layer]) -> Iterator[Layer]:
     """Return the layers that need calibration: all but lookups."""
     return (layer for layer in layers if not layer.kind.is_lookup)
+
+
+def layers_of_nodes(layers: Sequence[Layer]) -> dict[str, list[Layer]]:
+    """Return the layers of each node, by the name of the node."""
+    found: dict[str, list[Layer]] = {}
+    for layer in layers:
+        found.setdefault(layer.node, []).append(layer)
+    return found
 
 
 def nodes_by_name(model: ir.Model) -> dict[str, ir.Node]:
@@ -179,11 +206,14 @@ def no_match(option: str, given: str, pattern: str, names: Sequence[str]) -> str
     return f"{option} {given} matches none of {len(names)} layers; see --plan for their names{hint}"
 
 
-def _as_layer(node: ir.Node, nested: bool) -> Layer | None:
-    """Return a node as a layer; None where it has no weight of its own. Raises NotQuantizable with the reason."""
-    if node.domain not in ("", "ai.onnx") or node.op_type not in OP_KINDS:
+def _as_layer(node: ir.Node, part: str, nested: bool) -> Layer | None:
+    """Return a weight of a node as a layer; None where it has none of its own. Raises NotQuantizable with the reason.
+
+    part: which of the node's weights, as OP_KINDS names it
+    """
+    factory = kinds_of(node).get(part)
+    if factory is None:
         return None
-    factory = OP_KINDS[node.op_type]
     if node.op_type == "MatMul" and not graphs.is_constant(node.inputs[1]) and graphs.is_constant(node.inputs[0]):
         factory = MatMulLeft
     weight = node.inputs[factory.weight_index]
@@ -203,23 +233,25 @@ def _as_layer(node: ir.Node, nested: bool) -> Layer | None:
     if source is None or graphs.is_constant(source):
         raise NotQuantizable("its input is constant")
     bias, bias_node, has_bias = _own_bias(node, kind) if kind.bias_index is not None else _added_bias(node, kind)
+    read = node.outputs[0] if kind.reads_own_output else source
     return Layer(
-        name=str(node.name),
+        name=f"{node.name}{part}",
         op=node.op_type,
         kind=kind,
-        input=str(source.name),
+        input=str(read.name),
         output=str(node.outputs[0].name),
         weight=str(weight.name),
         bias=bias,
         bias_node=bias_node,
         has_bias=has_bias,
         nested=nested,
+        part=part,
     )
 
 
 def _check_other_weights(node: ir.Node) -> None:
     """Raise NotQuantizable for an operator that has a weight, but none that is constant and in its place."""
-    if node.op_type in ("Conv", "ConvTranspose"):
+    if node.op_type in ("Conv", "ConvTranspose", "LSTM", "GRU", "RNN"):
         raise NotQuantizable("its weight is computed at run time")
     if node.op_type == "Gemm" and graphs.is_constant(node.inputs[0]):
         raise NotQuantizable("its weight stands on the left")

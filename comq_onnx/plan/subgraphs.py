@@ -10,8 +10,9 @@ import onnx_ir as ir
 
 from comq_onnx.context import Context
 from comq_onnx.model import graph as graphs
-from comq_onnx.model.layers import Layer, Prepared
+from comq_onnx.model.layers import Layer, Prepared, layers_of_nodes
 from comq_onnx.model.probe import probe
+from comq_onnx.model.states import add_rows
 from comq_onnx.samples.samples import Samples
 
 
@@ -41,15 +42,16 @@ def specialize(prepared: Prepared, samples: Samples, context: Context) -> Specia
         model = model.clone()
         while _inline_one_level(model, samples, context):
             pass
-    probes = _probe_bodies(model, {layer.name: layer for layer in prepared.layers})
-    reached = {str(node.name) for node in model.graph} | set(probes)
+    probes = _probe_bodies(model, layers_of_nodes(prepared.layers))
+    in_main = {str(node.name) for node in model.graph}
+    reached = {layer.name for layer in prepared.layers if layer.node in in_main} | set(probes)
     inside: dict[str, str] = {}
     for node in model.graph:
         for attribute in node.attributes.values():
             if attribute.type == ir.AttributeType.GRAPH:
                 inside.update({str(n.name): node.op_type for n in attribute.value.all_nodes()})
     skipped = {
-        layer.name: f"{layer.op}: {_why_unreached(inside.get(layer.name))}"
+        layer.name: f"{layer.op}: {_why_unreached(inside.get(layer.node))}"
         for layer in prepared.layers
         if layer.name not in reached
     }
@@ -57,8 +59,10 @@ def specialize(prepared: Prepared, samples: Samples, context: Context) -> Specia
     return Specialized(replace(prepared, model=model, layers=layers), probes, skipped)
 
 
-def _probe_bodies(model: ir.Model, layers: Mapping[str, Layer]) -> dict[str, str]:
+def _probe_bodies(model: ir.Model, layers: Mapping[str, Sequence[Layer]]) -> dict[str, str]:
     """Give each Loop and Scan of the main graph one more output for every value that layers of its body read.
+
+    layers: by the name of the node
 
     Returns the name of that output for each layer.
     """
@@ -70,12 +74,15 @@ def _probe_bodies(model: ir.Model, layers: Mapping[str, Layer]) -> dict[str, str
         made = {str(v.name): v for inner in body for v in inner.outputs} | {str(v.name): v for v in body.inputs}
         stacked: dict[str, str] = {}
         for inner in list(body):
-            layer = layers.get(str(inner.name))
-            if layer is None or layer.input not in made or layer.kind.is_lookup:
-                continue
-            if layer.input not in stacked:
-                stacked[layer.input] = _add_scan_output(node, body, made[layer.input])
-            probes[layer.name] = stacked[layer.input]
+            for layer in layers.get(str(inner.name), ()):
+                rows = add_rows(model, inner, layer) if layer.kind.is_recurrent else None
+                value = made.get(layer.input) if rows is None else rows
+                if value is None or layer.kind.is_lookup:
+                    continue
+                name = str(value.name)
+                if name not in stacked:
+                    stacked[name] = _add_scan_output(node, body, value)
+                probes[layer.name] = stacked[name]
     return probes
 
 

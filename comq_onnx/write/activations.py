@@ -41,10 +41,10 @@ def integer_readers(solved: Solved, nodes: dict[str, ir.Node]) -> dict[str, list
     for layer in solved.plan.layers:
         if (
             layer.name in solved.plan.activations.integer_layers
-            and layer.name in nodes
+            and layer.node in nodes
             and layer.name in solved.solutions
         ):
-            readers.setdefault(layer.input, []).append((nodes[layer.name], layer.kind.input_index))
+            readers.setdefault(layer.input, []).append((nodes[layer.node], layer.kind.input_index))
     return readers
 
 

@@ -55,7 +55,7 @@ def emit(model: ir.Model, solved: Solved) -> None:
     nodes = nodes_by_name(model)
     mark_source(model)
     for layer in solved.plan.layers:
-        if layer.name in nodes and layer.name in solved.solutions:
+        if layer.node in nodes and layer.name in solved.solutions:
             emit_layer(model, nodes, layer, solved)
     readers = integer_readers(solved, nodes)
     values = {str(v.name): v for v in graphs.walk_values(model)}

@@ -30,7 +30,7 @@ def expose(model: ir.Model, layers: Sequence[Layer], solutions: Mapping[str, Sol
             if layer.bias_node is not None:
                 set_bias(model, nodes, layer, plain, None, None)
             else:
-                add_bias(model, nodes[layer.name], layer, plain)
+                add_bias(model, nodes[layer.node], layer, plain)
             model.graph.inputs.append(model.graph.initializers[f"{layer.name}.bias"])
         weight = model.graph.initializers[layer.weight]
         if weight not in model.graph.inputs:

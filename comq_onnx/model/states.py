@@ -1,0 +1,168 @@
+"""Add to a graph what computes the rows that the weights of a recurrent node multiply (recurrent.py).
+
+The node gives all states h_t as its first output Y [steps, directions, batch, hidden]. The rows of R are the states one
+step before: Y, shifted by a step in the direction that it runs in, behind the initial state or zeros. Where the
+sequences have lengths of their own (sequence_lens), steps behind their ends are no rows, of W neither.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from comq_onnx.model import graph as graphs
+from comq_onnx.model.layers import Layer
+from comq_onnx.model.op_kind import attribute
+from comq_onnx.model.recurrent import RESET_ACTIVATIONS, has_gated_rows, reset_activations
+
+# in the meta of an Identity: the name of a node, and which of its inputs, or -1 for its first output, the Identity
+# copies
+COPIES = "comq_onnx.copies"
+# places among the inputs of a recurrent node
+_X, _W, _R, _BIAS, _LENGTHS, _INITIAL = range(6)
+# behind the end of any axis
+_END = 2**62
+
+
+def add_rows(model: ir.Model, node: ir.Node, layer: Layer) -> ir.Value | None:
+    """Add nodes behind a recurrent node that compute the rows of a layer; None where those are its input as it is.
+
+    They make states [groups, n, hidden], or inputs [n, in].
+    """
+    work = _Builder(model, node, f"{layer.name}.rows")
+    if layer.kind.reads_own_output:
+        return work.states()
+    return work.inputs() if work.given(_LENGTHS) is not None else None
+
+
+def follow(model: ir.Model) -> None:
+    """Let the rows that `add_rows` added follow the node once it has been rewritten: they read what it reads."""
+    nodes = {str(node.name): node for node in model.graph.all_nodes()}
+    for node in nodes.values():
+        if COPIES in node.meta:
+            name, place = node.meta[COPIES]
+            node.replace_input_with(0, nodes[name].outputs[0] if place < 0 else nodes[name].inputs[place])
+
+
+class _Builder:
+    """Add nodes one behind the other, behind a recurrent node."""
+
+    def __init__(self, model: ir.Model, node: ir.Node, name: str) -> None:
+        """Begin behind a node; name: begins the names of all that is added."""
+        self._model, self._node, self._last, self._name, self._count = model, node, node, name, 0
+
+    def given(self, place: int) -> ir.Value | None:
+        """Return an input of the node, None where it is left out."""
+        value = self._node.inputs[place] if place < len(self._node.inputs) else None
+        return value if value is not None and value.name else None
+
+    def inputs(self) -> ir.Value:
+        """Add the rows of W: the steps within each sequence, [n, in]."""
+        x = self._copy(_X)
+        rows = self._add("Reshape", self._add("Transpose", x, perm=[1, 0, 2]), self._ints(-1, self._width(_W)))
+        return self._add("Compress", rows, self._flat(self._kept(x, 0)), axis=0)
+
+    def states(self) -> ir.Value:
+        """Add the rows of R: what it multiplies at each step, [groups, n, hidden]."""
+        y, hidden = self._copy(-1), self._width(_R)
+        direction = attribute(self._node, "direction", "forward")
+        backward = {"forward": [False], "reverse": [True]}.get(direction, [False, True])
+        gated = has_gated_rows(self._node)
+        parts = []
+        for d, is_backward in enumerate(backward):
+            before = self._before(y, d, is_backward)
+            reset = [self._add("Mul", before, self._reset_gate(before, d, len(backward)))] if gated else []
+            parts += [before, before, *reset] if gated else [before]
+        stacked = self._add("Concat", *(self._add("Unsqueeze", part, self._ints(0)) for part in parts), axis=0)
+        shape = self._ints(len(parts), -1, hidden)
+        rows = self._add("Reshape", self._add("Transpose", stacked, perm=[0, 2, 1, 3]), shape)
+        if self.given(_LENGTHS) is None:
+            return rows
+        return self._add("Compress", rows, self._flat(self._kept(y, 0)), axis=1)
+
+    def _before(self, y: ir.Value, d: int, backward: bool) -> ir.Value:
+        """Add the states of direction d before each step, [steps, batch, hidden]; y: those behind each step."""
+        own = self._add("Gather", y, self._scalar(d), axis=1)
+        initial = self.given(_INITIAL)
+        if initial is None:
+            like = self._add("Shape", self._add("Slice", own, self._ints(0), self._ints(1), self._ints(0)))
+            first = self._add("ConstantOfShape", like)
+        else:
+            first = self._add("Gather", initial, self._ints(d), axis=0)
+        if not backward:
+            rest = self._add("Slice", own, self._ints(0), self._ints(-1), self._ints(0))
+            return self._add("Concat", first, rest, axis=0)
+        rest = self._add("Slice", own, self._ints(1), self._ints(_END), self._ints(0))
+        before = self._add("Concat", rest, first, axis=0)
+        if self.given(_LENGTHS) is None:
+            return before
+        # the last step of a sequence has the initial state before it
+        goes_on = self._add("Transpose", self._kept(y, 1), perm=[1, 0])
+        return self._add("Where", self._add("Unsqueeze", goes_on, self._ints(2)), before, first)
+
+    def _reset_gate(self, before: ir.Value, d: int, directions: int) -> ir.Value:
+        """Add the reset gate of a GRU in direction d, [steps, batch, hidden]; before: the states before each step."""
+        hidden = self._width(_R)
+        total = None
+        for rows, place in ((self._copy(_X), _W), (before, _R)):
+            whole = self._add("Gather", self._copy(place), self._scalar(d), axis=0)
+            gate = self._add("Slice", whole, self._ints(hidden), self._ints(2 * hidden), self._ints(0))
+            product = self._add("MatMul", rows, self._add("Transpose", gate, perm=[1, 0]))
+            total = product if total is None else self._add("Add", total, product)
+        if self.given(_BIAS) is not None:
+            bias = self._add("Gather", self._copy(_BIAS), self._scalar(d), axis=0)
+            for first in (hidden, 4 * hidden):
+                part = self._add("Slice", bias, self._ints(first), self._ints(first + hidden), self._ints(0))
+                total = self._add("Add", total, part)
+        clip = attribute(self._node, "clip", None)
+        if clip:
+            bounds = [self._constant(np.asarray(bound, np.float32)) for bound in (-clip, clip)]
+            total = self._add("Clip", total, *bounds)
+        return self._add(RESET_ACTIVATIONS[reset_activations(self._node, directions)[d].lower()], total)
+
+    def _kept(self, like: ir.Value, ahead: int) -> ir.Value:
+        """Add which steps of each sequence, moved by `ahead`, lie within it: [batch, steps]; like: [steps, ...]."""
+        count = self._add("Gather", self._add("Shape", like), self._scalar(0), axis=0)
+        steps = self._add("Range", self._scalar(ahead), self._add("Add", count, self._scalar(ahead)), self._scalar(1))
+        lengths = self._add("Cast", self.given(_LENGTHS), to=ir.DataType.INT64)
+        return self._add("Less", steps, self._add("Unsqueeze", lengths, self._ints(1)))
+
+    def _flat(self, value: ir.Value) -> ir.Value:
+        return self._add("Reshape", value, self._ints(-1))
+
+    def _width(self, place: int) -> int:
+        """Return the last dimension of a weight of the node."""
+        value = self._node.inputs[place]
+        assert value is not None
+        assert value.const_value is not None
+        return int(value.const_value.shape.numpy()[-1])
+
+    def _copy(self, place: int) -> ir.Value:
+        """Add a copy of an input of the node, or with -1 of its first output, that `follow` finds again."""
+        copied = self._add("Identity", self._node.outputs[0] if place < 0 else self._node.inputs[place])
+        producer = copied.producer()
+        assert producer is not None
+        producer.meta[COPIES] = (str(self._node.name), place)
+        return copied
+
+    def _add(self, op: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
+        """Add a node and return its output."""
+        made = ir.node(op, inputs, attributes, name=f"{self._name}_{self._count}")
+        made.outputs[0].name = made.name
+        self._count += 1
+        assert self._last.graph is not None
+        self._last.graph.insert_after(self._last, made)
+        self._last = made
+        return made.outputs[0]
+
+    def _ints(self, *numbers: int) -> ir.Value:
+        return self._constant(np.array(numbers, np.int64))
+
+    def _scalar(self, number: int) -> ir.Value:
+        return self._constant(np.asarray(number, np.int64))
+
+    def _constant(self, numbers: np.ndarray[Any, Any]) -> ir.Value:
+        self._count += 1
+        return graphs.add_initializer(self._model.graph, f"{self._name}_{self._count}", numbers)

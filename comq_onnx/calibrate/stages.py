@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from comq_onnx.model.layers import Layer, layers_of_nodes
 from comq_onnx.model.quantized import nodes_of_quantized_weights
+from comq_onnx.model.states import copies_weight
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def cut(model: ir.Model, layers: Sequence[Layer]) -> list[Stage]:
     depths: dict[int, int] = {}
     members: dict[int, list[ir.Node]] = {0: []}
     for node in model.graph:
-        if id(node) in weights:
+        if id(node) in weights or copies_weight(node):
             continue
         before = [depths.get(id(v.producer()), 0) for v in reads(node) if v.producer() is not None]
         depth = max(before, default=0) + (node.name in by_node)

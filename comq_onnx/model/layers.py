@@ -238,7 +238,7 @@ def _as_layer(node: ir.Node, part: str, nested: bool) -> Layer | None:
         name=f"{node.name}{part}",
         op=node.op_type,
         kind=kind,
-        input=str(read.name),
+        input=str(read.name or f"{node.name}.states"),
         output=str(node.outputs[0].name),
         weight=str(weight.name),
         bias=bias,

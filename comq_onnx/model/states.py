@@ -15,10 +15,10 @@ import onnx_ir as ir
 from comq_onnx.model import graph as graphs
 from comq_onnx.model.layers import Layer
 from comq_onnx.model.op_kind import attribute
+from comq_onnx.model.quantized import weight_source
 from comq_onnx.model.recurrent import RESET_ACTIVATIONS, has_gated_rows, reset_activations
 
-# in the meta of an Identity: the name of a node, and which of its inputs, or -1 for its first output, the Identity
-# copies
+# in the meta of an Identity: the name of a node, and which of its inputs, or -1 for its first output, it copies
 COPIES = "comq_onnx.copies"
 # places among the inputs of a recurrent node
 _X, _W, _R, _BIAS, _LENGTHS, _INITIAL = range(6)
@@ -46,6 +46,12 @@ def follow(model: ir.Model) -> None:
             node.replace_input_with(0, nodes[name].outputs[0] if place < 0 else nodes[name].inputs[place])
 
 
+def copies_weight(node: ir.Node) -> bool:
+    """Tell whether a node is one that `add_rows` added to work on a weight alone, not on what the model reads."""
+    source = weight_source(node.outputs[0])
+    return source is not None and any(COPIES in made.meta for made in source.nodes)
+
+
 class _Builder:
     """Add nodes one behind the other, behind a recurrent node."""
 
@@ -60,12 +66,15 @@ class _Builder:
 
     def inputs(self) -> ir.Value:
         """Add the rows of W: the steps within each sequence, [n, in]."""
-        x = self._copy(_X)
+        x = self.given(_X)
+        assert x is not None
         rows = self._add("Reshape", self._add("Transpose", x, perm=[1, 0, 2]), self._ints(-1, self._width(_W)))
         return self._add("Compress", rows, self._flat(self._kept(x, 0)), axis=0)
 
     def states(self) -> ir.Value:
         """Add the rows of R: what it multiplies at each step, [groups, n, hidden]."""
+        made = self._node.outputs[0]
+        made.name = made.name or f"{self._node.name}.states"
         y, hidden = self._copy(-1), self._width(_R)
         direction = attribute(self._node, "direction", "forward")
         backward = {"forward": [False], "reverse": [True]}.get(direction, [False, True])
@@ -105,12 +114,12 @@ class _Builder:
     def _reset_gate(self, before: ir.Value, d: int, directions: int) -> ir.Value:
         """Add the reset gate of a GRU in direction d, [steps, batch, hidden]; before: the states before each step."""
         hidden = self._width(_R)
-        total = None
-        for rows, place in ((self._copy(_X), _W), (before, _R)):
-            whole = self._add("Gather", self._copy(place), self._scalar(d), axis=0)
-            gate = self._add("Slice", whole, self._ints(hidden), self._ints(2 * hidden), self._ints(0))
-            product = self._add("MatMul", rows, self._add("Transpose", gate, perm=[1, 0]))
-            total = product if total is None else self._add("Add", total, product)
+        both = [self._add("Gather", self._copy(place), self._scalar(d), axis=0) for place in (_W, _R)]
+        whole = self._add("Concat", *both, axis=1)
+        gate = self._add("Slice", whole, self._ints(hidden), self._ints(2 * hidden), self._ints(0))
+        # one product, so that no part of it belongs to an earlier stage than the node
+        rows = self._add("Concat", self.given(_X), before, axis=2)
+        total = self._add("MatMul", rows, self._add("Transpose", gate, perm=[1, 0]))
         if self.given(_BIAS) is not None:
             bias = self._add("Gather", self._copy(_BIAS), self._scalar(d), axis=0)
             for first in (hidden, 4 * hidden):
@@ -149,9 +158,8 @@ class _Builder:
 
     def _add(self, op: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
         """Add a node and return its output."""
-        made = ir.node(op, inputs, attributes, name=f"{self._name}_{self._count}")
+        made = ir.node(op, inputs, attributes, name=self._fresh_name())
         made.outputs[0].name = made.name
-        self._count += 1
         assert self._last.graph is not None
         self._last.graph.insert_after(self._last, made)
         self._last = made
@@ -164,5 +172,8 @@ class _Builder:
         return self._constant(np.asarray(number, np.int64))
 
     def _constant(self, numbers: np.ndarray[Any, Any]) -> ir.Value:
+        return graphs.add_initializer(self._model.graph, self._fresh_name(), numbers)
+
+    def _fresh_name(self) -> str:
         self._count += 1
-        return graphs.add_initializer(self._model.graph, f"{self._name}_{self._count}", numbers)
+        return f"{self._name}_{self._count}"

@@ -19,8 +19,10 @@ from comq_onnx.model.op_kind import MIN_WEIGHTS, NotQuantizable, OpKind
 from comq_onnx.model.operators import MatMulLeft, kinds_of
 from comq_onnx.model.quantized import is_column, quantized_weight
 
-# operators that only rearrange or retype a weight on its way to a layer
-WEIGHT_CHAIN = frozenset({"Identity", "Transpose", "Reshape", "Cast", "Squeeze", "Unsqueeze", "Flatten"})
+# operators that only rearrange, join or retype a weight on its way to a layer
+WEIGHT_CHAIN = frozenset(
+    {"Identity", "Transpose", "Reshape", "Cast", "Squeeze", "Unsqueeze", "Flatten", "Concat", "Slice"}
+)
 # operators for which a constant is no weight: adding or scaling by one is no layer
 _ELEMENTWISE = frozenset(
     {

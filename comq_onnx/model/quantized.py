@@ -126,10 +126,10 @@ def check_source(model: ir.Model, path: str) -> None:
     """Refuse a model whose layers all have quantized weights. Raises ModelError."""
     counts: Counter[str] = Counter()
     for node in model.graph.all_nodes():
+        if _has_float_weight(node):
+            return
         if quantized_weight(node) is not None:
             counts[node.op_type] += 1
-        elif _has_float_weight(node):
-            return
     # what functions hold is seen once they are inlined
     if counts and not model.functions:
         found = ", ".join(f"{n} {op}" for op, n in sorted(counts.items()))

@@ -18,6 +18,7 @@ from comq_onnx.model.judged import Judged, judged
 from comq_onnx.model.op_kind import MIN_WEIGHTS, NotQuantizable, OpKind
 from comq_onnx.model.operators import MatMulLeft, kinds_of
 from comq_onnx.model.quantized import is_column, quantized_weight
+from comq_onnx.model.recurrent import LENGTHS, given
 
 # operators that only rearrange, join or retype a weight on its way to a layer
 WEIGHT_CHAIN = frozenset(
@@ -231,6 +232,8 @@ def _as_layer(node: ir.Node, part: str, nested: bool) -> Layer | None:
         raise NotQuantizable("one number a row, for which a scale would take as much")
     if weight.const_value.size < MIN_WEIGHTS:
         raise NotQuantizable(f"only {weight.const_value.size} weights, too few to matter")
+    if nested and kind.is_recurrent and given(node, LENGTHS) is not None:
+        raise NotQuantizable("it is in a subgraph, and its sequences have lengths of their own")
     source = node.inputs[kind.input_index]
     if source is None or graphs.is_constant(source):
         raise NotQuantizable("its input is constant")

@@ -23,6 +23,8 @@ from comq_onnx import arrays
 from comq_onnx.model.op_kind import AnyArray, NotQuantizable, OpKind, at_positions, attribute
 from comq_onnx.solve.grid import Array
 
+# the place of sequence_lens among the inputs
+LENGTHS = 4
 # the activations that the reset gate of a GRU may have for its rows to be computed: those without numbers of their own
 RESET_ACTIVATIONS = {"sigmoid": "Sigmoid", "tanh": "Tanh", "relu": "Relu"}
 
@@ -137,6 +139,12 @@ def has_gated_rows(node: ir.Node) -> bool:
 def reset_activations(node: ir.Node, directions: int) -> list[str]:
     """Return the names of the activations of a GRU's update and reset gates, one for each direction."""
     return [str(name) for name in attribute(node, "activations", ["Sigmoid", "Tanh"] * directions)[::2]]
+
+
+def given(node: ir.Node, place: int) -> ir.Value | None:
+    """Return an input of a node; None where it is left out."""
+    value = node.inputs[place] if place < len(node.inputs) else None
+    return value if value is not None and value.name else None
 
 
 def _check(node: ir.Node, weight_shape: tuple[int, ...]) -> None:

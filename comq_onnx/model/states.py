@@ -16,12 +16,12 @@ from comq_onnx.model import graph as graphs
 from comq_onnx.model.layers import Layer
 from comq_onnx.model.op_kind import attribute
 from comq_onnx.model.quantized import weight_source
-from comq_onnx.model.recurrent import RESET_ACTIVATIONS, has_gated_rows, reset_activations
+from comq_onnx.model.recurrent import LENGTHS, RESET_ACTIVATIONS, given, has_gated_rows, reset_activations
 
 # in the meta of an Identity: the name of a node, and which of its inputs, or -1 for its first output, it copies
 COPIES = "comq_onnx.copies"
 # places among the inputs of a recurrent node
-_X, _W, _R, _BIAS, _LENGTHS, _INITIAL = range(6)
+_X, _W, _R, _BIAS, _INITIAL = 0, 1, 2, 3, 5
 # behind the end of any axis
 _END = 2**62
 
@@ -34,7 +34,7 @@ def add_rows(model: ir.Model, node: ir.Node, layer: Layer) -> ir.Value | None:
     work = _Builder(model, node, f"{layer.name}.rows")
     if layer.kind.reads_own_output:
         return work.states()
-    return work.inputs() if work.given(_LENGTHS) is not None else None
+    return work.inputs() if given(node, LENGTHS) is not None else None
 
 
 def follow(model: ir.Model) -> None:
@@ -59,14 +59,9 @@ class _Builder:
         """Begin behind a node; name: begins the names of all that is added."""
         self._model, self._node, self._last, self._name, self._count = model, node, node, name, 0
 
-    def given(self, place: int) -> ir.Value | None:
-        """Return an input of the node, None where it is left out."""
-        value = self._node.inputs[place] if place < len(self._node.inputs) else None
-        return value if value is not None and value.name else None
-
     def inputs(self) -> ir.Value:
         """Add the rows of W: the steps within each sequence, [n, in]."""
-        x = self.given(_X)
+        x = given(self._node, _X)
         assert x is not None
         rows = self._add("Reshape", self._add("Transpose", x, perm=[1, 0, 2]), self._ints(-1, self._width(_W)))
         return self._add("Compress", rows, self._flat(self._kept(x, 0)), axis=0)
@@ -87,14 +82,14 @@ class _Builder:
         stacked = self._add("Concat", *(self._add("Unsqueeze", part, self._ints(0)) for part in parts), axis=0)
         shape = self._ints(len(parts), -1, hidden)
         rows = self._add("Reshape", self._add("Transpose", stacked, perm=[0, 2, 1, 3]), shape)
-        if self.given(_LENGTHS) is None:
+        if given(self._node, LENGTHS) is None:
             return rows
         return self._add("Compress", rows, self._flat(self._kept(y, 0)), axis=1)
 
     def _before(self, y: ir.Value, d: int, backward: bool) -> ir.Value:
         """Add the states of direction d before each step, [steps, batch, hidden]; y: those behind each step."""
         own = self._add("Gather", y, self._scalar(d), axis=1)
-        initial = self.given(_INITIAL)
+        initial = given(self._node, _INITIAL)
         if initial is None:
             like = self._add("Shape", self._add("Slice", own, self._ints(0), self._ints(1), self._ints(0)))
             first = self._add("ConstantOfShape", like)
@@ -105,7 +100,7 @@ class _Builder:
             return self._add("Concat", first, rest, axis=0)
         rest = self._add("Slice", own, self._ints(1), self._ints(_END), self._ints(0))
         before = self._add("Concat", rest, first, axis=0)
-        if self.given(_LENGTHS) is None:
+        if given(self._node, LENGTHS) is None:
             return before
         # the last step of a sequence has the initial state before it
         goes_on = self._add("Transpose", self._kept(y, 1), perm=[1, 0])
@@ -118,9 +113,9 @@ class _Builder:
         whole = self._add("Concat", *both, axis=1)
         gate = self._add("Slice", whole, self._ints(hidden), self._ints(2 * hidden), self._ints(0))
         # one product, so that no part of it belongs to an earlier stage than the node
-        rows = self._add("Concat", self.given(_X), before, axis=2)
+        rows = self._add("Concat", given(self._node, _X), before, axis=2)
         total = self._add("MatMul", rows, self._add("Transpose", gate, perm=[1, 0]))
-        if self.given(_BIAS) is not None:
+        if given(self._node, _BIAS) is not None:
             bias = self._add("Gather", self._copy(_BIAS), self._scalar(d), axis=0)
             for first in (hidden, 4 * hidden):
                 part = self._add("Slice", bias, self._ints(first), self._ints(first + hidden), self._ints(0))
@@ -135,7 +130,7 @@ class _Builder:
         """Add which steps of each sequence, moved by `ahead`, lie within it: [batch, steps]; like: [steps, ...]."""
         count = self._add("Gather", self._add("Shape", like), self._scalar(0), axis=0)
         steps = self._add("Range", self._scalar(ahead), self._add("Add", count, self._scalar(ahead)), self._scalar(1))
-        lengths = self._add("Cast", self.given(_LENGTHS), to=ir.DataType.INT64)
+        lengths = self._add("Cast", given(self._node, LENGTHS), to=ir.DataType.INT64)
         return self._add("Less", steps, self._add("Unsqueeze", lengths, self._ints(1)))
 
     def _flat(self, value: ir.Value) -> ir.Value:

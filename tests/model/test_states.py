@@ -56,9 +56,7 @@ def next_states(op: str, of_input: Numbers, of_state: Numbers, before: Numbers, 
     return (1 - update) * np.tanh(h + (reset * hs if after else hs)) + update * before
 
 
-def lstm_states(
-    of_input: Numbers, of_state: Numbers, bias: Numbers, lengths: Sequence[int], backward: bool
-) -> Numbers:
+def lstm_states(of_input: Numbers, of_state: Numbers, bias: Numbers, lengths: Sequence[int], backward: bool) -> Numbers:
     """Return the states of an LSTM behind each step [n, hidden]; the steps of one sequence after the other."""
     total = of_input + of_state + bias[: of_input.shape[1]] + bias[of_input.shape[1] :]
     i, o, f, c = np.split(total, 4, axis=1)
@@ -111,7 +109,7 @@ def test_rows_times_matrices_are_what_makes_the_states(
 @pytest.mark.parametrize("activations", [["Tanh", "Tanh"], ["Relu", "Sigmoid"]])
 def test_the_reset_gate_has_the_activation_and_the_clip_of_the_node(activations: list[str]) -> None:
     source = recurrent("GRU", activations=activations, clip=0.3)
-    model, layers, names = with_rows(source)
+    model, _, names = with_rows(source)
     made = infer(ir.to_proto(model), sequences(source, count=3))
     state, _, gated = made[names[1]]
     reset = gated[np.abs(state) > 1e-3] / state[np.abs(state) > 1e-3]
@@ -200,3 +198,18 @@ def test_no_other_layer_has_the_name_of_a_part() -> None:
     names = [layer.name for layer in prepare_model(ir.from_proto(source), 17, 13).layers]
     assert len(set(names)) == 3
     assert {"cell.W", "cell.R"} < set(names)
+
+
+def test_sequences_of_their_own_lengths_in_a_subgraph_are_left_with_the_reason() -> None:
+    source = build(
+        """g (float[5, batch, 16] x, int32[batch] n, bool up) => (float[5, 1, batch, 16] y) {
+            y = If (up) <
+                then_branch = a () => (float[5, 1, batch, 16] t) { [cell] t = RNN <hidden_size = 16> (x, w, r, , n) },
+                else_branch = b () => (float[5, 1, batch, 16] e) { [plain] e = RNN <hidden_size = 16> (x, w, r) }
+            >
+        }""",
+        {"w": weight(1, 16, 16, fan=16), "r": normal(1, 16, 16, scale=0.2)},
+    )
+    found, skipped = layers_of(source)
+    assert found == ["plain.W", "plain.R"]
+    assert all("lengths" in skipped[name] for name in ("cell.W", "cell.R"))

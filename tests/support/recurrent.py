@@ -53,6 +53,10 @@ def sequences(model: onnx.ModelProto, count: int = 48, seed: int = 3) -> Arrays:
         if value.name == "lengths":
             samples["lengths"] = rng.integers(2, STEPS + 1, count).astype(np.int32)
             continue
-        mixed = rng.standard_normal(shape) @ np.linalg.qr(normal(shape[-1], shape[-1]))[0] * np.geomspace(1, 0.05, shape[-1])
+        mixed = (
+            rng.standard_normal(shape)
+            @ np.linalg.qr(normal(shape[-1], shape[-1]))[0]
+            * np.geomspace(1, 0.05, shape[-1])
+        )
         samples[value.name] = (mixed @ np.linalg.qr(normal(shape[-1], shape[-1], seed=5))[0] + 0.3).astype(np.float32)
     return samples

@@ -223,15 +223,7 @@ def _as_layer(node: ir.Node, part: str, nested: bool) -> Layer | None:
     if weight is None or not graphs.is_constant(weight):
         _check_other_weights(node)
         return None
-    assert weight.const_value is not None
-    if weight.const_value.dtype not in (ir.DataType.FLOAT, *HALF):
-        raise _wrong_type(weight.const_value.dtype)
-    shape = tuple(weight.const_value.shape.numpy())
-    kind = factory.of(node, shape)
-    if is_column(node, weight.const_value):
-        raise NotQuantizable("one number a row, for which a scale would take as much")
-    if weight.const_value.size < MIN_WEIGHTS:
-        raise NotQuantizable(f"only {weight.const_value.size} weights, too few to matter")
+    kind = _kind_of(factory, node, weight)
     if nested and kind.is_recurrent and given(node, LENGTHS) is not None:
         raise NotQuantizable("it is in a subgraph, and its sequences have lengths of their own")
     source = node.inputs[kind.input_index]
@@ -252,6 +244,20 @@ def _as_layer(node: ir.Node, part: str, nested: bool) -> Layer | None:
         nested=nested,
         part=part,
     )
+
+
+def _kind_of(factory: type[OpKind], node: ir.Node, weight: ir.Value) -> OpKind:
+    """Read a node with a constant weight. Raises NotQuantizable where that is none that is worth to be quantized."""
+    tensor = weight.const_value
+    assert tensor is not None
+    if tensor.dtype not in (ir.DataType.FLOAT, *HALF):
+        raise _wrong_type(tensor.dtype)
+    kind = factory.of(node, tuple(tensor.shape.numpy()))
+    if is_column(node, tensor):
+        raise NotQuantizable("one number a row, for which a scale would take as much")
+    if tensor.size < MIN_WEIGHTS:
+        raise NotQuantizable(f"only {tensor.size} weights, too few to matter")
+    return kind
 
 
 def _check_other_weights(node: ir.Node) -> None:

@@ -280,15 +280,17 @@ _NO_BIAS: _Bias = (None, None, False)
 
 
 def _own_bias(node: ir.Node, kind: OpKind) -> _Bias:
-    """Find the bias among the inputs of a Conv, ConvTranspose or Gemm: one number per output channel."""
+    """Find the bias among the inputs of a node: one number per output channel.
+
+    A recurrent node without one gets none: it would be as large as that of both its weights.
+    """
     assert kind.bias_index is not None
     bias = node.inputs[kind.bias_index] if len(node.inputs) > kind.bias_index else None
     if bias is None:
-        return None, str(node.name), True
+        return _NO_BIAS if kind.is_recurrent else (None, str(node.name), True)
     if not graphs.is_constant(bias) or bias.const_value is None or kind.beta == 0:
         return _NO_BIAS
-    shape, size = bias.const_value.shape, bias.const_value.size
-    if size != kind.outputs or not shape or shape[-1] != kind.outputs:
+    if not kind.fits_bias(tuple(bias.const_value.shape.numpy())):
         return _NO_BIAS
     return str(bias.name), str(node.name), True
 

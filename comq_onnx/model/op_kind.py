@@ -99,6 +99,20 @@ class OpKind(ABC):
         """Count the output channels of all groups together."""
         return int(np.prod(self.weight_shape)) // self.inputs
 
+    # its bias
+
+    def fits_bias(self, shape: tuple[int, ...]) -> bool:
+        """Tell whether a constant of this shape has one number per output channel."""
+        return bool(shape) and shape[-1] == int(np.prod(shape)) == self.outputs
+
+    def own_bias(self, bias: AnyArray) -> Array:
+        """Return what is added to each output channel [out], from the bias as the graph holds it."""
+        return np.asarray(bias, np.float32).reshape(-1) * np.float32(self.beta)
+
+    def with_own_bias(self, _bias: AnyArray | None, own: Array) -> Array:
+        """Return the bias as the graph holds it with `own` [out] as this layer's part; None where there is none yet."""
+        return own
+
     # its rows
 
     @abstractmethod

@@ -39,9 +39,25 @@ class _Recurrent(OpKind):
     op_type: ClassVar[str] = ""
     is_recurrent: ClassVar[bool] = True
     takes_scalar_scale: ClassVar[bool] = False
+    bias_index: ClassVar[int | None] = 3
+    # B [directions, 2 * gates * hidden] holds the biases of W, then those of R
+    bias_half: ClassVar[int]
 
     def from_matrix(self, matrix: AnyArray) -> AnyArray:
         return np.ascontiguousarray(matrix).reshape(self.weight_shape)
+
+    def fits_bias(self, shape: tuple[int, ...]) -> bool:
+        directions, out, _ = self.weight_shape
+        return shape == (directions, 2 * out)
+
+    def own_bias(self, bias: AnyArray) -> Array:
+        return np.asarray(np.split(np.asarray(bias, np.float32), 2, axis=1)[self.bias_half].reshape(-1))
+
+    def with_own_bias(self, bias: AnyArray | None, own: Array) -> Array:
+        directions, out, _ = self.weight_shape
+        halves = np.zeros((2, directions, out), np.float32) if bias is None else np.stack(np.split(bias, 2, axis=1))
+        halves[self.bias_half] = own.reshape(directions, out)
+        return np.concatenate(list(halves), axis=1)
 
     @property
     def inputs(self) -> int:
@@ -67,6 +83,8 @@ class _Recurrent(OpKind):
 @dataclass(frozen=True)
 class RecurrentInput(_Recurrent):
     """Describe W: x [steps, batch, in] or rows of it [n, in], times one matrix of all directions and gates."""
+
+    bias_half: ClassVar[int] = 0
 
     @classmethod
     def of(cls, node: ir.Node, weight_shape: tuple[int, ...]) -> RecurrentInput:
@@ -102,6 +120,7 @@ class RecurrentState(_Recurrent):
     gated: bool
 
     weight_index: ClassVar[int] = 2
+    bias_half: ClassVar[int] = 1
     reads_own_output: ClassVar[bool] = True
 
     @classmethod

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from recurrent import recurrent, sequences
 from written import Written, quantize
@@ -16,6 +17,7 @@ import comq_onnx
 from comq_onnx.model.layers import Layer
 from comq_onnx.model.recurrent import RecurrentState
 from comq_onnx.solve.moments import Moments
+from comq_onnx.write.expose import expose, exposed
 from models import Arrays, build, infer, normal, sqnr, weight
 
 __all__ = ["quantize"]
@@ -74,8 +76,16 @@ def test_the_state_is_solved_on_what_the_quantized_input_weight_makes(
     comq_onnx.quantize(source, tmp_path / "q.onnx", feeds, bits=2, uniform=True, device="cpu")
     # the model with only W quantized: its states before each step give the moments of R
     only_w = onnx.load(tmp_path / "q.onnx")
-    next(n for n in only_w.graph.node if n.name == "cell").input[2] = "r"
+    cell = next(n for n in only_w.graph.node if n.name == "cell")
+    cell.input[2] = "r"
     only_w.graph.initializer.append(next(t for t in source.graph.initializer if t.name == "r"))
+    bias, plain = (
+        next(t for t in model.graph.initializer if t.name == name)
+        for model, name in ((only_w, cell.input[3]), (source, "b"))
+    )
+    new, old = (onnx.numpy_helper.to_array(t) for t in (bias, plain))
+    both = np.concatenate([new[:, : new.shape[1] // 2], old[:, old.shape[1] // 2 :]], axis=1)
+    bias.CopyFrom(onnx.numpy_helper.from_array(both, bias.name))
     found: Moments = solved.on["cell.R"]
     for model, gram in ((only_w, found.gram), (source, None)):
         states = infer(model, feeds)["y"][:, 0]
@@ -160,3 +170,58 @@ def test_layers_share_rows_of_states_only_with_their_own(solved: Any, tmp_path: 
     assert solved.together == [["cell.W"], ["cell.R"]]
     assert len(solved.on["cell.R"].gram) == 2
     assert Layer("c.R", "RNN", RecurrentState((1, 4, 4), False), "y", "y", "r", part=".R").node == "c"
+
+
+@pytest.mark.parametrize(("op", "attributes"), [("LSTM", {}), ("GRU", {"linear_before_reset": 1}), ("RNN", {})])
+def test_the_bias_of_each_weight_takes_the_mean_of_its_error(
+    quantize: Callable[..., Written], op: str, attributes: dict[str, Any]
+) -> None:
+    source = recurrent(op, **attributes)
+    feeds = one_sequence(source)
+    written = quantize(source, feeds, bits=2)
+    bias = np.split(written.value(written.node("cell").input[3])[0], 2)
+    own = {t.name: onnx.numpy_helper.to_array(t) for t in source.graph.initializer}
+    new = {name: written.value(written.node("cell").input[1 if name == "w" else 2])[0] for name in ("w", "r")}
+
+    def states(w: np.ndarray, b: np.ndarray) -> np.ndarray:
+        model = recurrent(op, **attributes)
+        for tensor, array in zip(model.graph.initializer, (w[None], own["r"], b[None]), strict=True):
+            tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+        y = infer(model, feeds)["y"][:, 0]
+        return np.concatenate([np.zeros_like(y[:1]), y[:-1]]).reshape(-1, y.shape[-1])
+
+    x = feeds["x"].reshape(-1, feeds["x"].shape[-1])
+    plain = np.split(own["b"][0], 2)
+    lost = (x @ own["w"][0].T - x @ new["w"].T).mean(axis=0)
+    assert np.abs(lost).max() > 0.01
+    assert np.allclose(bias[0] - plain[0], lost, atol=1e-5)
+    # the states that W makes alone, quantized, with its part of the bias
+    before, after = states(own["w"][0], own["b"][0]), states(new["w"], np.concatenate([bias[0], plain[1]]))
+    assert np.allclose(bias[1] - plain[1], (before @ own["r"][0].T - after @ new["r"].T).mean(axis=0), atol=1e-5)
+
+
+@pytest.mark.parametrize("op", ["LSTM", "GRU"])
+def test_exposed_weights_make_what_is_written(quantize: Callable[..., Written], op: str) -> None:
+    source = recurrent(op, direction="bidirectional")
+    written = quantize(source, sequences(source), bits=2)
+    plan, solutions = written.solved.plan, written.solved.solutions
+    model = plan.written.model.clone()
+    expose(model, plan.layers, solutions)
+    proto, feeds = ir.to_proto(model), {**written.feeds}
+    given = {value.name for value in proto.graph.input} - set(feeds)
+    assert given == {"w", "r", "cell.W.bias", "cell.R.bias"}
+    for layer in plan.layers:
+        feeds |= exposed(plan.written.model, layer, solutions[layer.name])
+    expected = infer(written.proto, written.feeds)["y"]
+    assert sqnr(expected, infer(proto, feeds)["y"]) > 100
+
+
+def test_a_bias_that_is_computed_stays(quantize: Callable[..., Written]) -> None:
+    source = recurrent("LSTM")
+    make = onnx.helper.make_node
+    for node in (make("Add", ["b", "mean"], ["moved"]), make("ReduceMean", ["x"], ["mean"], keepdims=0)):
+        source.graph.node.insert(0, node)
+    source.graph.node[-1].input[3] = "moved"
+    written = quantize(source, sequences(source), bits=4)
+    assert written.node("cell").input[3] == "moved"
+    assert [written.solved.solutions[name].shift for name in ("cell.W", "cell.R")] == [None, None]

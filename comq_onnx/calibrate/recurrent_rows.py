@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from comq_onnx.model.layers import Layer, nodes_by_name
+from comq_onnx.model.recurrent import LENGTHS, given
 from comq_onnx.model.states import add_rows
 from comq_onnx.plan.plan import Plan
 
@@ -19,12 +20,17 @@ def with_rows(plan: Plan) -> Plan:
         return plan
     model = walked.model.clone()
     nodes = nodes_by_name(model)
+    shared: dict[object, str] = {}
 
     def reading_rows(layer: Layer) -> Layer:
         if not layer.kind.is_recurrent or layer.name in plan.probes:
             return layer
-        rows = add_rows(model, nodes[layer.node], layer)
-        return layer if rows is None else replace(layer, input=str(rows.name))
+        node = nodes[layer.node]
+        # the same input over the same steps, as the two directions of a network may have it, gives the same rows
+        key = layer.name if layer.kind.reads_own_output else (layer.input, given(node, LENGTHS))
+        if key not in shared:
+            shared[key] = str(add_rows(model, node, layer).name)
+        return replace(layer, input=shared[key])
 
     layers = [reading_rows(layer) for layer in walked.layers]
     return replace(plan, walked=replace(walked, model=model, layers=layers))

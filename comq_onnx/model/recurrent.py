@@ -64,10 +64,6 @@ class _Recurrent(OpKind):
         return self.weight_shape[2]
 
     @property
-    def rows_follow_samples(self) -> bool:
-        return False
-
-    @property
     def axis(self) -> int | None:
         return 1 if self.weight_shape[0] == 1 else None
 
@@ -82,7 +78,7 @@ class _Recurrent(OpKind):
 
 @dataclass(frozen=True)
 class RecurrentInput(_Recurrent):
-    """Describe W: x [steps, batch, in] or rows of it [n, in], times one matrix of all directions and gates."""
+    """Describe W: the steps of one sequence after the other [n, in], times one matrix of all directions and gates."""
 
     bias_half: ClassVar[int] = 0
 
@@ -99,12 +95,10 @@ class RecurrentInput(_Recurrent):
         return 1
 
     def rows(self, x: Array, pick: npt.NDArray[np.intp] | None = None) -> Array:
-        """Return the steps of one sequence after the other."""
-        x = arrays.permute(x, (1, 0, 2)) if x.ndim == 3 else x
-        return at_positions(x.reshape(1, -1, self.inputs), pick)
+        return at_positions(x[None], pick)
 
     def positions(self, x: Array) -> int:
-        return arrays.size(x) // self.inputs
+        return int(x.shape[0])
 
     def rows_key(self) -> tuple[object, ...]:
         return "recurrent input", self.inputs
@@ -112,7 +106,7 @@ class RecurrentInput(_Recurrent):
 
 @dataclass(frozen=True)
 class RecurrentState(_Recurrent):
-    """Describe R: what it multiplies at each step [groups, n, hidden], made by model/states.py.
+    """Describe R: what it multiplies at each step [n, groups, hidden], one sequence after the other.
 
     gated: each gate has rows of its own: the state, the state, and the state times the reset gate
     """
@@ -141,10 +135,10 @@ class RecurrentState(_Recurrent):
         return weight.reshape(self.groups, -1, self.inputs)
 
     def rows(self, x: Array, pick: npt.NDArray[np.intp] | None = None) -> Array:
-        return at_positions(x, pick)
+        return at_positions(arrays.permute(x, (1, 0, 2)), pick)
 
     def positions(self, x: Array) -> int:
-        return int(x.shape[1])
+        return int(x.shape[0])
 
     def rows_key(self) -> tuple[object, ...]:
         return "recurrent state", self.groups, self.inputs

@@ -26,15 +26,13 @@ _X, _W, _R, _BIAS, _INITIAL = 0, 1, 2, 3, 5
 _END = 2**62
 
 
-def add_rows(model: ir.Model, node: ir.Node, layer: Layer) -> ir.Value | None:
-    """Add nodes behind a recurrent node that compute the rows of a layer; None where those are its input as it is.
+def add_rows(model: ir.Model, node: ir.Node, layer: Layer) -> ir.Value:
+    """Add nodes behind a recurrent node that compute the rows of a layer.
 
-    They make states [groups, n, hidden], or inputs [n, in].
+    Returns them: inputs [n, in], or states [n, groups, hidden], the steps of one sequence after the other.
     """
     work = _Builder(model, node, f"{layer.name}.rows")
-    if layer.kind.reads_own_output:
-        return work.states()
-    return work.inputs() if given(node, LENGTHS) is not None else None
+    return work.states() if layer.kind.reads_own_output else work.inputs()
 
 
 def follow(model: ir.Model) -> None:
@@ -64,10 +62,10 @@ class _Builder:
         x = given(self._node, _X)
         assert x is not None
         rows = self._add("Reshape", self._add("Transpose", x, perm=[1, 0, 2]), self._ints(-1, self._width(_W)))
-        return self._add("Compress", rows, self._flat(self._kept(x, 0)), axis=0)
+        return self._within(rows, x)
 
     def states(self) -> ir.Value:
-        """Add the rows of R: what it multiplies at each step, [groups, n, hidden]."""
+        """Add the rows of R: what it multiplies at each step, [n, groups, hidden]."""
         made = self._node.outputs[0]
         made.name = made.name or f"{self._node.name}.states"
         y, hidden = self._copy(-1), self._width(_R)
@@ -79,12 +77,17 @@ class _Builder:
             before = self._before(y, d, is_backward)
             reset = [self._add("Mul", before, self._reset_gate(before, d, len(backward)))] if gated else []
             parts += [before, before, *reset] if gated else [before]
-        stacked = self._add("Concat", *(self._add("Unsqueeze", part, self._ints(0)) for part in parts), axis=0)
-        shape = self._ints(len(parts), -1, hidden)
-        rows = self._add("Reshape", self._add("Transpose", stacked, perm=[0, 2, 1, 3]), shape)
+        stacked = self._add("Concat", *(self._add("Unsqueeze", part, self._ints(2)) for part in parts), axis=2)
+        shape = self._ints(-1, len(parts), hidden)
+        rows = self._add("Reshape", self._add("Transpose", stacked, perm=[1, 0, 2, 3]), shape)
+        return self._within(rows, y)
+
+    def _within(self, rows: ir.Value, like: ir.Value) -> ir.Value:
+        """Leave out the rows [batch * steps, ...] behind the ends of sequences; like: [steps, ...]."""
         if given(self._node, LENGTHS) is None:
             return rows
-        return self._add("Compress", rows, self._flat(self._kept(y, 0)), axis=1)
+        kept = self._add("Reshape", self._kept(like, 0), self._ints(-1))
+        return self._add("Compress", rows, kept, axis=0)
 
     def _before(self, y: ir.Value, d: int, backward: bool) -> ir.Value:
         """Add the states of direction d before each step, [steps, batch, hidden]; y: those behind each step."""
@@ -132,9 +135,6 @@ class _Builder:
         steps = self._add("Range", self._scalar(ahead), self._add("Add", count, self._scalar(ahead)), self._scalar(1))
         lengths = self._add("Cast", given(self._node, LENGTHS), to=ir.DataType.INT64)
         return self._add("Less", steps, self._add("Unsqueeze", lengths, self._ints(1)))
-
-    def _flat(self, value: ir.Value) -> ir.Value:
-        return self._add("Reshape", value, self._ints(-1))
 
     def _width(self, place: int) -> int:
         """Return the last dimension of a weight of the node."""

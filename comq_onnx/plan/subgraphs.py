@@ -75,8 +75,7 @@ def _probe_bodies(model: ir.Model, layers: Mapping[str, Sequence[Layer]]) -> dic
         stacked: dict[str, str] = {}
         for inner in list(body):
             for layer in layers.get(str(inner.name), ()):
-                rows = add_rows(model, inner, layer) if layer.kind.is_recurrent else None
-                value = made.get(layer.input) if rows is None else rows
+                value = add_rows(model, inner, layer) if layer.kind.is_recurrent else made.get(layer.input)
                 if value is None or layer.kind.is_lookup:
                     continue
                 name = str(value.name)

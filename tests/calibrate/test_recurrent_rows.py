@@ -225,3 +225,29 @@ def test_a_bias_that_is_computed_stays(quantize: Callable[..., Written]) -> None
     written = quantize(source, sequences(source), bits=4)
     assert written.node("cell").input[3] == "moved"
     assert [written.solved.solutions[name].shift for name in ("cell.W", "cell.R")] == [None, None]
+
+
+@pytest.mark.parametrize("op", ["LSTM", "GRU"])
+def test_the_batch_size_changes_no_byte(tmp_path: Path, op: str) -> None:
+    source = recurrent(op, direction="bidirectional")
+    feeds, written = sequences(source), []
+    for batch_size in (16, 8, 24):
+        comq_onnx.quantize(
+            source, tmp_path / "q.onnx", feeds, bits=4, uniform=True, batch_size=batch_size, device="cpu"
+        )
+        written.append((tmp_path / "q.onnx").read_bytes())
+    assert len(set(written)) == 1
+
+
+def test_two_nodes_that_read_one_input_share_its_moments(tmp_path: Path, solved: Any) -> None:
+    source = recurrent("RNN")
+    other = onnx.helper.make_node(
+        "RNN", ["xt", "w2", "r", "b"], ["z"], name="other", hidden_size=12, direction="reverse"
+    )
+    source.graph.node.append(other)
+    source.graph.initializer.append(onnx.numpy_helper.from_array(weight(1, 12, 16, fan=16, seed=4), "w2"))
+    source.graph.output.append(onnx.helper.make_tensor_value_info("z", onnx.TensorProto.FLOAT, [6, 1, "batch", 12]))
+    comq_onnx.quantize(source, tmp_path / "q.onnx", sequences(source), bits=4, uniform=True, device="cpu")
+    assert ["cell.W", "other.W"] in solved.together
+    # R is the same initializer, stored once, and read behind other states
+    assert sqnr(*(infer(model, sequences(source))["z"] for model in (source, tmp_path / "q.onnx"))) > 12

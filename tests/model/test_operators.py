@@ -416,9 +416,10 @@ def test_both_weights_of_a_recurrent_node(direction: str) -> None:
             before[:-1, d] = y[1:, d]
         else:
             before[1:, d] = y[:-1, d]
-    of_input = product(kind_of(RecurrentInput, "RNN", w, attributes), x, w)[0]
+    steps = np.ascontiguousarray(x.swapaxes(0, 1)).reshape(3 * 4, 5)
+    of_input = product(kind_of(RecurrentInput, "RNN", w, attributes), steps, w)[0]
     of_input = of_input.reshape(3 * 4, directions, 6).swapaxes(0, 1)
-    states = np.ascontiguousarray(before.transpose(1, 2, 0, 3)).reshape(directions, 3 * 4, 6)
+    states = np.ascontiguousarray(before.transpose(2, 0, 1, 3)).reshape(3 * 4, directions, 6)
     of_state = product(kind_of(RecurrentState, "RNN", r, attributes), states, r)
     assert np.array_equal(of_input + of_state, y.transpose(1, 2, 0, 3).reshape(directions, 3 * 4, 6))
 
@@ -427,8 +428,8 @@ def test_a_gate_before_the_product_makes_a_group_of_each_gate() -> None:
     rng = np.random.default_rng(0)
     weight = whole(rng, (2, 18, 6))
     kind = kind_of(RecurrentState, "GRU", weight, {"hidden_size": 6})
-    rows = whole(rng, (6, 7, 6))
-    expected = np.einsum("dgni,dgoi->dgno", rows.reshape(2, 3, 7, 6), weight.reshape(2, 3, 6, 6))
+    rows = whole(rng, (7, 6, 6))
+    expected = np.einsum("ndgi,dgoi->dgno", rows.reshape(7, 2, 3, 6), weight.reshape(2, 3, 6, 6))
     assert np.array_equal(product(kind, rows, weight), expected.reshape(6, 7, 6))
     assert kind_of(RecurrentState, "GRU", weight, {"linear_before_reset": 1}).groups == 2
 
@@ -472,7 +473,7 @@ STACKS = {"MatMul of one matrix in a stack", "MatMul of a stack"}
         ("has_leading_axes", STACKS | {"MatMul"}),
         ("has_flat_rows", {"Gemm", "Gemm, transB", "Gemm, transA"}),
         ("takes_scalar_scale", set(KINDS) - STACKS - RECURRENT - {"MatMul"}),
-        ("rows_follow_samples", set(KINDS) - RECURRENT - {"MatMul of a stack", "MatMulLeft", "Gemm, transA"}),
+        ("rows_follow_samples", set(KINDS) - {"MatMul of a stack", "MatMulLeft", "Gemm, transA"}),
     ],
 )
 def test_a_kind_answers_for_its_operator(question: str, those: set[str]) -> None:
@@ -494,6 +495,8 @@ def test_only_a_gemm_multiplies_its_product_and_its_bias() -> None:
 
 def random_input(kind: OpKind) -> np.ndarray:
     """Draw an input [4, ...] of a kind whose first axis holds samples."""
+    if kind.is_recurrent:
+        return whole(np.random.default_rng(0), (4, 2, 4) if kind.reads_own_output else (4, 5))
     shape = {"MatMul": (4, 6, 5), "Gemm": (4, 5), "Gather": (4, 3)}.get(kind.op_type)
     if shape is None:
         channels = kind.weight_shape[0] if kind.op_type == "ConvTranspose" else kind.weight_shape[1] * kind.groups

@@ -32,7 +32,10 @@ def add_rows(model: ir.Model, node: ir.Node, layer: Layer) -> ir.Value:
     Returns them: inputs [n, in], or states [n, groups, hidden], the steps of one sequence after the other.
     """
     work = _Builder(model, node, f"{layer.name}.rows")
-    return work.states() if layer.kind.reads_own_output else work.inputs()
+    rows = work.states() if layer.kind.reads_own_output else work.inputs()
+    # as an error names it
+    rows.name = f"{layer.name}.rows"
+    return rows
 
 
 def follow(model: ir.Model) -> None:

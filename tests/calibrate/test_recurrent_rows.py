@@ -14,6 +14,7 @@ from recurrent import recurrent, sequences
 from written import Written, quantize
 
 import comq_onnx
+from comq_onnx.errors import ModelError
 from comq_onnx.model.layers import Layer
 from comq_onnx.model.recurrent import RecurrentState
 from comq_onnx.solve.moments import Moments
@@ -162,6 +163,13 @@ def test_a_node_in_the_body_of_a_loop_is_solved_on_all_its_turns(tmp_path: Path,
     assert [x.name for x in report.layers] == ["cell.W", "cell.R"]
     assert solved.on["cell.W"].count == solved.on["cell.R"].count == 3 * report.samples["used"]
     assert all(x.error_db is not None and x.error_db < -15 for x in report.layers)
+
+
+def test_states_that_are_not_finite_are_refused_by_name(tmp_path: Path) -> None:
+    source = recurrent("RNN", activations=["Relu"])
+    source.graph.initializer[1].CopyFrom(onnx.numpy_helper.from_array(np.full((1, 12, 12), 1e18, np.float32), "r"))
+    with pytest.raises(ModelError, match=r"'cell.R.rows' \(read by 'cell.R'\)"):
+        comq_onnx.quantize(source, tmp_path / "q.onnx", sequences(source), bits=4, uniform=True, device="cpu")
 
 
 def test_layers_share_rows_of_states_only_with_their_own(solved: Any, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from comq_onnx import arrays
 from comq_onnx.calibrate.cut_tensors import Host
 from comq_onnx.calibrate.stages import Stage
 from comq_onnx.model.files import to_bytes_or_file
+from comq_onnx.model.states import follow
 from comq_onnx.plan.plan import Plan
 from comq_onnx.plan.solved import Solved
 from comq_onnx.runtime.session import Session
@@ -34,6 +35,7 @@ def run_segment(
     segment = extract_segment(plan, stage, {name: given[name][0] for name in stage.reads}, wanted)
     if solved is not None:
         emit(segment, solved)
+        follow(segment)
     session = Session(
         to_bytes_or_file(segment, work, f"stage{stage.index}"), device, what=f"stage {stage.index} of the model",
         float_matmul_nbits=True, disable_qdq_fusion=plan.target.runs_outside_ort,

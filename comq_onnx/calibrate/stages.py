@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from comq_onnx.model.layers import Layer
+from comq_onnx.model.layers import Layer, layers_of_nodes
 from comq_onnx.model.quantized import nodes_of_quantized_weights
+from comq_onnx.model.states import copies_weight
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Stage:
     """Describe one segment of the graph.
 
     index: its place among the stages
-    layers: its layers
+    layers: its layers, those that read the state of their own node too
     nodes: the names of its nodes
     reads: the names of the values that it reads from earlier stages or the inputs of the graph
     makes: the names of the values that its nodes make
@@ -42,15 +43,15 @@ def cut(model: ir.Model, layers: Sequence[Layer]) -> list[Stage]:
     Nodes that make weights from constants belong to no stage: every segment that needs one has it anyway, and kept at a
     cut it would be kept for every batch.
     """
-    by_name = {layer.name: layer for layer in layers}
+    by_node = layers_of_nodes(layers)
     weights = {id(node) for node in nodes_of_quantized_weights(model)}
     depths: dict[int, int] = {}
     members: dict[int, list[ir.Node]] = {0: []}
     for node in model.graph:
-        if id(node) in weights:
+        if id(node) in weights or copies_weight(node):
             continue
         before = [depths.get(id(v.producer()), 0) for v in reads(node) if v.producer() is not None]
-        depth = max(before, default=0) + (node.name in by_name)
+        depth = max(before, default=0) + (node.name in by_node)
         depths[id(node)] = depth
         members.setdefault(depth, []).append(node)
 
@@ -59,8 +60,10 @@ def cut(model: ir.Model, layers: Sequence[Layer]) -> list[Stage]:
     for depth, nodes in sorted(members.items()):
         for node in nodes:
             made_in.update((str(v.name), depth) for v in node.outputs)
-            for value in reads(node):
-                last_read[str(value.name)] = max(last_read.get(str(value.name), 0), depth)
+            # rows of a layer may be another value than the node reads
+            inputs = [layer.input for layer in by_node.get(str(node.name), ())]
+            for name in (*inputs, *(str(value.name) for value in reads(node))):
+                last_read[name] = max(last_read.get(name, 0), depth)
 
     stages = []
     for depth, nodes in sorted(members.items()):
@@ -68,7 +71,7 @@ def cut(model: ir.Model, layers: Sequence[Layer]) -> list[Stage]:
         wanted = dict.fromkeys(str(v.name) for node in nodes for v in reads(node))
         earlier = tuple(name for name in wanted if name in made_in and made_in[name] < depth)
         live = frozenset(n for n, made in made_in.items() if made <= depth and last_read.get(n, -1) > depth)
-        here = tuple(by_name[str(node.name)] for node in nodes if node.name in by_name)
+        here = tuple(layer for node in nodes for layer in by_node.get(str(node.name), ()))
         stages.append(Stage(depth, here, tuple(str(n.name) for n in nodes), earlier, tuple(makes), live))
     return stages
 

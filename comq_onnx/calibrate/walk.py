@@ -21,6 +21,7 @@ from comq_onnx.calibrate.finite import out_of_range
 from comq_onnx.calibrate.layer_moments import LayerInput, in_groups, input_moments
 from comq_onnx.calibrate.layer_solver import LayerSolver, Observer
 from comq_onnx.calibrate.observed_ranges import ActivationRanges
+from comq_onnx.calibrate.recurrent_rows import with_rows
 from comq_onnx.calibrate.segment import run_segment
 from comq_onnx.calibrate.stages import Stage
 from comq_onnx.context import Context
@@ -66,6 +67,7 @@ class _Walk:
         store: keeps the cut tensors
         work: a directory for models that are too large for one protobuf message
         """
+        plan = with_rows(plan)
         self._plan, self._samples, self._context = plan, data.calibration, context
         self._store, self._work, self._fewer = store, work, fewer_positions
         size = context.options.batch_size
@@ -89,7 +91,7 @@ class _Walk:
         self._ranges.settle(name for name in float_cut if name in self._samples.arrays)
         parts = stages.cut(self._plan.walked.model, self._layers)
         for stage in parts:
-            self._solve(stage.layers, float_cut, quantized_cut)
+            self._solve([x for x in stage.layers if x.input not in stage.makes], float_cut, quantized_cut)
             self._advance(stage, float_cut, quantized_cut)
             self._tell()
             self._context.progress("stages", stage.index + 1, len(parts))
@@ -157,20 +159,24 @@ class _Walk:
     def _advance(self, stage: Stage, float_cut: Tensors, quantized_cut: Tensors) -> None:
         """Run the stage's segment both ways, and put the tensors of the next cut into the two dictionaries.
 
-        Layers in subgraphs are solved before the quantized segment runs up to that cut.
+        Layers in subgraphs, and those that read the states of their own nodes, are solved before the
+        quantized segment runs up to that cut.
         """
         probes, independent = self._plan.probes, self._context.options.independent
         planned = [name for name in stage.makes if name in self._plan.activations.values]
         live = [name for name in stage.makes if name in stage.live_after]
         inner = [x for x in self._plan.walked.layers if probes.get(x.name) in stage.makes]
+        fed_back = [x for x in stage.layers if x.input in stage.makes]
         stacked = list(dict.fromkeys(probes[layer.name] for layer in inner))
-        if live or planned or stacked:
-            wanted = list(dict.fromkeys([*live, *planned, *stacked]))
-            made = self._run_float(stage, float_cut, wanted, [*live, *stacked])
+        rows = list(dict.fromkeys([*stacked, *(layer.input for layer in fed_back)]))
+        if live or planned or rows:
+            wanted = list(dict.fromkeys([*live, *planned, *rows]))
+            made = self._run_float(stage, float_cut, wanted, [*live, *rows])
             self._ranges.settle(planned)
-            if inner:
-                hat = made if independent else self._run_quantized(stage, quantized_cut, stacked, made)
+            if rows:
+                hat = made if independent else self._run_quantized(stage, quantized_cut, rows, made)
                 self._solve(inner, *({name: _iterations(t[name]) for name in stacked} for t in (made, hat)))
+                self._solve(fed_back, made, hat)
             hat = made if independent or not live else self._run_quantized(stage, quantized_cut, live, made)
             for name in live:
                 float_cut[name], quantized_cut[name] = made[name], hat[name]

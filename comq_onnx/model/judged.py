@@ -154,8 +154,7 @@ def _depends_on_layers(value: ir.Value) -> bool:
 
 
 def _is_layer(node: ir.Node) -> bool:
-    kind = OP_KINDS.get(node.op_type)
-    return kind is not None and not kind.is_lookup
+    return any(not kind.is_lookup for kind in OP_KINDS.get(node.op_type, {}).values())
 
 
 def _is_whole_number(value: ir.Value) -> bool:

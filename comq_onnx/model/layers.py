@@ -16,11 +16,14 @@ from comq_onnx.model import graph as graphs
 from comq_onnx.model.graph import HALF
 from comq_onnx.model.judged import Judged, judged
 from comq_onnx.model.op_kind import MIN_WEIGHTS, NotQuantizable, OpKind
-from comq_onnx.model.operators import OP_KINDS, MatMulLeft
+from comq_onnx.model.operators import MatMulLeft, kinds_of
 from comq_onnx.model.quantized import is_column, quantized_weight
+from comq_onnx.model.recurrent import LENGTHS, given
 
-# operators that only rearrange or retype a weight on its way to a layer
-WEIGHT_CHAIN = frozenset({"Identity", "Transpose", "Reshape", "Cast", "Squeeze", "Unsqueeze", "Flatten"})
+# operators that only rearrange, join or retype a weight on its way to a layer
+WEIGHT_CHAIN = frozenset(
+    {"Identity", "Transpose", "Reshape", "Cast", "Squeeze", "Unsqueeze", "Flatten", "Concat", "Slice"}
+)
 # operators for which a constant is no weight: adding or scaling by one is no layer
 _ELEMENTWISE = frozenset(
     {
@@ -35,14 +38,18 @@ _ELEMENTWISE = frozenset(
 class Layer:
     """Describe one operator with a constant weight, by names in the graph.
 
-    name: the node's (unique) name.
+    An operator with two weights, such as an LSTM, is two layers.
+
+    name: the node's (unique) name, with `part` behind it.
     op: its operator.
     kind: what the operator computes.
-    input, output: the values that it reads and makes.
+    input, output: the values that it reads and makes. A layer that reads the state of its own node names as its input
+        the node's output that holds all states.
     weight, bias: the initializers; bias is None where there is none to change.
     bias_node: the node that adds the bias: the layer's own for Conv and Gemm, the Add behind a MatMul.
     has_bias: a bias can take up a shift of the outputs, also one that must be made for it.
     nested: the node lies in a subgraph.
+    part: tells the layers of one node apart (".W", ".R"); "" where the node is one layer.
     """
 
     name: str
@@ -55,6 +62,12 @@ class Layer:
     bias_node: str | None = None
     has_bias: bool = False
     nested: bool = False
+    part: str = ""
+
+    @property
+    def node(self) -> str:
+        """Return the name of the node."""
+        return self.name.removesuffix(self.part)
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -99,31 +112,40 @@ def list_layers(model: ir.Model) -> tuple[list[Layer], dict[str, str]]:
     layers: list[Layer] = []
     skipped: dict[str, str] = {}
     for node in model.graph.all_nodes():
-        name = str(node.name)
-        codes = quantized_weight(node)
-        if codes is not None:
-            skipped[name] = f"{node.op_type}: its weight is quantized already ({codes})"
-            continue
-        try:
-            layer = _as_layer(node, nested=node.graph is not model.graph)
-        except NotQuantizable as reason:
-            skipped[name] = f"{node.op_type}: {reason}"
-            continue
-        if layer is not None:
-            layers.append(layer)
-        elif (size := _idle_weight(node)) >= MIN_WEIGHTS:
-            skipped[name] = f"{node.op_type}: not a kind of layer that is quantized ({size:,} weights stay float)"
+        idle = _idle_weight(node)
+        for part in kinds_of(node) or [""]:
+            name = f"{node.name}{part}"
+            codes = quantized_weight(node, part)
+            if codes is not None:
+                skipped[name] = f"{node.op_type}: its weight is quantized already ({codes})"
+                continue
+            try:
+                layer = _as_layer(node, part, nested=node.graph is not model.graph)
+            except NotQuantizable as reason:
+                skipped[name] = f"{node.op_type}: {reason}"
+                continue
+            if layer is not None:
+                layers.append(layer)
+            elif idle >= MIN_WEIGHTS and not part:
+                skipped[name] = f"{node.op_type}: not a kind of layer that is quantized ({idle:,} weights stay float)"
     return layers, skipped
 
 
 def reaches_layer(value: ir.Value) -> bool:
     """Tell whether a value becomes a layer's weight, directly or behind operators of WEIGHT_CHAIN."""
     for user, index in value.uses():
-        if user.op_type in OP_KINDS and user.domain == "" and index in ((0, 1) if user.op_type == "MatMul" else (1,)):
+        if index in _weight_places(user):
             return True
         if user.op_type in WEIGHT_CHAIN and user.domain == "" and reaches_layer(user.outputs[0]):
             return True
     return False
+
+
+def _weight_places(node: ir.Node) -> Sequence[int]:
+    """Return the places of weights among a node's inputs."""
+    if node.op_type == "Gather":
+        return (1,) if node.domain == "" else ()
+    return (0, 1) if node.op_type == "MatMul" else [kind.weight_index for kind in kinds_of(node).values()]
 
 
 def select(prepared: Prepared, include: Sequence[str], exclude: Sequence[str]) -> Prepared:
@@ -145,8 +167,8 @@ def select(prepared: Prepared, include: Sequence[str], exclude: Sequence[str]) -
     if not layers:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:3])
         raise ModelError(
-            "the model has no layer to quantize (MatMul, Gemm, Conv, ConvTranspose or Gather with a constant weight"
-            f" of {MIN_WEIGHTS} numbers or more)" + (f"; left out: {reasons}" if reasons else "")
+            "the model has no layer to quantize (MatMul, Gemm, Conv, ConvTranspose, Gather, LSTM, GRU or RNN with a "
+            f"constant weight of {MIN_WEIGHTS} numbers or more)" + (f"; left out: {reasons}" if reasons else "")
         )
     return Prepared(prepared.model, layers, skipped, prepared.notes)
 
@@ -154,6 +176,14 @@ def select(prepared: Prepared, include: Sequence[str], exclude: Sequence[str]) -
 def calibrated(layers: Sequence[Layer]) -> Iterator[Layer]:
     """Return the layers that need calibration: all but lookups."""
     return (layer for layer in layers if not layer.kind.is_lookup)
+
+
+def layers_of_nodes(layers: Sequence[Layer]) -> dict[str, list[Layer]]:
+    """Return the layers of each node, by the name of the node."""
+    found: dict[str, list[Layer]] = {}
+    for layer in layers:
+        found.setdefault(layer.node, []).append(layer)
+    return found
 
 
 def nodes_by_name(model: ir.Model) -> dict[str, ir.Node]:
@@ -179,47 +209,60 @@ def no_match(option: str, given: str, pattern: str, names: Sequence[str]) -> str
     return f"{option} {given} matches none of {len(names)} layers; see --plan for their names{hint}"
 
 
-def _as_layer(node: ir.Node, nested: bool) -> Layer | None:
-    """Return a node as a layer; None where it has no weight of its own. Raises NotQuantizable with the reason."""
-    if node.domain not in ("", "ai.onnx") or node.op_type not in OP_KINDS:
+def _as_layer(node: ir.Node, part: str, nested: bool) -> Layer | None:
+    """Return a weight of a node as a layer; None where it has none of its own. Raises NotQuantizable with the reason.
+
+    part: which of the node's weights, as OP_KINDS names it
+    """
+    factory = kinds_of(node).get(part)
+    if factory is None:
         return None
-    factory = OP_KINDS[node.op_type]
     if node.op_type == "MatMul" and not graphs.is_constant(node.inputs[1]) and graphs.is_constant(node.inputs[0]):
         factory = MatMulLeft
     weight = node.inputs[factory.weight_index]
     if weight is None or not graphs.is_constant(weight):
         _check_other_weights(node)
         return None
-    assert weight.const_value is not None
-    if weight.const_value.dtype not in (ir.DataType.FLOAT, *HALF):
-        raise _wrong_type(weight.const_value.dtype)
-    shape = tuple(weight.const_value.shape.numpy())
-    kind = factory.of(node, shape)
-    if is_column(node, weight.const_value):
-        raise NotQuantizable("one number a row, for which a scale would take as much")
-    if weight.const_value.size < MIN_WEIGHTS:
-        raise NotQuantizable(f"only {weight.const_value.size} weights, too few to matter")
+    kind = _kind_of(factory, node, weight)
+    if nested and kind.is_recurrent and given(node, LENGTHS) is not None:
+        raise NotQuantizable("it is in a subgraph, and its sequences have lengths of their own")
     source = node.inputs[kind.input_index]
     if source is None or graphs.is_constant(source):
         raise NotQuantizable("its input is constant")
     bias, bias_node, has_bias = _own_bias(node, kind) if kind.bias_index is not None else _added_bias(node, kind)
+    read = node.outputs[0] if kind.reads_own_output else source
     return Layer(
-        name=str(node.name),
+        name=f"{node.name}{part}",
         op=node.op_type,
         kind=kind,
-        input=str(source.name),
+        input=str(read.name or f"{node.name}.states"),
         output=str(node.outputs[0].name),
         weight=str(weight.name),
         bias=bias,
         bias_node=bias_node,
         has_bias=has_bias,
         nested=nested,
+        part=part,
     )
+
+
+def _kind_of(factory: type[OpKind], node: ir.Node, weight: ir.Value) -> OpKind:
+    """Read a node with a constant weight. Raises NotQuantizable where that is none that is worth to be quantized."""
+    tensor = weight.const_value
+    assert tensor is not None
+    if tensor.dtype not in (ir.DataType.FLOAT, *HALF):
+        raise _wrong_type(tensor.dtype)
+    kind = factory.of(node, tuple(tensor.shape.numpy()))
+    if is_column(node, tensor):
+        raise NotQuantizable("one number a row, for which a scale would take as much")
+    if tensor.size < MIN_WEIGHTS:
+        raise NotQuantizable(f"only {tensor.size} weights, too few to matter")
+    return kind
 
 
 def _check_other_weights(node: ir.Node) -> None:
     """Raise NotQuantizable for an operator that has a weight, but none that is constant and in its place."""
-    if node.op_type in ("Conv", "ConvTranspose"):
+    if node.op_type in ("Conv", "ConvTranspose", "LSTM", "GRU", "RNN"):
         raise NotQuantizable("its weight is computed at run time")
     if node.op_type == "Gemm" and graphs.is_constant(node.inputs[0]):
         raise NotQuantizable("its weight stands on the left")
@@ -237,15 +280,17 @@ _NO_BIAS: _Bias = (None, None, False)
 
 
 def _own_bias(node: ir.Node, kind: OpKind) -> _Bias:
-    """Find the bias among the inputs of a Conv, ConvTranspose or Gemm: one number per output channel."""
+    """Find the bias among the inputs of a node: one number per output channel.
+
+    A recurrent node without one gets none: it would be as large as that of both its weights.
+    """
     assert kind.bias_index is not None
     bias = node.inputs[kind.bias_index] if len(node.inputs) > kind.bias_index else None
     if bias is None:
-        return None, str(node.name), True
+        return _NO_BIAS if kind.is_recurrent else (None, str(node.name), True)
     if not graphs.is_constant(bias) or bias.const_value is None or kind.beta == 0:
         return _NO_BIAS
-    shape, size = bias.const_value.shape, bias.const_value.size
-    if size != kind.outputs or not shape or shape[-1] != kind.outputs:
+    if not kind.fits_bias(tuple(bias.const_value.shape.numpy())):
         return _NO_BIAS
     return str(bias.name), str(node.name), True
 

@@ -38,11 +38,13 @@ class OpKind(ABC):
     alpha: the factor of the product; the rows contain it. Only a Gemm has another one than 1.
     beta: the factor of the bias. Only a Gemm has another one than 1.
 
-    op_type: the operator's name in ONNX.
+    op_type: the operator's name in ONNX; "" for a kind of several operators.
     input_index, weight_index, bias_index: places among the node's inputs; bias_index is None where the operator takes
     no bias.
 
     is_lookup: it looks rows of a table up (Gather): no arithmetic, so it needs no calibration.
+    is_recurrent: it is a weight of an LSTM, a GRU or an RNN, whose rows model/states.py adds to a graph.
+    reads_own_output: its rows are what the node made one step before (the state of an LSTM), not one of its inputs.
     is_convolution: it is a Conv. A ConvTranspose is not meant: no runtime here runs one in integers.
     has_leading_axes: it reads x [..., in], so positions of sequences keep axes of their own, in front of the inputs.
     has_flat_rows: it reads x of rank 2, so positions of sequences come flattened, [samples * positions, in].
@@ -60,6 +62,8 @@ class OpKind(ABC):
     bias_index: ClassVar[int | None] = None
 
     is_lookup: ClassVar[bool] = False
+    is_recurrent: ClassVar[bool] = False
+    reads_own_output: ClassVar[bool] = False
     is_convolution: ClassVar[bool] = False
     has_leading_axes: ClassVar[bool] = False
     has_flat_rows: ClassVar[bool] = False
@@ -94,6 +98,20 @@ class OpKind(ABC):
     def outputs(self) -> int:
         """Count the output channels of all groups together."""
         return int(np.prod(self.weight_shape)) // self.inputs
+
+    # its bias
+
+    def fits_bias(self, shape: tuple[int, ...]) -> bool:
+        """Tell whether a constant of this shape has one number per output channel."""
+        return bool(shape) and shape[-1] == int(np.prod(shape)) == self.outputs
+
+    def own_bias(self, bias: AnyArray) -> Array:
+        """Return what is added to each output channel [out], from the bias as the graph holds it."""
+        return np.asarray(bias, np.float32).reshape(-1) * np.float32(self.beta)
+
+    def with_own_bias(self, _bias: AnyArray | None, own: Array) -> Array:
+        """Return the bias as the graph holds it with `own` [out] as this layer's part; None where there is none yet."""
+        return own
 
     # its rows
 

@@ -1,4 +1,6 @@
-"""List the kinds of layers by operator, and define matrix products and embeddings; convolutions are in convolutions.py.
+"""List the kinds of layers by operator, and define matrix products and embeddings.
+
+Convolutions are in convolutions.py, the weights of LSTM, GRU and RNN in recurrent.py.
 
 Operators: https://onnx.ai/onnx/operators/. Each keeps the contract of op_kind.py, which is tested against ONNX Runtime
 over random attributes."""
@@ -15,6 +17,7 @@ import onnx_ir as ir
 from comq_onnx import arrays
 from comq_onnx.model.convolutions import Conv, ConvTranspose
 from comq_onnx.model.op_kind import AnyArray, NotQuantizable, OpKind, at_positions, attribute
+from comq_onnx.model.recurrent import RecurrentInput, RecurrentState
 from comq_onnx.solve.grid import Array
 
 
@@ -269,10 +272,19 @@ class Gather(_OutputsFirst):
         return self.op_type, self.weight_shape[0]
 
 
-OP_KINDS: dict[str, type[OpKind]] = {
-    "MatMul": MatMul,
-    "Gemm": Gemm,
-    "Conv": Conv,
-    "ConvTranspose": ConvTranspose,
-    "Gather": Gather,
+# by operator: the kind of each of its weights, by what the layer's name has behind the node's
+OP_KINDS: dict[str, dict[str, type[OpKind]]] = {
+    "MatMul": {"": MatMul},
+    "Gemm": {"": Gemm},
+    "Conv": {"": Conv},
+    "ConvTranspose": {"": ConvTranspose},
+    "Gather": {"": Gather},
+    "LSTM": {".W": RecurrentInput, ".R": RecurrentState},
+    "GRU": {".W": RecurrentInput, ".R": RecurrentState},
+    "RNN": {".W": RecurrentInput, ".R": RecurrentState},
 }
+
+
+def kinds_of(node: ir.Node) -> dict[str, type[OpKind]]:
+    """Return the kinds of the weights of a node, as OP_KINDS holds them; {} for an operator that has none."""
+    return OP_KINDS.get(node.op_type, {}) if node.domain in ("", "ai.onnx") else {}

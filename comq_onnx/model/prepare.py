@@ -22,7 +22,7 @@ from comq_onnx.model import graph as graphs
 from comq_onnx.model.half_precision import upcast
 from comq_onnx.model.layers import WEIGHT_CHAIN, Prepared, list_layers, reaches_layer
 from comq_onnx.model.op_kind import MIN_WEIGHTS
-from comq_onnx.model.operators import OP_KINDS
+from comq_onnx.model.operators import OP_KINDS, kinds_of
 from comq_onnx.model.quantized import nodes_of_quantized_weights
 
 logger = logging.getLogger(__name__)
@@ -88,7 +88,8 @@ def _clean(model: ir.Model) -> None:
 
 def _name_once(model: ir.Model) -> None:
     """Make names of nodes and values unique over all subgraphs: NameFixPass lets branches share theirs."""
-    nodes: set[str] = set()
+    # names of layers, where a node is more than one, are taken too
+    nodes = {f"{node.name}{part}" for node in model.graph.all_nodes() for part in kinds_of(node) if part}
     values = {str(v.name) for v in (*model.graph.inputs, *model.graph.initializers.values())}
     for graph in (model.graph, *model.graph.subgraphs()):
         made = [] if graph is model.graph else list(graph.inputs)

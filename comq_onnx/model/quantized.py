@@ -34,10 +34,13 @@ _PRODUCTS = frozenset({"QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInt
 _STANDARD = ("", "ai.onnx")
 
 
-def quantized_weight(node: ir.Node) -> str | None:
-    """Return the type of the weight of a node whose weight is quantized already; None for any other node."""
+def quantized_weight(node: ir.Node, part: str | None = None) -> str | None:
+    """Return the type of the weight of a node whose weight is quantized already; None for any other node.
+
+    part: of a node with more than one weight, only this one, as OP_KINDS names it
+    """
     if node.domain in _STANDARD and node.op_type in OP_KINDS:
-        sources = [weight_source(value) for value in _weights(node)]
+        sources = [weight_source(value) for value in _weights(node, part)]
         found = [s for s in sources if s is not None and s.size >= MIN_WEIGHTS and s.is_quantized]
         return found[0].type_name if found else None
     if node.domain in _STANDARD and node.op_type not in _PRODUCTS:
@@ -123,10 +126,10 @@ def check_source(model: ir.Model, path: str) -> None:
     """Refuse a model whose layers all have quantized weights. Raises ModelError."""
     counts: Counter[str] = Counter()
     for node in model.graph.all_nodes():
+        if _has_float_weight(node):
+            return
         if quantized_weight(node) is not None:
             counts[node.op_type] += 1
-        elif _has_float_weight(node):
-            return
     # what functions hold is seen once they are inlined
     if counts and not model.functions:
         found = ", ".join(f"{n} {op}" for op, n in sorted(counts.items()))
@@ -136,12 +139,13 @@ def check_source(model: ir.Model, path: str) -> None:
         )
 
 
-def _weights(node: ir.Node) -> list[ir.Value | None]:
-    """Return the inputs of a layer that may be its weight."""
+def _weights(node: ir.Node, part: str | None = None) -> list[ir.Value | None]:
+    """Return the inputs of a node that may be its weight, or that of `part`."""
     if node.op_type == "MatMul":
         return list(node.inputs[:2])
-    index = OP_KINDS[node.op_type].weight_index
-    return list(node.inputs[index : index + 1])
+    kinds = OP_KINDS[node.op_type]
+    places = [kind.weight_index for name, kind in kinds.items() if part is None or name == part]
+    return [value for index in places for value in node.inputs[index : index + 1]]
 
 
 def _has_float_weight(node: ir.Node) -> bool:

@@ -77,14 +77,14 @@ def plan_activations(model: ir.Model, layers: Sequence[Layer], target: Target, d
     integer = {
         layer.name: layer
         for layer in layers
-        if runs_in_integers(layer, target) and _fits_given_grid(nodes[layer.name], target, dtype)
+        if runs_in_integers(layer, target) and _fits_given_grid(nodes[layer.node], target, dtype)
     }
     made = _integer_outputs(model, integer, target, dtype)
     values = {layer.input: QuantizedValue(layer.input, False) for layer in integer.values()}
     values.update(made)
     everywhere = [v for node in _in_order(model) for v in _skips(node, integer, target)]
     if target.split_outputs:
-        whole = [nodes[layer.bias_node or layer.name].outputs[0] for layer in integer.values()]
+        whole = [nodes[layer.bias_node or layer.node].outputs[0] for layer in integer.values()]
         everywhere += [v for v in whole if _is_split(v)]
     values.update((str(v.name), QuantizedValue(str(v.name), True)) for v in everywhere)
     _take_given_grids(model, values, dtype)
@@ -104,7 +104,7 @@ def plan_between_pairs(model: ir.Model, layers: Sequence[Layer], target: Target)
     nodes, dtype = nodes_by_name(model), target.activation
 
     def is_between(layer: Layer) -> bool:
-        node = nodes[layer.name]
+        node = nodes[layer.node]
         source = node.inputs[layer.kind.input_index]
         if dtype is None or source is None or layer.op not in target.needs_output:
             return False

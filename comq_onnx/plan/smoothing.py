@@ -173,7 +173,7 @@ def apply(model: ir.Model, layers: Sequence[Layer], factors: Factors) -> list[La
         if not constants:
             product = _insert_product(model, values[name], t)
             for layer in readers:
-                nodes[layer.name].replace_input_with(layer.kind.input_index, product)
+                nodes[layer.node].replace_input_with(layer.kind.input_index, product)
                 changed[layer.name] = replace(layer, input=str(product.name))
     return [changed.get(layer.name, layer) for layer in layers]
 

@@ -10,8 +10,9 @@ import onnx_ir as ir
 
 from comq_onnx.context import Context
 from comq_onnx.model import graph as graphs
-from comq_onnx.model.layers import Layer, Prepared
+from comq_onnx.model.layers import Layer, Prepared, layers_of_nodes
 from comq_onnx.model.probe import probe
+from comq_onnx.model.states import add_rows
 from comq_onnx.samples.samples import Samples
 
 # operators with subgraphs, and the attributes that hold these
@@ -44,15 +45,16 @@ def specialize(prepared: Prepared, samples: Samples, context: Context) -> Specia
         model = model.clone()
         while _inline_one_level(model, samples, context):
             pass
-    probes = _probe_bodies(model, {layer.name: layer for layer in prepared.layers})
-    reached = {str(node.name) for node in model.graph} | set(probes)
+    probes = _probe_bodies(model, layers_of_nodes(prepared.layers))
+    in_main = {str(node.name) for node in model.graph}
+    reached = {layer.name for layer in prepared.layers if layer.node in in_main} | set(probes)
     inside: dict[str, str] = {}
     for node in model.graph:
         for attribute in node.attributes.values():
             if attribute.type == ir.AttributeType.GRAPH:
                 inside.update({str(n.name): node.op_type for n in attribute.value.all_nodes()})
     unreached = {
-        layer.name: f"{layer.op}: {_why_unreached(inside.get(layer.name))}"
+        layer.name: f"{layer.op}: {_why_unreached(inside.get(layer.node))}"
         for layer in prepared.layers
         if layer.name not in reached
     }
@@ -60,8 +62,10 @@ def specialize(prepared: Prepared, samples: Samples, context: Context) -> Specia
     return Specialized(replace(prepared, model=model, layers=layers), probes, unreached)
 
 
-def _probe_bodies(model: ir.Model, layers: Mapping[str, Layer]) -> dict[str, str]:
+def _probe_bodies(model: ir.Model, layers: Mapping[str, Sequence[Layer]]) -> dict[str, str]:
     """Give each If, Loop and Scan of the main graph one more output for every value that layers in it read.
+
+    layers: by the name of the node
 
     Returns the name of that output for each layer.
     """
@@ -73,19 +77,23 @@ def _probe_bodies(model: ir.Model, layers: Mapping[str, Layer]) -> dict[str, str
             body = node.attributes[name].value
             stacked: dict[str, str] = {}
             for inner in list(body):
-                layer = layers.get(str(inner.name))
-                if layer is None or layer.kind.is_lookup:
-                    continue
-                value = inner.inputs[layer.kind.input_index]
-                assert value is not None
-                if layer.input not in stacked:
-                    stacked[layer.input] = (
-                        _add_branch_output(model, node, body, value)
-                        if node.op_type == "If"
-                        else _add_scan_output(node, body, value)
-                    )
-                probes[layer.name] = stacked[layer.input]
+                for layer in layers.get(str(inner.name), ()):
+                    if layer.kind.is_lookup:
+                        continue
+                    read = inner.inputs[layer.kind.input_index]
+                    value = add_rows(model, inner, layer) if layer.kind.is_recurrent else read
+                    assert value is not None
+                    if str(value.name) not in stacked:
+                        stacked[str(value.name)] = _add_probe(model, node, body, value)
+                    probes[layer.name] = stacked[str(value.name)]
     return probes
+
+
+def _add_probe(model: ir.Model, node: ir.Node, body: ir.Graph, value: ir.Value) -> str:
+    """Give an If, Loop or Scan one more output: a value that `body` reads, stacked. Returns the name of the output."""
+    if node.op_type == "If":
+        return _add_branch_output(model, node, body, value)
+    return _add_scan_output(node, body, value)
 
 
 def _add_scan_output(node: ir.Node, body: ir.Graph, value: ir.Value) -> str:

@@ -11,7 +11,9 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from comq_onnx.errors import ComqError
+from comq_onnx.model.operators import kinds_of
 from comq_onnx.model.probe import probe
+from comq_onnx.model.recurrent import LENGTHS
 from comq_onnx.runtime.session import Session
 from comq_onnx.samples.samples import Clues, Feeds
 
@@ -34,6 +36,7 @@ def read_clues(model: ir.Model, path: Path, session: Session, device: str) -> Cl
     return Clues(
         folder=path.parent,
         token_limits=token_limits(model),
+        step_axes=step_axes(model),
         channels_last=channels_last(model),
         run=session.run,
         misfit=_misfit(model, norms, device) if norms else None,
@@ -69,6 +72,26 @@ def token_limits(model: ir.Model) -> dict[str, int]:
                 rows = int(table.const_value.shape.numpy()[0])
                 limits[str(value.name)] = min(rows, limits.get(str(value.name), rows))
     return limits
+
+
+def step_axes(model: ir.Model) -> dict[str, tuple[str, int]]:
+    """Return, for each input with the lengths of sequences of a recurrent node, the input with their steps.
+
+    With it comes the axis of the steps; inputs behind other nodes than a Transpose are not found.
+    """
+    inputs = {str(value.name) for value in model.graph.inputs}
+    found: dict[str, tuple[str, int]] = {}
+    for value in model.graph.inputs:
+        for node, index in _find_readers(value, {"Cast", "Identity"}):
+            x = node.inputs[0]
+            if ".R" not in kinds_of(node) or index != LENGTHS or x is None:
+                continue
+            turned, axis = x.producer(), 0
+            if turned is not None and turned.op_type == "Transpose" and turned.inputs[0] is not None:
+                x, axis = turned.inputs[0], int(turned.attributes.get_ints("perm", [2, 1, 0])[0])
+            if str(x.name) in inputs:
+                found[str(value.name)] = str(x.name), axis
+    return found
 
 
 def channels_last(model: ir.Model) -> dict[str, bool]:

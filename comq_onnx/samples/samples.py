@@ -38,6 +38,8 @@ class Clues:
 
     folder: where the model lies, and perhaps configurations of its preprocessing and its tokenizer.json
     token_limits: the number of rows of the embedding, for each input that indexes one
+    step_axes: for each input that gives lengths of sequences, the input that gives their steps, and which of its axes
+        these are
     channels_last: whether pictures are NHWC, for each input where the graph shows it
     run: computes the outputs of the float model
     misfit: measures how far feeds are, by their means and deviations, from what the first BatchNormalizations of the
@@ -48,6 +50,7 @@ class Clues:
 
     folder: Path | None = None
     token_limits: Mapping[str, int] = field(default_factory=dict)
+    step_axes: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     channels_last: Mapping[str, bool] = field(default_factory=dict)
     run: Callable[[Feeds], Feeds] | None = None
     misfit: Callable[[Feeds], float] | None = None

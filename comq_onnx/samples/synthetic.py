@@ -80,6 +80,7 @@ def synthesize(
             made[info.name] = _make_pictures(info, shape, options, seed, clues, notes)
         elif not (batched and role_of(info.name) in language):
             made[info.name] = _make_noise(info, shape, rng, clues.token_limits.get(info.name))
+    _fill_lengths(made, inputs, clues)
     if pictures:
         return made, notes, [PICTURE_WARNING]
     if not tokens:
@@ -216,6 +217,16 @@ def _guess_dims(info: ModelInput, options: SampleOptions) -> tuple[int, ...]:
         return (1, 3, SIDE, SIDE)
     free = SIDE if len(info.dims) == 4 else options.length or FREE_TOKENS
     return tuple(d if d is not None else (1 if axis == 0 else free) for axis, d in enumerate(info.dims))
+
+
+def _fill_lengths(made: dict[str, AnyArray], inputs: Sequence[ModelInput], clues: Clues) -> None:
+    """Make the lengths of sequences among `made` as long as the sequences are."""
+    ranks = {i.name: len(i.dims) for i in inputs if i.dims is not None}
+    for name, (source, axis) in clues.step_axes.items():
+        if name in made and source in made and source in ranks:
+            steps = made[source]
+            # complete tensors have an axis of samples in front
+            made[name] = np.full_like(made[name], steps.shape[steps.ndim - ranks[source] + axis])
 
 
 def _make_noise(info: ModelInput, shape: tuple[int, ...], rng: np.random.Generator, limit: int | None) -> AnyArray:

@@ -48,7 +48,7 @@ def float_bias(model: ir.Model, layer: Layer, solution: Solution) -> Array | Non
     if layer.bias is not None:
         tensor = model.graph.initializers[layer.bias].const_value
         assert tensor is not None
-        bias = np.asarray(tensor.numpy(), np.float32).reshape(-1) * np.float32(layer.kind.beta)
+        bias = layer.kind.own_bias(tensor.numpy())
     if solution.shift is None:
         return bias
     shift = solution.shift.reshape(-1)
@@ -73,17 +73,22 @@ def set_bias(
     if bias is None or layer.bias_node is None:
         return
     adder = nodes[layer.bias_node]
+    if layer.kind.is_recurrent:
+        # one initializer holds the biases of both weights of the node
+        bias = layer.kind.with_own_bias(graphs.constant(adder.inputs[3]), bias)
     if weight is None or input_scale is None:
         value = graphs.add_initializer(model.graph, f"{layer.name}.bias", bias)
     else:
         value = _integer_bias(model, adder, layer, bias, weight, input_scale)
-    if adder.name != layer.name:
+    if adder.name != layer.node:
         index = next(i for i, v in enumerate(adder.inputs) if v is not None and v.name == layer.bias)
         adder.replace_input_with(index, value)
         return
-    if len(adder.inputs) < 3:
-        adder.resize_inputs(3)
-    adder.replace_input_with(2, value)
+    place = layer.kind.bias_index
+    assert place is not None
+    if len(adder.inputs) <= place:
+        adder.resize_inputs(place + 1)
+    adder.replace_input_with(place, value)
     # beta has gone into the bias
     adder.attributes.pop("beta", None)
 

@@ -58,7 +58,7 @@ def missing(model: ir.Model, solved: Solved) -> list[str]:
     nodes = nodes_by_name(model)
     found = []
     for layer in solved.plan.layers:
-        node = nodes.get(layer.name) or nodes.get(f"{layer.name}.matmul")
+        node = nodes.get(layer.node) or nodes.get(f"{layer.name}.matmul")
         if solved.plan.form(layer) is WeightForm.LOOKED_UP:
             node = nodes.get(f"{layer.name}.rows")
         fault = "has no node" if node is None else _fault(node, layer, solved)
@@ -158,7 +158,7 @@ def _constants_behind(value: ir.Value | None) -> list[ir.Value]:
 
 def _left_weights(model: ir.Model, solved: Solved) -> Iterator[str]:
     """Name the float weights of quantized layers that are still in the model, and that nothing else reads."""
-    own = {layer.name for layer in solved.plan.layers}
+    own = {layer.node for layer in solved.plan.layers}
     for name in dict.fromkeys(layer.weight for layer in solved.plan.layers):
         value = model.graph.initializers.get(name)
         if value is None:

@@ -66,7 +66,7 @@ def emit(model: ir.Model, solved: Solved) -> None:
     nodes = nodes_by_name(model)
     mark_source(model)
     for layer in solved.plan.layers:
-        if layer.name in nodes and layer.name in solved.solutions:
+        if layer.node in nodes and layer.name in solved.solutions:
             emit_layer(model, nodes, layer, solved)
     # a Gemm may have become a MatMul
     readers = integer_readers(solved, nodes_by_name(model))

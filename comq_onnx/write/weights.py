@@ -26,7 +26,7 @@ def emit_layer(model: ir.Model, nodes: dict[str, ir.Node], layer: Layer, solved:
 
     nodes: the nodes of the model, by name
     """
-    node, solution = nodes[layer.name], solved.solutions[layer.name]
+    node, solution = nodes[layer.node], solved.solutions[layer.name]
     form = solved.plan.form(layer)
     if form is WeightForm.LOOKED_UP:
         _emit_gather(model, node, layer, solution.weight, solved)
@@ -68,7 +68,7 @@ def _emit_integer(
     solved: Solved,
 ) -> None:
     """Write an integer layer; its bias is int32 where the target takes that."""
-    node, input_scale = nodes[layer.name], solved.activation_grids[layer.input].scale
+    node, input_scale = nodes[layer.node], solved.activation_grids[layer.input].scale
     integer_bias = solved.plan.target.integer_bias and not is_open_product(node)
     weight = fit_bias(weight, bias, input_scale)
     dequantized = _dequantize(model, node, layer, weight, solved)
@@ -138,7 +138,7 @@ def _emit_product(
     solved: Solved,
 ) -> None:
     """Write a weight-only MatMul, or a Gemm as one, with its bias behind it."""
-    node, activations = nodes[layer.name], solved.plan.activations
+    node, activations = nodes[layer.node], solved.plan.activations
     if layer.op == "Gemm":
         node = _gemm_as_matmul(model, node, layer, bias, activations)
     else:

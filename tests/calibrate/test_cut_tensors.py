@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 from conftest import as_tensor, torch_device
+from recurrent import recurrent, sequences
 
 import comq_onnx
 from comq_onnx import arrays
@@ -189,6 +190,7 @@ CASES: dict[str, tuple[Callable[[], onnx.ModelProto], dict[str, Any]]] = {
     "convolutions": (lambda: cnn(size=12), {"effort": "fast"}),
     "attention, weight-only": (attention, {"activations": "none", "effort": "fast"}),
     "masked tokens": (tokens, {"effort": "fast", "batch_size": 5}),
+    "sequences": (lambda: recurrent("GRU", lengths=True, direction="bidirectional"), {"batch_size": 5}),
 }
 
 
@@ -196,7 +198,8 @@ CASES: dict[str, tuple[Callable[[], onnx.ModelProto], dict[str, Any]]] = {
 def test_the_walk_on_tensors_is_the_walk_on_arrays(walked: Callable[..., Solved], name: str) -> None:
     make, options = CASES[name]
     model = make()
-    samples = sentences(pad=3) if name == "masked tokens" else samples_for(model)
+    made = {"masked tokens": lambda: sentences(pad=3), "sequences": lambda: sequences(model)}
+    samples = made.get(name, lambda: samples_for(model))()
     ours, theirs = (walked(model, samples, tensors, **options) for tensors in (True, False))
     assert ours.solutions.keys() == theirs.solutions.keys()
     pairs = [(ours.solutions[key], solution) for key, solution in theirs.solutions.items()]

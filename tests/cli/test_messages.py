@@ -153,11 +153,11 @@ CASES: list[tuple[Setup, Sequence[str], int, str]] = [
     (model(mlp(ir_version=99)), RUN, 3, "ONNX Runtime … cannot load m.onnx: …"),
     (model(SEQUENCE), RUN, 3, "input 'x' has type seq(tensor(float)), which samples cannot be made for"),
     (model(build("g (float[batch, 32] x) => (float[batch, 32] y) { y = Relu (x) }")), RUN, 3,
-     "the model has no layer to quantize (MatMul, Gemm, Conv, ConvTranspose or Gather with a constant weight of 128 "
-     "numbers or more)"),
+     "the model has no layer to quantize (MatMul, Gemm, Conv, ConvTranspose, Gather, LSTM, GRU or RNN with a constant "
+     "weight of 128 numbers or more)"),
     (nothing, [*RUN, "--exclude", "fc"], 3,
-     "the model has no layer to quantize (MatMul, Gemm, Conv, ConvTranspose or Gather with a constant weight of 128 "
-     "numbers or more); left out: fc1: Gemm: excluded by --exclude; fc2: MatMul: excluded by --exclude"),
+     "the model has no layer to quantize (MatMul, Gemm, Conv, ConvTranspose, Gather, LSTM, GRU or RNN with a constant "
+     "weight of 128 numbers or more); left out: fc1: Gemm: excluded by --exclude; fc2: MatMul: excluded by --exclude"),
     (no_converter(mlp(opset=12)), RUN, 3,
      "m.onnx: cannot be prepared for quantization: opset 12: no converter raises this model to opset 13, the lowest "
      "one with quantized channels; export it again at a newer opset"),

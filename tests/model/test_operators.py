@@ -21,6 +21,7 @@ from comq_onnx.arrays import on_host
 from comq_onnx.model.convolutions import Conv, ConvTranspose
 from comq_onnx.model.op_kind import NotQuantizable, OpKind
 from comq_onnx.model.operators import OP_KINDS, Gather, Gemm, MatMul, MatMulLeft
+from comq_onnx.model.recurrent import RecurrentInput, RecurrentState
 from comq_onnx.solve import patches
 
 ort.set_default_logger_severity(4)
@@ -395,6 +396,44 @@ def test_only_a_grouped_transposed_convolution_and_a_stack_have_no_axis_of_chann
     assert kind_of(MatMul, "MatMul", np.zeros((1, 5, 4)), {}).axis == 2
 
 
+# Recurrent nodes ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse", "bidirectional"])
+def test_both_weights_of_a_recurrent_node(direction: str) -> None:
+    """Add both products: without an activation they are the state."""
+    rng = np.random.default_rng(0)
+    directions = 2 if direction == "bidirectional" else 1
+    x, w, r = whole(rng, (4, 3, 5)), whole(rng, (directions, 6, 5)), whole(rng, (directions, 6, 6))
+    attributes = {
+        "direction": direction, "hidden_size": 6, "activations": ["Affine"] * directions,
+        "activation_alpha": [1.0] * directions, "activation_beta": [0.0] * directions,
+    }  # fmt: skip
+    y = computed("RNN", [x, w, r], attributes)
+    before = np.zeros_like(y)
+    for d in range(directions):
+        if direction == "reverse" or d == 1:
+            before[:-1, d] = y[1:, d]
+        else:
+            before[1:, d] = y[:-1, d]
+    steps = np.ascontiguousarray(x.swapaxes(0, 1)).reshape(3 * 4, 5)
+    of_input = product(kind_of(RecurrentInput, "RNN", w, attributes), steps, w)[0]
+    of_input = of_input.reshape(3 * 4, directions, 6).swapaxes(0, 1)
+    states = np.ascontiguousarray(before.transpose(2, 0, 1, 3)).reshape(3 * 4, directions, 6)
+    of_state = product(kind_of(RecurrentState, "RNN", r, attributes), states, r)
+    assert np.array_equal(of_input + of_state, y.transpose(1, 2, 0, 3).reshape(directions, 3 * 4, 6))
+
+
+def test_a_gate_before_the_product_makes_a_group_of_each_gate() -> None:
+    rng = np.random.default_rng(0)
+    weight = whole(rng, (2, 18, 6))
+    kind = kind_of(RecurrentState, "GRU", weight, {"hidden_size": 6})
+    rows = whole(rng, (7, 6, 6))
+    expected = np.einsum("ndgi,dgoi->dgno", rows.reshape(7, 2, 3, 6), weight.reshape(2, 3, 6, 6))
+    assert np.array_equal(product(kind, rows, weight), expected.reshape(6, 7, 6))
+    assert kind_of(RecurrentState, "GRU", weight, {"linear_before_reset": 1}).groups == 2
+
+
 # Questions that others ask about a kind ------------------------------------------------------------------------------
 
 KINDS: dict[str, OpKind] = {
@@ -412,9 +451,12 @@ KINDS: dict[str, OpKind] = {
     "ConvTranspose": kind_of(ConvTranspose, "ConvTranspose", np.zeros((4, 2, 3)), {}),
     "ConvTranspose in groups": kind_of(ConvTranspose, "ConvTranspose", np.zeros((4, 2, 3)), {"group": 2}),
     "ConvTranspose, depthwise": kind_of(ConvTranspose, "ConvTranspose", np.zeros((2, 3, 3)), {"group": 2}),
+    "LSTM, input": RecurrentInput((2, 16, 5)),
+    "LSTM, state": RecurrentState((2, 16, 4), False),
 }
 MATRICES = {"MatMul", "Gemm", "Gemm, transB"}
 CONVOLUTIONS = {"Conv", "Conv in groups", "Conv, depthwise"}
+RECURRENT = {"LSTM, input", "LSTM, state"}
 STACKS = {"MatMul of one matrix in a stack", "MatMul of a stack"}
 
 
@@ -422,13 +464,15 @@ STACKS = {"MatMul of one matrix in a stack", "MatMul of a stack"}
     ("question", "those"),
     [
         ("is_lookup", {"Gather"}),
+        ("is_recurrent", RECURRENT),
+        ("reads_own_output", {"LSTM, state"}),
         ("is_matrix", MATRICES),
         ("is_convolution", CONVOLUTIONS),
         ("is_depthwise", {"Conv, depthwise", "ConvTranspose, depthwise"}),
         ("has_integer_form", MATRICES | CONVOLUTIONS | {"ConvTranspose"}),
         ("has_leading_axes", STACKS | {"MatMul"}),
         ("has_flat_rows", {"Gemm", "Gemm, transB", "Gemm, transA"}),
-        ("takes_scalar_scale", set(KINDS) - STACKS - {"MatMul"}),
+        ("takes_scalar_scale", set(KINDS) - STACKS - RECURRENT - {"MatMul"}),
         ("rows_follow_samples", set(KINDS) - {"MatMul of a stack", "MatMulLeft", "Gemm, transA"}),
     ],
 )
@@ -451,6 +495,8 @@ def test_only_a_gemm_multiplies_its_product_and_its_bias() -> None:
 
 def random_input(kind: OpKind) -> np.ndarray:
     """Draw an input [4, ...] of a kind whose first axis holds samples."""
+    if kind.is_recurrent:
+        return whole(np.random.default_rng(0), (4, 2, 4) if kind.reads_own_output else (4, 5))
     shape = {"MatMul": (4, 6, 5), "Gemm": (4, 5), "Gather": (4, 3)}.get(kind.op_type)
     if shape is None:
         channels = kind.weight_shape[0] if kind.op_type == "ConvTranspose" else kind.weight_shape[1] * kind.groups
@@ -533,5 +579,7 @@ def test_tables_of_other_lengths_do_not_share_their_rows() -> None:
 
 
 def test_every_kind_is_found_by_its_operator() -> None:
-    assert {op: kind.op_type for op, kind in OP_KINDS.items()} == {op: op for op in OP_KINDS}
-    assert set(OP_KINDS) == {"MatMul", "Gemm", "Conv", "ConvTranspose", "Gather"}
+    single = {op: kinds[""].op_type for op, kinds in OP_KINDS.items() if "" in kinds}
+    assert single == {op: op for op in ("MatMul", "Gemm", "Conv", "ConvTranspose", "Gather")}
+    recurrent = {op: [*kinds] for op, kinds in OP_KINDS.items() if op not in single}
+    assert recurrent == {op: [".W", ".R"] for op in ("LSTM", "GRU", "RNN")}

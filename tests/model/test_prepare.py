@@ -426,12 +426,43 @@ def recurrent(op: str) -> onnx.ModelProto:
 
 
 @pytest.mark.parametrize("op", ["LSTM", "GRU"])
-def test_recurrent_cells_are_listed_with_a_reason(quantized: Run, op: str) -> None:
+def test_both_weights_of_a_recurrent_cell_are_layers(quantized: Run, op: str) -> None:
     model = recurrent(op)
     # the batch is the second axis, so samples are complete tensors; a cell feeds its errors back to itself
     report = quantized(model, {"x": normal(40, 5, 3, 32)}, floor=20, per_item=True).report
-    assert names(report) == ["fc"]
-    assert op in report.skipped["cell"]
+    assert names(report) == ["fc", "cell.W", "cell.R"]
+    assert not report.skipped
+
+
+def joined(op: str) -> onnx.ModelProto:
+    """Build a cell whose weights other nodes make of constants, as exporters do."""
+    model = recurrent(op)
+    model.graph.node[1].name = "cell"
+    for name in ("w", "r"):
+        stored = next(t for t in model.graph.initializer if t.name == name)
+        whole = numpy_helper.to_array(stored)[0]
+        stored.CopyFrom(numpy_helper.from_array(np.tile(whole, (8, 16)), name))
+        cut = f"{name}_cut"
+        bounds = {"zero": [0, 0], f"{name}_ends": [*whole.shape], "axes": [0, 1], "first": [0]}
+        nodes = [
+            onnx.helper.make_node("Slice", [name, "zero", f"{name}_ends", "axes"], [f"{cut}2"]),
+            onnx.helper.make_node("Unsqueeze", [f"{cut}2", "first"], [f"{cut}3"]),
+            onnx.helper.make_node("Concat", [f"{cut}3"], [cut], axis=0),
+        ]
+        held = {t.name for t in model.graph.initializer}
+        for key, numbers in bounds.items():
+            if key not in held:
+                model.graph.initializer.append(numpy_helper.from_array(np.array(numbers), key))
+        for node in reversed(nodes):
+            model.graph.node.insert(0, node)
+        cell = model.graph.node[-1]
+        cell.input[1 if name == "w" else 2] = cut
+    return model
+
+
+def test_weights_that_are_cut_and_joined_are_folded(quantized: Run) -> None:
+    report = quantized(joined("LSTM"), {"x": normal(40, 5, 3, 32)}, floor=20, per_item=True).report
+    assert names(report) == ["fc", "cell.W", "cell.R"]
 
 
 def test_an_einsum_is_listed_with_a_reason(quantized: Run) -> None:

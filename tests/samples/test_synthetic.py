@@ -9,15 +9,18 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from inputs import BERT, NCHW, Input, an_input
 from pictures import folded, norm_net, picture
+from recurrent import recurrent
 from texts import a_tokenizer
 
 import comq_onnx
 from comq_onnx import pipeline
 from comq_onnx.errors import SamplesError
 from comq_onnx.options.samples import SampleOptions
+from comq_onnx.samples.clues import step_axes
 from comq_onnx.samples.images.drawing import draw_pictures
 from comq_onnx.samples.images.guess import CENTRED_NAME
 from comq_onnx.samples.images.preprocess import PREPROCESS
@@ -243,6 +246,22 @@ def test_synthetic_tokens_stay_inside_the_vocabulary() -> None:
     ids = synthetic(an_input(None, None, name="ids", dtype=np.int64), clues=Clues(token_limits={"ids": 50}))["ids"]
     assert ids.min() >= 0
     assert 40 < ids.max() < 50
+
+
+@pytest.mark.parametrize("turned", [True, False])
+def test_synthetic_sequences_are_as_long_as_they_may_be(turned: bool) -> None:
+    """Read the steps from the second axis of x behind a Transpose, from its first one without."""
+    source = recurrent("GRU", lengths=True)
+    if not turned:
+        source.graph.node.pop(0)
+        source.graph.node[0].input[0] = "x"
+    found = step_axes(ir.from_proto(source))
+    assert found == {"lengths": ("x", 1 if turned else 0)}
+    x = an_input(None, 6, 16) if turned else an_input(6, 3, 16)
+    lengths = an_input(None if turned else 3, name="lengths", dtype=np.int32)
+    made = synthetic(x, lengths, clues=Clues(step_axes=found))
+    assert made["lengths"].shape == ((20,) if turned else (20, 3))
+    assert (made["lengths"] == 6).all()
 
 
 def test_synthetic_masks_hide_nothing() -> None:

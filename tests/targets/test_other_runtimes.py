@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from recurrent import recurrent, sequences
 from zoo import ZOO_FEEDS, zoo
 
 import comq_onnx
@@ -145,6 +146,27 @@ def test_openvino_takes_a_layer_of_every_kind(tmp_path: Path, openvino: Any) -> 
         found = {k.any_name: v for k, v in openvino.openvino_compiled(out, "f32")(feeds).items()}
         # it rounds the inputs of weight-only products to 8 bits by itself
         assert sqnr_of(expected, found) > 25
+
+
+@pytest.mark.parametrize("op", ["LSTM", "GRU"])
+def test_openvino_keeps_the_kernel_of_a_recurrent_node(tmp_path: Path, openvino: Any, op: str) -> None:
+    source = recurrent(op, direction="bidirectional", **({"linear_before_reset": 1} if op == "GRU" else {}))
+    feeds = sequences(source)
+    comq_onnx.quantize(source, tmp_path / "q.onnx", feeds, bits=4, uniform=True, target="openvino")
+    compiled = openvino.openvino_compiled(tmp_path / "q.onnx", "f32")
+    kinds = [node.get_rt_info()["layerType"] for node in compiled.get_runtime_model().get_ops()]
+    # one for each direction
+    assert kinds.count("RNNSeq") == 2
+    assert sqnr_of(Session(tmp_path / "q.onnx").run(feeds), {"y": compiled(feeds)["y"]}) > 80
+
+
+def test_tensorrt_takes_recurrent_nodes(tmp_path: Path, tensorrt: Any) -> None:
+    # stacks of INT4 matrices, which it takes only with a scale for each channel
+    options: dict[str, Any] = {"bits": 4, "granularity": "tensor", "uniform": True}
+    source = recurrent("GRU", direction="bidirectional")
+    feeds = sequences(source)
+    comq_onnx.quantize(source, tmp_path / "q.onnx", feeds, target="tensorrt", **options)
+    assert tensorrt.tensorrt_program(tmp_path / "q.onnx", {"x": feeds["x"][:2]}).bytes > 0
 
 
 # what forms there are for scales of groups, channels and blocks

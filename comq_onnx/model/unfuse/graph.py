@@ -1,0 +1,127 @@
+"""Replace the fused operators of a model, where that serves their weights or the target.
+
+ONNX Runtime's optimizers join operators of the standard to faster ones of the domain com.microsoft. Where such an
+operator holds a weight, or the bias of the product before it, it is taken apart again, into what it computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from enum import Enum
+
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
+
+from comq_onnx.model.unfuse import attention, norms, products
+from comq_onnx.model.unfuse.maker import MICROSOFT, Derived, Maker, Stays
+
+Rule = Callable[[Maker], list[ir.Value | None]]
+
+
+class Unfusing(Enum):
+    """Name how much of the fused operators is replaced.
+
+    NOTHING: they stay as they are.
+    FOR_WEIGHTS: those that hold a weight, or the bias of a product with one.
+    TO_STANDARD: all that can be, for a runtime that has no operators of the domain com.microsoft.
+    """
+
+    NOTHING = "nothing"
+    FOR_WEIGHTS = "for weights"
+    TO_STANDARD = "to standard operators"
+
+
+_RULES: Mapping[tuple[str, str], Rule] = {
+    (MICROSOFT, "FusedMatMul"): products.fused_matmul,
+    (MICROSOFT, "TransposeMatMul"): products.fused_matmul,
+    (MICROSOFT, "FusedGemm"): products.fused_gemm,
+    (MICROSOFT, "FusedConv"): products.fused_conv,
+    (MICROSOFT, "Attention"): attention.attention,
+    (MICROSOFT, "MultiHeadAttention"): attention.multi_head_attention,
+    (MICROSOFT, "BiasGelu"): norms.bias_gelu,
+    (MICROSOFT, "Gelu"): norms.gelu,
+    (MICROSOFT, "FastGelu"): norms.fast_gelu,
+    (MICROSOFT, "QuickGelu"): norms.quick_gelu,
+    (MICROSOFT, "SkipLayerNormalization"): norms.skip_layer_norm,
+    (MICROSOFT, "SkipSimplifiedLayerNormalization"): norms.skip_layer_norm,
+    (MICROSOFT, "EmbedLayerNormalization"): norms.embed_layer_norm,
+    ("", "SimplifiedLayerNormalization"): norms.simplified_layer_norm,
+}
+# the opset that an operator is best taken apart at, also where operators of com.microsoft may stay
+_OPSETS: Mapping[str, int] = {"EmbedLayerNormalization": norms.LAYER_NORM_OPSET}
+_STANDARD_OPSETS: Mapping[str, int] = {
+    **_OPSETS,
+    "SkipLayerNormalization": norms.LAYER_NORM_OPSET,
+    **dict.fromkeys(("BiasGelu", "Gelu", "FastGelu"), norms.GELU_OPSET),
+}
+# why operators with weights stay as they are
+_ELSEWHERE = "ONNX Runtime has it for other devices than the CPU, and no way is known here to take it apart"
+_REASONS: Mapping[tuple[str, str], str] = {
+    **{
+        (MICROSOFT, op): _ELSEWHERE
+        for op in (
+            "PackedAttention", "NhwcConv", "NhwcFusedConv", "FusedMatMulActivation", "GemmFastGelu", "DecoderAttention",
+            "LongformerAttention", "QOrderedMatMul", "QOrderedAttention", "QOrderedLongformerAttention",
+        )
+    },
+    ("com.microsoft.nchwc", "Conv"): "its weight is laid out for one processor; give the model as it was before "
+                                     "ONNX Runtime optimized layouts",
+}  # fmt: skip
+
+
+def has_fused(model: ir.Model) -> bool:
+    """Tell whether a model has operators that this package may replace."""
+    return any(True for _ in _fused(model))
+
+
+def wanted_opset(model: ir.Model, unfusing: Unfusing) -> int:
+    """Return the opset at which the fused operators of a model are best replaced; 1 where any will do."""
+    opsets = {Unfusing.NOTHING: {}, Unfusing.FOR_WEIGHTS: _OPSETS}.get(unfusing, _STANDARD_OPSETS)
+    return max((opsets.get(node.op_type, 1) for node in _fused(model)), default=1)
+
+
+def unfuse(model: ir.Model, unfusing: Unfusing) -> dict[str, str]:
+    """Replace fused operators in place; return the reason for each with a weight that stays, by the node's name."""
+    reasons: dict[str, str] = {}
+    derived: Derived = {}
+    replaced = False
+    for node in list(model.graph.all_nodes()) if unfusing is not Unfusing.NOTHING else []:
+        key = (node.domain, node.op_type)
+        if key in _REASONS:
+            reasons[str(node.name)] = _REASONS[key]
+        if key not in _RULES:
+            continue
+        make = Maker(model, node, unfusing is Unfusing.TO_STANDARD, derived)
+        try:
+            made = _RULES[key](make)
+        except Stays as reason:
+            reasons[str(node.name)] = str(reason)
+            continue
+        if made:
+            _replace(make, made)
+            replaced = True
+    if replaced:
+        ir.passes.Sequential(passes.RemoveUnusedNodesPass(), passes.RemoveUnusedOpsetsPass())(model)
+    return reasons
+
+
+def others(model: ir.Model) -> list[str]:
+    """Return the operators that are none of the standard, in order of their names."""
+    return sorted({node.op_type for node in model.graph.all_nodes() if node.domain not in ("", "ai.onnx")})
+
+
+def _fused(model: ir.Model) -> Iterator[ir.Node]:
+    return (node for node in model.graph.all_nodes() if (node.domain, node.op_type) in _RULES)
+
+
+def _replace(make: Maker, made: list[ir.Value | None]) -> None:
+    """Put the nodes that were made in the place of the fused one; its outputs get the values that were made."""
+    node = make.node
+    assert node.graph is not None
+    node.graph.insert_before(node, make.nodes)
+    pairs = [(old, new) for old, new in zip(node.outputs, made, strict=True) if new is not None]
+    for old, new in pairs:
+        name, new.type, new.shape = old.name, old.type or new.type, old.shape or new.shape
+        old.replace_all_uses_with(new, replace_graph_outputs=True)
+        old.name, new.name = None, name
+    node.graph.remove(node, safe=True)

@@ -15,7 +15,6 @@ Scores of masked positions get mask_filter_value added. Later positions, if only
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -121,7 +120,8 @@ def multi_head_attention(make: Maker) -> list[ir.Value | None]:
         parts = _with_bias(make, parts, make.given(3))
     before = [make.input(6), make.input(7)]
     mask = _Mask.of(make, make.input(4), make.given(1), before[0])
-    return _plain(make, [p for p in parts if p is not None], mask, make.input(5), before)[: len(make.node.outputs)]
+    made = _plain(make, [p for p in parts if p is not None], mask, make.input(5), before)
+    return [*made, None][: len(make.node.outputs)]
 
 
 def _check_plain(make: Maker) -> None:
@@ -240,10 +240,8 @@ def _is_one_a_sample(mask: ir.Value, source: ir.Value) -> bool:
     return counted or (source.shape is not None and known is not None and mask.shape[0] == source.shape[0])
 
 
-def _multi_head(
-    make: Maker, parts: list[ir.Value], mask: _Mask, before: list[ir.Value | None]
-) -> list[ir.Value]:
-    """Make MultiHeadAttention of queries, keys and values; return its output, and the keys and values of the present."""
+def _multi_head(make: Maker, parts: list[ir.Value], mask: _Mask, before: list[ir.Value | None]) -> list[ir.Value]:
+    """Make MultiHeadAttention; return its output, and the keys and values of the present."""
     padding = mask.value
     if padding is not None and mask.rank == 1 and not mask.lengths_only:
         padding = make("Cast", mask.kept(), to=ir.DataType.INT32.value)
@@ -256,7 +254,7 @@ def _multi_head(
 
 def _plain(
     make: Maker, parts: list[ir.Value], mask: _Mask, bias: ir.Value | None, before: list[ir.Value | None]
-) -> list[ir.Value | None]:
+) -> list[ir.Value]:
     """Make attention of standard operators; return its output, and the keys and values of the present."""
     heads = int(make.attribute("num_heads", 1))
     query, key, value = (_by_head(make, part, heads) for part in parts)
@@ -290,7 +288,5 @@ def _only_earlier(make: Maker, scores: ir.Value, mask: _Mask, query: ir.Value) -
     queries = make("Gather", make("Shape", query), make.number(1, np.int64))
     zero, one = make.number(0, np.int64), make.number(1, np.int64)
     place = make("Add", make("Range", zero, queries, one), old)
-    later = make(
-        "Greater", make("Range", zero, keys, one), make("Unsqueeze", place, make.number([1], np.int64))
-    )
+    later = make("Greater", make("Range", zero, keys, one), make("Unsqueeze", place, make.number([1], np.int64)))
     return make("Where", later, make.number(float(np.finfo(np.float32).min)), scores)

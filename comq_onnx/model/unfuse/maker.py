@@ -59,7 +59,13 @@ class Maker:
         return made
 
     def several(
-        self, op: str, *inputs: ir.Value | None, outputs: int, name: str | None = None, domain: str = "", **attributes: Any
+        self,
+        op: str,
+        *inputs: ir.Value | None,
+        outputs: int,
+        name: str | None = None,
+        domain: str = "",
+        **attributes: Any,
     ) -> list[ir.Value]:
         """Make a node of several outputs, and return them."""
         name = self.name(f"{op.lower()}{len(self.nodes)}") if name is None else name
@@ -75,10 +81,8 @@ class Maker:
 
     def number(self, number: float | list[float], dtype: type = np.float32) -> ir.Value:
         """Return a constant of these numbers."""
-        array = np.asarray(number, dtype)
-        return self.derive(
-            (str(array.dtype), array.shape, array.tobytes()), "constant", lambda: array
-        )
+        array: AnyArray = np.asarray(number, dtype)
+        return self.derive((str(array.dtype), array.shape, array.tobytes()), "constant", lambda: array)
 
     def derive(self, key: Hashable, name: str, make: Callable[[], AnyArray]) -> ir.Value:
         """Return the constant that `make` computes; the one that is there already under `key`, if any.

@@ -6,11 +6,13 @@ What the fused operators compute: https://github.com/microsoft/onnxruntime/blob/
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from comq_onnx.model import graph as graphs
+from comq_onnx.model.op_kind import AnyArray
 from comq_onnx.model.unfuse.maker import Maker, Stays, is_weight
 
 # the parameters of the activations that products are fused with, in the order of FusedConv's activation_params
@@ -69,7 +71,7 @@ def _folded(make: Maker, weight: ir.Value, order: tuple[int, ...] | None, alpha:
     if order is None and alpha == 1:
         return weight
 
-    def fold() -> np.ndarray:
+    def fold() -> AnyArray:
         array = graphs.constant(weight)
         assert array is not None
         array = array if order is None else array.transpose(order)
@@ -106,7 +108,7 @@ def fused_conv(make: Maker) -> list[ir.Value | None]:
     activation, given = str(make.attribute("activation", "")), make.attribute("activation_params", ())
     parameters = dict(zip(_PARAMETERS.get(activation, ()), map(float, given), strict=False))
     _check_activation(activation, parameters)
-    own = {key: a for key, a in make.node.attributes.items() if not key.startswith("activation")}
+    own: dict[str, Any] = {key: a for key, a in make.node.attributes.items() if not key.startswith("activation")}
     out = make.node.outputs[0]
     result = make("Conv", *make.node.inputs[:3], name=str(make.node.name), like=out, **own)
     added = make.input(3)
@@ -126,7 +128,7 @@ def _check_activation(activation: str, parameters: Mapping[str, float | None]) -
 
 def _activate(make: Maker, x: ir.Value, activation: str, parameters: Mapping[str, float | None]) -> ir.Value:
     """Make the nodes of an activation."""
-    found = {name: float(parameters[name] or 0) for name in _PARAMETERS.get(activation, ())}
+    found: dict[str, Any] = {name: float(parameters[name] or 0) for name in _PARAMETERS.get(activation, ())}
     if not activation:
         return x
     if activation == "Clip":

@@ -45,7 +45,7 @@ def attention(make: Maker) -> list[ir.Value | None]:
         before = [make("Gather", past, make.number(i, np.int64), axis=0) for i in (0, 1)]
     mask = _Mask.of(make, make.input(3), make.given(0), before[0])
     if make.standard:
-        outputs = _plain(make, parts, mask, make.input(5), before)
+        outputs = _plain(make, parts, _sizes(make)[0], mask, before)
     else:
         outputs = _multi_head(make, parts, mask, before)
     if make.output(1) is None:
@@ -73,8 +73,7 @@ def _check_attention(make: Maker) -> None:
 def _projections(make: Maker) -> list[ir.Value]:
     """Make queries, keys and values [samples, positions, features]: products of the input, with their biases."""
     x, weight, bias = make.given(0), make.given(1), make.input(2)
-    columns = int(weight.shape[-1])  # type: ignore[arg-type, index]
-    sizes = [int(n) for n in make.attribute("qkv_hidden_sizes", ())] or [columns // 3] * 3
+    sizes = _sizes(make)
     ends = np.cumsum(sizes)
     made = []
     for part, end, size in zip(_PARTS, ends, sizes, strict=True):
@@ -86,6 +85,12 @@ def _projections(make: Maker) -> list[ir.Value]:
             product = make("Add", product, addend, name=make.name(f"{part}_bias"), like=product)
         made.append(product)
     return made
+
+
+def _sizes(make: Maker) -> list[int]:
+    """Return the number of features of queries, keys and values."""
+    columns = int(make.given(1).shape[-1])  # type: ignore[arg-type, index]
+    return [int(n) for n in make.attribute("qkv_hidden_sizes", ())] or [columns // 3] * 3
 
 
 def _columns(make: Maker, value: ir.Value, part: str, start: int, end: int) -> ir.Value:
@@ -120,7 +125,7 @@ def multi_head_attention(make: Maker) -> list[ir.Value | None]:
         parts = _with_bias(make, parts, make.given(3))
     before = [make.input(6), make.input(7)]
     mask = _Mask.of(make, make.input(4), make.given(1), before[0])
-    made = _plain(make, [p for p in parts if p is not None], mask, make.input(5), before)
+    made = _plain(make, [p for p in parts if p is not None], _width(parts[0]), mask, before)
     return [*made, None][: len(make.node.outputs)]
 
 
@@ -253,14 +258,17 @@ def _multi_head(make: Maker, parts: list[ir.Value], mask: _Mask, before: list[ir
 
 
 def _plain(
-    make: Maker, parts: list[ir.Value], mask: _Mask, bias: ir.Value | None, before: list[ir.Value | None]
+    make: Maker, parts: list[ir.Value], width: int, mask: _Mask, before: list[ir.Value | None]
 ) -> list[ir.Value]:
-    """Make attention of standard operators; return its output, and the keys and values of the present."""
-    heads = int(make.attribute("num_heads", 1))
+    """Make attention of standard operators; return its output, and the keys and values of the present.
+
+    width: the number of features of the queries
+    """
+    heads, bias = int(make.attribute("num_heads", 1)), make.input(5)
     query, key, value = (_by_head(make, part, heads) for part in parts)
     if before[0] is not None and before[1] is not None:
         key, value = make("Concat", before[0], key, axis=2), make("Concat", before[1], value, axis=2)
-    scale = float(make.attribute("scale", 0.0)) or (_width(parts[0]) / heads) ** -0.5
+    scale = float(make.attribute("scale", 0.0)) or (width / heads) ** -0.5
     scores = make("MatMul", make("Mul", query, make.number(scale)), make("Transpose", key, perm=[0, 1, 3, 2]))
     if bias is not None:
         scores = make("Add", scores, bias)

@@ -55,7 +55,10 @@ def quick_gelu(make: Maker) -> list[ir.Value | None]:
 
 
 def skip_layer_norm(make: Maker) -> list[ir.Value | None]:
-    """Take the bias out of SkipLayerNormalization and SkipSimplifiedLayerNormalization, or replace the whole.
+    """Replace SkipLayerNormalization by Add and LayerNormalization, where it adds the bias of a product with a weight.
+
+    On the CPU these two are also faster. Of SkipSimplifiedLayerNormalization, which would become many operators, only
+    the bias is taken out, unless only standard operators are wanted.
 
     Raises Stays where the whole is to be replaced, and something reads the mean or the deviation.
     """
@@ -66,6 +69,8 @@ def skip_layer_norm(make: Maker) -> list[ir.Value | None]:
     at = next((i for i, value in enumerate(operands) if is_product(value)), None)
     if bias is None or at is None or not graphs.is_constant(bias):
         return []
+    if not simplified and make.output(1) is None and make.output(2) is None:
+        return _plain_skip_norm(make, operands, bias, simplified)
     operands[at] = _add(make, operands[at], bias)
     rest = make.node.inputs[2 : 3 if simplified else 4]
     name, count = str(make.node.name), len(make.node.outputs)

@@ -58,7 +58,7 @@ def prepare_model(
             raise Unprepared(f"constant folding failed: {error}") from error
     model = _raise_opset(model, wanted_opset, min_opset, notes)
     reasons = unfuse(model, unfusing)
-    if unfusing is Unfusing.TO_STANDARD and (left := others(model)):
+    if unfusing is Unfusing.TO_STANDARD and (left := others(model, reasons)):
         notes.append(f"operators that only ONNX Runtime has stay as they are: {', '.join(left)}")
     if fold and graphs.opset(model) >= HARDSWISH_OPSET:
         RewritePass(fuse_hardswish_rules())(model)

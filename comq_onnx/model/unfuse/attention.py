@@ -124,8 +124,9 @@ def multi_head_attention(make: Maker) -> list[ir.Value | None]:
     if make.input(3) is not None:
         parts = _with_bias(make, parts, make.given(3))
     before = [make.input(6), make.input(7)]
-    mask = _Mask.of(make, make.input(4), make.given(1), before[0])
-    made = _plain(make, [p for p in parts if p is not None], _width(parts[0]), mask, before)
+    # sizes are asked of sums: a bias is only seen behind a product that nothing else reads
+    given = [part for part in parts if part is not None]
+    made = _plain(make, given, _width(given[0]), _Mask.of(make, make.input(4), given[1], before[0]), before)
     return [*made, None][: len(make.node.outputs)]
 
 
@@ -254,7 +255,9 @@ def _multi_head(make: Maker, parts: list[ir.Value], mask: _Mask, before: list[ir
     count = 1 if make.output(1) is None else 3
     inputs = (*parts, None, padding, make.input(5), *before)
     name = str(make.node.name)
-    return make.several("MultiHeadAttention", *inputs, outputs=count, name=name, domain=MICROSOFT, **own)
+    made = make.several("MultiHeadAttention", *inputs, outputs=count, name=name, domain=MICROSOFT, **own)
+    made[0].type, made[0].shape = parts[2].type, parts[2].shape
+    return made
 
 
 def _plain(

@@ -101,13 +101,24 @@ def unfuse(model: ir.Model, unfusing: Unfusing) -> dict[str, str]:
             _replace(make, made)
             replaced = True
     if replaced:
-        ir.passes.Sequential(passes.RemoveUnusedNodesPass(), passes.RemoveUnusedOpsetsPass())(model)
+        # the rank of a product's input decides the form of its bias
+        ir.passes.Sequential(
+            passes.RemoveUnusedNodesPass(), passes.RemoveUnusedOpsetsPass(), passes.ShapeInferencePass()
+        )(model)
     return reasons
 
 
-def others(model: ir.Model) -> list[str]:
-    """Return the operators that are none of the standard, in order of their names."""
-    return sorted({node.op_type for node in model.graph.all_nodes() if node.domain not in ("", "ai.onnx")})
+def others(model: ir.Model, reasons: Mapping[str, str]) -> list[str]:
+    """Return the operators of com.microsoft that a model has, in order of their names, with the reasons known.
+
+    reasons: why operators stay, by the node's name, as `unfuse` returns it
+    """
+    found: dict[str, str] = {}
+    for node in model.graph.all_nodes():
+        if node.domain.startswith(MICROSOFT):
+            reason = reasons.get(str(node.name))
+            found.setdefault(node.op_type, node.op_type if reason is None else f"{node.op_type} ({reason})")
+    return [found[op] for op in sorted(found)]
 
 
 def _fused(model: ir.Model) -> Iterator[ir.Node]:

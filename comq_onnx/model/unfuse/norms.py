@@ -126,21 +126,34 @@ def embed_layer_norm(make: Maker) -> list[ir.Value | None]:
         make("Gather", positions, places, name=make.name("positions")),
     )
     if kinds is not None:
-        segments = make.number([0], np.int64) if segments is None else segments
-        total = make("Add", total, make("Gather", kinds, segments, name=make.name("segments")))
+        total = make("Add", total, _segments(make, kinds, segments))
     normal = _norm(make, total, make.given(5), make.given(6), float(make.attribute("epsilon", _EPSILON)))
-    index = None if make.output(1) is None else _mask_index(make, shape)
+    index = None if make.output(1) is None else _mask_index(make, ids, shape)
     return [normal, index, total][: len(make.node.outputs)]
 
 
-def _mask_index(make: Maker, shape: ir.Value) -> ir.Value:
+def _segments(make: Maker, kinds: ir.Value, segments: ir.Value | None) -> ir.Value:
+    """Look up the segments; without any return the row of segment 0 [1, features]."""
+    table = graphs.constant(kinds) if segments is None else None
+    if table is not None:
+        return make.derive((kinds.name, "first"), f"{kinds.name}.first", lambda: table[:1])
+    segments = make.number([0], np.int64) if segments is None else segments
+    return make("Gather", kinds, segments, name=make.name("segments"))
+
+
+def _mask_index(make: Maker, ids: ir.Value, shape: ir.Value) -> ir.Value:
     """Return how many ones each row of the mask has [samples]; zeros where there is no mask."""
     mask = make.input(7)
     if mask is None:
         batch = make("Gather", shape, make.number([0], np.int64))
-        return make("Expand", make.number([0], np.int32), batch)
-    ones = make("Cast", make("Equal", mask, make.number(1, np.int32)), to=ir.DataType.INT32.value)
-    return make("ReduceSum", ones, make.number([1], np.int64), keepdims=0)
+        index = make("Expand", make.number([0], np.int32), batch)
+    else:
+        ones = make("Cast", make("Equal", mask, make.number(1, np.int32)), to=ir.DataType.INT32.value)
+        index = make("ReduceSum", ones, make.number([1], np.int64), keepdims=0)
+    # an Attention asks for the rank of its mask
+    index.type = ir.TensorType(ir.DataType.INT32)
+    index.shape = ir.Shape([None if ids.shape is None else ids.shape[0]])
+    return index
 
 
 def _add(make: Maker, x: ir.Value, bias: ir.Value) -> ir.Value:

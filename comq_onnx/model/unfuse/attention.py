@@ -15,6 +15,7 @@ Scores of masked positions get mask_filter_value added. Later positions, if only
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -27,6 +28,8 @@ _PARTS = ("query", "key", "value")
 # attributes that Attention and MultiHeadAttention share
 _SHARED = ("num_heads", "unidirectional", "scale", "mask_filter_value")
 _FILTER = -10000.0
+# what the scores of later positions become
+_LOWEST = float(np.finfo(np.float32).min)
 
 
 def attention(make: Maker) -> list[ir.Value | None]:
@@ -37,22 +40,28 @@ def attention(make: Maker) -> list[ir.Value | None]:
     if not (is_weight(make.input(1)) or make.standard):
         return []
     _check_attention(make)
-    parts = _projections(make)
-    past = make.input(4)
-    if past is None:
-        before: list[ir.Value | None] = [None, None]
-    else:
-        before = [make("Gather", past, make.number(i, np.int64), axis=0) for i in (0, 1)]
-    mask = _Mask.of(make, make.input(3), make.given(0), before[0])
-    if make.standard:
-        outputs = _plain(make, parts, _sizes(make)[0], mask, before)
-    else:
-        outputs = _multi_head(make, parts, mask, before)
-    if make.output(1) is None:
-        return [outputs[0], None][: len(make.node.outputs)]
+    query, key, value = _projections(make)
+    past, width, heads = make.input(4), _sizes(make)[0], int(make.attribute("num_heads", 1))
+    mask = _Mask.of(make, make.input(3), _Positions(make, make.given(0), past, 3))
+    if past is None and not make.standard:
+        out, *kept = _multi_head(make, [query, key, value], mask)
+        present = _stack(make, kept) if kept else None
+        return [out, present][: len(make.node.outputs)]
+    kept = [_by_head(make, part, heads) for part in (key, value)]
+    present = _stack(make, kept) if past is not None or make.output(1) is not None else None
+    if past is not None:
+        # each number of the past is copied twice; as inputs of MultiHeadAttention three times
+        present = make("Concat", past, present, axis=3)
+        kept = [make("Gather", present, make.number(i, np.int64), axis=0) for i in (0, 1)]
+    out = _plain(make, query, kept, width, mask) if make.standard else _multi_head(make, [query, *kept], mask)[0]
+    out.type, out.shape = value.type, value.shape
+    return [out, present][: len(make.node.outputs)]
+
+
+def _stack(make: Maker, kept: list[ir.Value]) -> ir.Value:
+    """Join keys and values along a new first axis."""
     axis = make.number([0], np.int64)
-    present = make("Concat", *(make("Unsqueeze", value, axis) for value in outputs[1:]), axis=0)
-    return [outputs[0], present]
+    return make("Concat", *(make("Unsqueeze", value, axis) for value in kept), axis=0)
 
 
 def _check_attention(make: Maker) -> None:
@@ -123,11 +132,14 @@ def multi_head_attention(make: Maker) -> list[ir.Value | None]:
     _check_plain(make)
     if make.input(3) is not None:
         parts = _with_bias(make, parts, make.given(3))
-    before = [make.input(6), make.input(7)]
-    # sizes are asked of sums: a bias is only seen behind a product that nothing else reads
     given = [part for part in parts if part is not None]
-    made = _plain(make, given, _width(given[0]), _Mask.of(make, make.input(4), given[1], before[0]), before)
-    return [*made, None][: len(make.node.outputs)]
+    kept = [_by_head(make, part, int(make.attribute("num_heads", 1))) for part in given[1:]]
+    # sizes are asked of sums: a bias is only seen behind a product that nothing else reads
+    mask = _Mask.of(make, make.input(4), _Positions(make, given[1], make.input(6), 2))
+    if make.input(6) is not None:
+        kept = [make("Concat", make.given(i), part, axis=2) for i, part in zip((6, 7), kept, strict=True)]
+    out = _plain(make, given[0], kept, _width(given[0]), mask)
+    return [out, *kept, None][: len(make.node.outputs)]
 
 
 def _check_plain(make: Maker) -> None:
@@ -172,31 +184,58 @@ def _width(value: ir.Value | None) -> int:
 
 
 @dataclass(frozen=True)
+class _Positions:
+    """Count positions when the model runs.
+
+    source: what keys are made of, [samples, positions, ...]
+    past: keys, or keys and values, of the past; None for none
+    axis: the axis of the positions in the past
+    """
+
+    make: Maker
+    source: ir.Value
+    past: ir.Value | None
+    axis: int
+
+    def count(self) -> tuple[ir.Value, ir.Value]:
+        """Make the number of keys, and of those in the past: scalars."""
+        make = self.make
+        new = make("Gather", make("Shape", self.source), make.number(1, np.int64))
+        if self.past is None:
+            return new, make.number(0, np.int64)
+        old = make("Gather", make("Shape", self.past), make.number(self.axis, np.int64))
+        return make("Add", new, old), old
+
+    def later(self, query: ir.Value) -> ir.Value:
+        """Make the bools of keys that are later than their query: [queries, keys]."""
+        make = self.make
+        keys, old = self.count()
+        queries = make("Gather", make("Shape", query), make.number(1, np.int64))
+        zero, one = make.number(0, np.int64), make.number(1, np.int64)
+        place = make("Add", make("Range", zero, queries, one), old)
+        return make("Greater", make("Range", zero, keys, one), make("Unsqueeze", place, make.number([1], np.int64)))
+
+
+@dataclass(frozen=True)
 class _Mask:
-    """Hold a mask of attention, and the nodes that tell sizes.
+    """Hold a mask of attention.
 
     value: the mask; None for none
-    rank: its number of axes
     lengths_only: it has rank 1, and is known to be one number a sample
-    keys: the number of keys [1]; None where nothing asks for it
+    positions: counts keys
     """
 
     make: Maker
     value: ir.Value | None
     lengths_only: bool
-    source: ir.Value
-    before: ir.Value | None
+    positions: _Positions
 
     @classmethod
-    def of(cls, make: Maker, value: ir.Value | None, source: ir.Value, before: ir.Value | None) -> _Mask:
-        """Look at a mask.
-
-        source: what keys are made of, [samples, positions, ...]
-        before: the keys of the past [samples, heads, positions, features]; None for none
-        """
+    def of(cls, make: Maker, value: ir.Value | None, positions: _Positions) -> _Mask:
+        """Look at a mask: a dummy is none."""
         if value is not None and value.shape is not None and len(value.shape) == 2 and value.shape[1] == 1:
             value = None
-        return cls(make, value, value is not None and _is_one_a_sample(value, source), source, before)
+        return cls(make, value, value is not None and _is_one_a_sample(value, positions.source), positions)
 
     @property
     def rank(self) -> int:
@@ -204,28 +243,18 @@ class _Mask:
         assert self.value is not None
         return len(self.value.shape or ())
 
-    def positions(self) -> tuple[ir.Value, ir.Value]:
-        """Make the number of keys, and of those in the past: scalars."""
-        make = self.make
-        new = make("Gather", make("Shape", self.source), make.number(1, np.int64))
-        if self.before is None:
-            return new, make.number(0, np.int64)
-        old = make("Gather", make("Shape", self.before), make.number(2, np.int64))
-        return make("Add", new, old), old
-
     def kept(self) -> ir.Value:
         """Make the bools of the positions that are attended to: [samples, keys] or [samples, queries, keys]."""
         make = self.make
         if self.rank > 1:
             return make("Greater", self.value, make.number(0, np.int32))
-        keys, _ = self.positions()
-        keys = make("Cast", keys, to=ir.DataType.INT32.value)
+        keys = make("Cast", self.positions.count()[0], to=ir.DataType.INT32.value)
         place = make("Range", make.number(0, np.int32), keys, make.number(1, np.int32))
         one = make.number([1], np.int64)
         if self.lengths_only:
             return make("Less", place, make("Unsqueeze", self.value, one))
         zero = make.number([0], np.int64)
-        count = make("Gather", make("Shape", self.source), zero)
+        count = make("Gather", make("Shape", self.positions.source), zero)
         twice = make("Add", count, count)
         padded = make("Concat", self.value, make("Expand", make.number([0], np.int32), count), axis=0)
         second = make("Slice", padded, count, twice, zero)
@@ -246,58 +275,57 @@ def _is_one_a_sample(mask: ir.Value, source: ir.Value) -> bool:
     return counted or (source.shape is not None and known is not None and mask.shape[0] == source.shape[0])
 
 
-def _multi_head(make: Maker, parts: list[ir.Value], mask: _Mask, before: list[ir.Value | None]) -> list[ir.Value]:
-    """Make MultiHeadAttention; return its output, and the keys and values of the present."""
-    padding = mask.value
+def _multi_head(make: Maker, parts: list[ir.Value], mask: _Mask) -> list[ir.Value]:
+    """Make MultiHeadAttention; return its output, and the keys and values of the present where something reads them.
+
+    parts: queries [samples, positions, features], and keys and values; with a past these are of all positions, by heads
+    """
+    padding, bias = mask.value, make.input(5)
     if padding is not None and mask.rank == 1 and not mask.lengths_only:
         padding = make("Cast", mask.kept(), to=ir.DataType.INT32.value)
-    own = {name: make.node.attributes[name] for name in _SHARED if name in make.node.attributes}
-    count = 1 if make.output(1) is None else 3
-    inputs = (*parts, None, padding, make.input(5), *before)
+    own: dict[str, Any] = {name: make.node.attributes[name] for name in _SHARED if name in make.node.attributes}
+    has_past = mask.positions.past is not None
+    if has_past and own.pop("unidirectional", None) and make.attribute("unidirectional", 0):
+        hidden = make("Where", mask.positions.later(parts[0]), make.number(_LOWEST), make.number(0.0))
+        bias = make("Unsqueeze", hidden, make.number([0, 1], np.int64))
+    count = 1 if has_past or make.output(1) is None else 3
+    inputs = (*parts, None, padding, bias)
     name = str(make.node.name)
     made = make.several("MultiHeadAttention", *inputs, outputs=count, name=name, domain=MICROSOFT, **own)
-    made[0].type, made[0].shape = parts[2].type, parts[2].shape
+    if not has_past:
+        made[0].type, made[0].shape = parts[2].type, parts[2].shape
     return made
 
 
-def _plain(
-    make: Maker, parts: list[ir.Value], width: int, mask: _Mask, before: list[ir.Value | None]
-) -> list[ir.Value]:
-    """Make attention of standard operators; return its output, and the keys and values of the present.
+def _plain(make: Maker, query: ir.Value, kept: list[ir.Value], width: int, mask: _Mask) -> ir.Value:
+    """Make attention of standard operators.
 
+    query: queries [samples, positions, features]
+    kept: keys and values [samples, heads, positions, features of a head]
     width: the number of features of the queries
     """
     heads, bias = int(make.attribute("num_heads", 1)), make.input(5)
-    query, key, value = (_by_head(make, part, heads) for part in parts)
-    if before[0] is not None and before[1] is not None:
-        key, value = make("Concat", before[0], key, axis=2), make("Concat", before[1], value, axis=2)
-    scale = float(make.attribute("scale", 0.0)) or (width / heads) ** -0.5
-    scores = make("MatMul", make("Mul", query, make.number(scale)), make("Transpose", key, perm=[0, 1, 3, 2]))
+    scaled = make("Mul", _by_head(make, query, heads), make.number(_scale(make, width / heads)))
+    scores = make("MatMul", scaled, make("Transpose", kept[0], perm=[0, 1, 3, 2]))
     if bias is not None:
         scores = make("Add", scores, bias)
     if mask.value is not None:
-        kept = make("Unsqueeze", mask.kept(), make.number([1] if mask.rank == 3 else [1, 2], np.int64))
+        seen = make("Unsqueeze", mask.kept(), make.number([1] if mask.rank == 3 else [1, 2], np.int64))
         masked = make.number(float(make.attribute("mask_filter_value", _FILTER)))
-        scores = make("Add", scores, make("Where", kept, make.number(0.0), masked))
+        scores = make("Add", scores, make("Where", seen, make.number(0.0), masked))
     if make.attribute("unidirectional", 0):
-        scores = _only_earlier(make, scores, mask, parts[0])
-    weighed = make("MatMul", make("Softmax", scores, axis=-1), value)
+        scores = make("Where", mask.positions.later(query), make.number(_LOWEST), scores)
+    weighed = make("MatMul", make("Softmax", scores, axis=-1), kept[1])
     joined = make("Transpose", weighed, perm=[0, 2, 1, 3])
-    out = make("Reshape", joined, make.number([0, 0, -1], np.int64), name=str(make.node.name))
-    return [out, key, value]
+    return make("Reshape", joined, make.number([0, 0, -1], np.int64), name=str(make.node.name))
+
+
+def _scale(make: Maker, features: float) -> float:
+    """Return the factor of the scores: the attribute, or one over the root of the features of a head."""
+    return float(make.attribute("scale", 0.0)) or features**-0.5
 
 
 def _by_head(make: Maker, part: ir.Value, heads: int) -> ir.Value:
     """Bring [samples, positions, features] into [samples, heads, positions, features of a head]."""
     split = make("Reshape", part, make.number([0, 0, heads, -1], np.int64))
     return make("Transpose", split, perm=[0, 2, 1, 3])
-
-
-def _only_earlier(make: Maker, scores: ir.Value, mask: _Mask, query: ir.Value) -> ir.Value:
-    """Make -infinity of the scores of keys that are later than their query."""
-    keys, old = mask.positions()
-    queries = make("Gather", make("Shape", query), make.number(1, np.int64))
-    zero, one = make.number(0, np.int64), make.number(1, np.int64)
-    place = make("Add", make("Range", zero, queries, one), old)
-    later = make("Greater", make("Range", zero, keys, one), make("Unsqueeze", place, make.number([1], np.int64)))
-    return make("Where", later, make.number(float(np.finfo(np.float32).min)), scores)

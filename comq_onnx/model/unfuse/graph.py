@@ -48,10 +48,11 @@ _RULES: Mapping[tuple[str, str], Rule] = {
     ("", "SimplifiedLayerNormalization"): norms.simplified_layer_norm,
 }
 # the opset that an operator is best taken apart at, also where operators of com.microsoft may stay
-_OPSETS: Mapping[str, int] = {"EmbedLayerNormalization": norms.LAYER_NORM_OPSET}
+_OPSETS: Mapping[str, int] = dict.fromkeys(
+    ("EmbedLayerNormalization", "SkipLayerNormalization"), norms.LAYER_NORM_OPSET
+)
 _STANDARD_OPSETS: Mapping[str, int] = {
     **_OPSETS,
-    "SkipLayerNormalization": norms.LAYER_NORM_OPSET,
     **dict.fromkeys(("BiasGelu", "Gelu", "FastGelu"), norms.GELU_OPSET),
 }
 # why operators with weights stay as they are
@@ -122,7 +123,10 @@ def others(model: ir.Model, reasons: Mapping[str, str]) -> list[str]:
 
 
 def _fused(model: ir.Model) -> Iterator[ir.Node]:
-    return (node for node in model.graph.all_nodes() if (node.domain, node.op_type) in _RULES)
+    """Yield the operators that may be replaced, those in functions too."""
+    within: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    for graph in within:
+        yield from (node for node in graph.all_nodes() if (node.domain, node.op_type) in _RULES)
 
 
 def _replace(make: Maker, made: list[ir.Value | None]) -> None:

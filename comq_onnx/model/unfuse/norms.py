@@ -69,7 +69,7 @@ def skip_layer_norm(make: Maker) -> list[ir.Value | None]:
     at = next((i for i, value in enumerate(operands) if is_product(value)), None)
     if bias is None or at is None or not graphs.is_constant(bias):
         return []
-    if not simplified and make.output(1) is None and make.output(2) is None:
+    if graphs.opset(make.model) >= LAYER_NORM_OPSET and not simplified and not (make.output(1) or make.output(2)):
         return _plain_skip_norm(make, operands, bias, simplified)
     operands[at] = _add(make, operands[at], bias)
     rest = make.node.inputs[2 : 3 if simplified else 4]

@@ -119,8 +119,10 @@ def list_layers(model: ir.Model) -> tuple[list[Layer], dict[str, str]]:
 def reaches_layer(value: ir.Value) -> bool:
     """Tell whether a value becomes a layer's weight, directly or behind operators of WEIGHT_CHAIN."""
     for user, index in value.uses():
-        if user.op_type in OP_KINDS and user.domain == "" and index in ((0, 1) if user.op_type == "MatMul" else (1,)):
-            return True
+        if user.op_type in OP_KINDS and user.domain == "":
+            if index in ((0, 1) if user.op_type == "MatMul" else (OP_KINDS[user.op_type].weight_index,)):
+                return True
+            continue
         if user.op_type in WEIGHT_CHAIN and user.domain == "" and reaches_layer(user.outputs[0]):
             return True
     return False

@@ -366,6 +366,17 @@ def test_a_float16_table_too_large_to_widen_stays_float16(quantized: Run) -> Non
     quantized(model)
 
 
+def test_a_large_float16_embedding_is_quantized(quantized: Run) -> None:
+    model = build(
+        """g (int64[batch, 4] ids) => (float16[batch, 4, 10] y) {
+            [embed] e = Gather (table, ids)
+            [fc] y = MatMul (e, w)
+        }""",
+        {"table": normal(60, 32, dtype=np.float16), "w": weight(32, 10, dtype=np.float16)},
+    )
+    assert names(quantized(model).report) == ["embed", "fc"]
+
+
 def test_bfloat16_layers_that_the_cpu_cannot_run_are_quantized(tmp_path: Path) -> None:
     source, out = tmp_path / "bf16.onnx", tmp_path / "q.onnx"
     model = half(TensorProto.BFLOAT16)

@@ -39,7 +39,7 @@ INTEGER_PRODUCTS = frozenset(
     }
 )  # fmt: skip
 # those in floats
-FLOAT_PRODUCTS = frozenset({"Conv", "FusedConv", "MatMul", "Gemm", "FusedMatMul"})
+FLOAT_PRODUCTS = frozenset({"Conv", "FusedConv", "MatMul", "Gemm", "FusedMatMul", "FusedGemm"})
 # all op types that run in integers
 INTEGER_KERNELS = INTEGER_PRODUCTS | frozenset(
     {
@@ -412,11 +412,14 @@ class Kernels:
         return {op: n for op, n in sorted(self.counts.items()) if op not in INTEGER_KERNELS}
 
 
-def executed_kernels(path: Path, device: str = "cpu") -> Kernels:
-    """Let ONNX Runtime optimize the model at `path`, and count the nodes of the result, with those in subgraphs."""
+def executed_kernels(path: Path, device: str = "cpu", level: int | None = None) -> Kernels:
+    """Let ONNX Runtime optimize the model at `path`, and count the nodes of the result, with those in subgraphs.
+
+    level: of the optimization, as `Session` takes it
+    """
     with private_directory() as work:
         optimized = work / "optimized.onnx"
-        Session(path, device, threads=1, optimized=optimized)
+        Session(path, device, threads=1, level=level, optimized=optimized)
         graph = onnx.load(optimized, load_external_data=False).graph
     counts: Counter[str] = Counter()
     of_layer: dict[str, str] = {}

@@ -33,6 +33,7 @@ from comq_onnx.samples.dataset import Dataset, load_dataset
 from comq_onnx.samples.inspection import Inspection, describe
 from comq_onnx.samples.samples import Samples
 from comq_onnx.write.check import warn_of_source
+from comq_onnx.write.size import check_smaller
 
 logger = logging.getLogger(__name__)
 
@@ -130,6 +131,7 @@ def _run(path: Path, out: Path, samples: SampleSource, context: Context) -> Repo
     quantized = choose_and_solve(planned, source, data, context)
     # a file that does not load or run never gets the name of the output
     with written(quantized.emitted.model, out) as (file, size), context.journal.timed("compare"):
+        check_smaller(quantized.emitted, size, source, context)
         evaluation = evaluate(source, planned.written, file, data, context)
     return build_report(quantized, evaluation, source, data, context, out, size)
 

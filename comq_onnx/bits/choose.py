@@ -21,13 +21,14 @@ from comq_onnx.evaluate import compare_outputs, compare_parts, quantized_session
 from comq_onnx.metrics import Floats, lead_changes, leads, scores_among
 from comq_onnx.model.files import file_size, private_directory, to_bytes_or_file
 from comq_onnx.model.float_model import FloatModel
+from comq_onnx.model.layers import Layer
 from comq_onnx.options.budgets import Drop, parse_drop, parse_size
 from comq_onnx.plan.activation_grid import ActivationGrid
 from comq_onnx.plan.initial_bits import REFERENCE_BITS, has_explicit_bits
 from comq_onnx.plan.plan import Bits, Plan
 from comq_onnx.plan.solved import Solved
 from comq_onnx.samples.dataset import Dataset
-from comq_onnx.solve.grid import MAX_BITS, check_codes
+from comq_onnx.solve.grid import MAX_BITS, Grid, check_codes
 from comq_onnx.solve.layer import blank
 from comq_onnx.write.check import check_emitted
 from comq_onnx.write.emit import Emitted, emit_model
@@ -148,9 +149,19 @@ def _widths(plan: Plan, name: str, members: Sequence[str], context: Context) -> 
     fixed = context.options.fixed_bits is not None
     layer = next(x for x in plan.layers if x.name == name)
     explicit = any(has_explicit_bits(member, context.options) for member in members)
-    if explicit or (fixed and layer.kind.is_lookup):
+    if explicit or plan.is_unseen(layer) or (fixed and layer.kind.is_lookup):
         return (plan.bits[name],)
-    return [bits for bits in BITS if not fixed or bits >= plan.bits[name]]
+    return _distinct(plan, layer, [bits for bits in BITS if not fixed or bits >= plan.bits[name]], context)
+
+
+def _distinct(plan: Plan, layer: Layer, widths: Sequence[int], context: Context) -> Sequence[int]:
+    """Leave out widths at which a layer has the same codes as at another that takes no more bytes."""
+    kept: dict[Grid, int] = {}
+    for bits in widths:
+        grid = plan.grid_at(layer, bits, context.options)
+        if grid not in kept or plan.code_bytes(layer, bits) <= plan.code_bytes(layer, kept[grid]):
+            kept[grid] = bits
+    return sorted(kept.values())
 
 
 def file_size_at(plan: Plan, bits: Bits, source: FloatModel, data: Dataset, context: Context) -> int:

@@ -118,7 +118,7 @@ def survey(plan: Plan, data: Dataset, context: Context, widths: Sequence[int] = 
     plan = plan.with_bits({layer.name: REFERENCE_BITS for layer in plan.layers}, context.options)
     surveyed, perturbed = _split(data.calibration)
     solved, sampled = _own_errors(plan, replace(data, calibration=surveyed), context, widths)
-    groups = _groups(plan.layers)
+    groups = _groups(plan)
     errors = {}
     for name in groups:
         scale = solved.solutions[name].error / max(sampled[name][REFERENCE_BITS], TINY)
@@ -157,7 +157,7 @@ def _own_errors(
     quick = replace(context, options=options, journal=Journal(), progress=silent)
     solved = walk(plan, data, quick, observe, FEWER_POSITIONS)
     for layer in plan.layers:
-        if layer.kind.is_lookup:
+        if layer.kind.is_lookup or plan.is_unseen(layer):
             sampled[layer.name] = _row_errors(plan, layer, context, widths)
     return solved, sampled
 
@@ -174,17 +174,17 @@ def _channel_errors(
 
 
 def _row_errors(plan: Plan, layer: Layer, context: Context, widths: Sequence[int]) -> dict[int, float]:
-    """Return the relative error of some rows of an embedding at each number of bits."""
+    """Return the relative error of some rows of a weight that is only rounded at each number of bits."""
     table = np.asarray(plan.written.weight(layer), np.float32)
     some = np.ascontiguousarray(table[:, spread_indices(table.shape[1], ROWS)])
     return {bits: round_rows(some, plan.grid_at(layer, bits, context.options)).error for bits in widths}
 
 
-def _groups(layers: Sequence[Layer]) -> dict[str, list[str]]:
-    """Group layers that share a weight, by the name of the first of them."""
+def _groups(plan: Plan) -> dict[str, list[str]]:
+    """Group layers that share a weight, by the name of the first of them that the samples reach."""
     groups: dict[str, list[str]] = {}
     first: dict[str, str] = {}
-    for layer in layers:
+    for layer in sorted(plan.layers, key=lambda x: x.name in plan.unreached):
         groups.setdefault(first.setdefault(layer.weight, layer.name), []).append(layer.name)
     return groups
 

@@ -54,6 +54,12 @@ class LayerSolver:
                 self.seconds[layer.name] = time.perf_counter() - begun
         return time.perf_counter() - start
 
+    def round_unreached(self) -> None:
+        """Give layers that the samples do not reach the solution of one with the same weight, or round them."""
+        for layer in self._plan.layers:
+            if layer.name not in self.solutions and not self._reuse_solution(layer):
+                self._keep(layer, round_rows(finite_weight(self._plan.written, layer), self._plan.grids[layer.name]))
+
     def solve(self, readers: Sequence[Layer], moments: Moments, tell: Callable[[], None]) -> float:
         """Solve layers that read the same rows. Returns the seconds that it took.
 

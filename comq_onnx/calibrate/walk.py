@@ -93,6 +93,7 @@ class _Walk:
             self._advance(stage, float_cut, quantized_cut)
             self._tell()
             self._context.progress("stages", stage.index + 1, len(parts))
+        self._solver.round_unreached()
         return self._solved()
 
     def _solved(self) -> Solved:
@@ -130,14 +131,14 @@ class _Walk:
         """Return the moments of a layer's input; x, x_hat: its arrays, one for each batch or iteration of a loop."""
         options = self._context.options
         quantized = self._plan.is_integer(layer) and not options.independent
-        in_loop = layer.name in self._plan.probes
+        nested = layer.name in self._plan.probes
         shared = all(a is b for a, b in zip(x, x_hat, strict=True))
         given = in_groups(
             LayerInput(
                 layer, x, x if shared else x_hat,
                 self._ranges.grids[layer.input] if quantized else None,
-                () if in_loop else self._counts,
-                () if in_loop else self._masks,
+                () if nested else self._counts,
+                () if nested else self._masks,
             ),
             self._store,
         )  # fmt: skip
@@ -156,7 +157,7 @@ class _Walk:
     def _advance(self, stage: Stage, float_cut: Tensors, quantized_cut: Tensors) -> None:
         """Run the stage's segment both ways, and put the tensors of the next cut into the two dictionaries.
 
-        Layers in the bodies of loops are solved before the quantized segment runs up to that cut.
+        Layers in subgraphs are solved before the quantized segment runs up to that cut.
         """
         probes, independent = self._plan.probes, self._context.options.independent
         planned = [name for name in stage.makes if name in self._plan.activations.values]
@@ -219,7 +220,7 @@ class _Walk:
 
 
 def _iterations(stacked: list[Any]) -> list[Any]:
-    """Divide inputs of a layer in a loop's body, stacked over the iterations, into one array for each iteration."""
+    """Divide inputs of a layer in a subgraph, stacked, into one array for each time that the subgraph runs."""
     return [one for array in stacked for one in array]
 
 

@@ -21,12 +21,15 @@ from comq_onnx.errors import ModelError
 from comq_onnx.model import graph as graphs
 from comq_onnx.model.half_precision import upcast
 from comq_onnx.model.layers import WEIGHT_CHAIN, Prepared, list_layers, reaches_layer
+from comq_onnx.model.op_kind import MIN_WEIGHTS
 from comq_onnx.model.operators import OP_KINDS
 from comq_onnx.model.quantized import nodes_of_quantized_weights
 from comq_onnx.model.unfuse.graph import Unfusing, others, unfuse
 
 logger = logging.getLogger(__name__)
 
+# about how many numbers of two weights are compared before all of them
+FEW = 64
 # the opset that HardSwish came with
 HARDSWISH_OPSET = 14
 
@@ -70,6 +73,7 @@ def prepare_model(
             "half-precision arithmetic became float32, which the CPU computes in anyway; inputs and outputs kept"
         )
     _fold_alpha(model)
+    _store_once(model)
     model.ir_version = min(max(model.ir_version, 8), graphs.MAX_IR_VERSION)
     layers, skipped = list_layers(model)
     return Prepared(model, layers, _with_reasons(skipped, reasons), notes)
@@ -177,6 +181,29 @@ def _fold_alpha(model: ir.Model) -> None:
         if float(alpha.value) != 1:
             product = weight * np.float32(alpha.value)
             node.replace_input_with(1, graphs.add_initializer(model.graph, f"{value.name}.times_alpha", product))
+    passes.RemoveUnusedNodesPass()(model)
+
+
+def _store_once(model: ir.Model) -> None:
+    """Let all readers of equal weights read the same initializer: folding makes one of each Identity of a weight.
+
+    Compares few numbers of each before all: onnx-ir's pass for it keeps the bytes of every weight.
+    """
+    alike: dict[object, list[ir.Value]] = {}
+    for value in list(model.graph.initializers.values()):
+        tensor = value.const_value
+        if tensor is None or tensor.size < MIN_WEIGHTS or value.is_graph_input() or value.is_graph_output():
+            continue
+        numbers = tensor.numpy().reshape(-1)
+        some = numbers[:: max(1, numbers.size // FEW)]
+        known = alike.setdefault((tensor.dtype, tuple(tensor.shape.numpy()), some.tobytes()), [])
+        for other in known:
+            assert other.const_value is not None
+            if np.array_equal(other.const_value.numpy().reshape(-1), numbers):
+                value.replace_all_uses_with(other)
+                break
+        else:
+            known.append(value)
     passes.RemoveUnusedNodesPass()(model)
 
 

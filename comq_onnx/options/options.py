@@ -98,6 +98,10 @@ class Options(SampleOptions):
         "What will run the model.\n\n\b\n" + "\n".join(f"{t.name}: {t.about}." for t in TARGETS.values()),
         choices=tuple(TARGETS),
     )  # fmt: skip
+    cpu: str = declare(
+        "any", QUANTIZATION, "x86 CPUs that must compute it right; with vnni, 8 bits of integer layers are 8, not 7.",
+        choices=("any", "vnni"),
+    )  # fmt: skip
 
     solver: str = declare(
         "comq", SOLVER, "comq; for comparison paper (the authors' COMQ), gptq, and rtn (plain rounding).",

@@ -43,7 +43,8 @@ def form_of(layer: Layer, activations: ActivationPlan) -> WeightForm:
     """Choose how the weight of a layer is written."""
     if layer.kind.is_lookup:
         return WeightForm.LOOKED_UP
-    if layer.name in activations.integer_layers:
+    # no runtime has an integer kernel for wider activations: the layer reads them as floats again
+    if layer.name in activations.integer_layers and np.iinfo(activations.dtype).bits == 8:
         return WeightForm.INTEGER
     if layer.nested:
         return WeightForm.FOLDED
@@ -80,6 +81,18 @@ def code_bytes(layer: Layer, bits: int, activations: ActivationPlan, target: Tar
     container, planes = container_of(layer, bits, activations, target, opset)
     count = int(np.prod(layer.weight_shape))
     return sum(-(-count * width // 8) for width in planes or (WIDTHS[container],))
+
+
+def may_overflow(layer: Layer, activations: ActivationPlan, target: Target) -> bool:
+    """Tell whether x86 CPUs without VNNI could add two products of a layer to more than 16 bits hold.
+
+    Their kernels multiply uint8 activations by int8 codes, and add the products of neighbouring inputs with saturation.
+    """
+    if layer.name not in activations.integer_layers or activations.dtype != "uint8":
+        return False
+    kind = layer.kind
+    exact = target.exact_depthwise and kind.is_depthwise and kind.outputs == kind.groups
+    return not exact
 
 
 def supported_grid(layer: Layer, form: WeightForm, grid: Grid, target: Target) -> Grid:

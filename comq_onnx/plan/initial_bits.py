@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from comq_onnx.context import Context
 from comq_onnx.errors import OptionError
 from comq_onnx.model.layers import Layer, compile_pattern, no_match
@@ -12,14 +10,15 @@ from comq_onnx.plan.plan import Bits, Plan
 from comq_onnx.solve.grid import MAX_BITS
 
 EMBEDDING_BITS = 8
+# of layers that no sample shows
+UNSEEN_BITS = 8
 # the bits at which layers are compared, and which they have until a budget has decided
 REFERENCE_BITS = 4
 
 
-def initial_bits(layers: Sequence[Layer], options: Options) -> Bits:
+def initial_bits(plan: Plan, options: Options) -> Bits:
     """Return the bits that the options give each layer. Raises OptionError for a pattern that matches none."""
-    usual = options.fixed_bits or REFERENCE_BITS
-    bits = {x.name: EMBEDDING_BITS if x.kind.is_lookup else usual for x in layers}
+    bits = {x.name: _usual_bits(plan, x, options) for x in plan.layers}
     for pattern, number in options.bits_for:
         expression = compile_pattern(pattern, "--bits-for")
         matching = [name for name in bits if expression.search(name)]
@@ -27,6 +26,12 @@ def initial_bits(layers: Sequence[Layer], options: Options) -> Bits:
             raise OptionError(no_match("--bits-for", f"{pattern}={number}", pattern, list(bits)))
         bits.update(dict.fromkeys(matching, number))
     return bits
+
+
+def _usual_bits(plan: Plan, layer: Layer, options: Options) -> int:
+    if plan.is_unseen(layer):
+        return UNSEEN_BITS
+    return EMBEDDING_BITS if layer.kind.is_lookup else options.fixed_bits or REFERENCE_BITS
 
 
 def has_explicit_bits(name: str, options: Options) -> bool:

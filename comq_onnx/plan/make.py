@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -17,12 +17,14 @@ from comq_onnx.plan import integer_gain, smoothing
 from comq_onnx.plan.activations import ActivationPlan, plan_activations, plan_between_pairs
 from comq_onnx.plan.faithful import BLOCKS_OPSET
 from comq_onnx.plan.initial_bits import fill_containers, initial_bits
-from comq_onnx.plan.plan import Plan
+from comq_onnx.plan.plan import Bits, Plan
 from comq_onnx.plan.subgraphs import Specialized, specialize
 from comq_onnx.samples.dataset import Dataset
 
 # the number of samples that show how large the channels of activations are, and how many of them run at once
 SMOOTHING_SAMPLES, SMOOTHING_BATCH = 64, 4
+# layers that are named in a note, at most
+MOST_NAMED = 3
 PROBED = "the model with its activations as outputs"
 
 
@@ -32,25 +34,40 @@ def make_plan(source: FloatModel, prepared: Prepared, data: Dataset, context: Co
     Raises ModelError where the samples reach no layer, OptionError for options that the model's opset cannot express.
     """
     specialized = specialize(prepared, data.calibration, context)
-    prepared = _reached(prepared, specialized, source)
+    _check_reached(specialized, source)
     dtype = context.target.activation_dtype(context.options.activations)
     _check_opset(prepared, dtype, context)
     plan = Plan(prepared, specialized.prepared, specialized.probes, ActivationPlan("float32"), context.target)
     plan = _choose_activations(plan, dtype, data, context)
-    bits = initial_bits(plan.layers, context.options)
+    bits = initial_bits(plan, context.options)
+    _tell_unreached(plan, specialized.unreached, bits, context)
     if context.options.fixed_bits is not None and not context.options.uniform:
         bits = fill_containers(plan, bits, context)
     return smooth_activations(plan.with_bits(bits, context.options), dtype, data, context)
 
 
-def _reached(prepared: Prepared, specialized: Specialized, source: FloatModel) -> Prepared:
-    """Return the prepared model with the layers that the samples reach. Raises ModelError where there are none."""
-    unreached = specialized.skipped
-    layers = [layer for layer in prepared.layers if layer.name not in unreached]
-    if not layers:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(unreached.items())[:3])
+def _check_reached(specialized: Specialized, source: FloatModel) -> None:
+    """Raise ModelError where the samples reach no layer."""
+    if not specialized.prepared.layers:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(specialized.unreached.items())[:3])
         raise ModelError(f"{source.path}: the samples reach no layer that can be quantized ({reasons})")
-    return replace(prepared, layers=layers, skipped={**prepared.skipped, **unreached})
+
+
+def _tell_unreached(plan: Plan, reasons: Mapping[str, str], bits: Bits, context: Context) -> None:
+    """Note what is done with layers that the samples do not reach; reasons: why, by the name of the layer."""
+    if not plan.unreached:
+        return
+    rounded = [layer.name for layer in plan.layers if plan.is_unseen(layer)]
+    named = "; ".join(f"{name} ({reasons[name]})" for name in sorted(plan.unreached)[:MOST_NAMED])
+    more = f"; {len(plan.unreached) - MOST_NAMED} more" if len(plan.unreached) > MOST_NAMED else ""
+    shared = len(plan.unreached) - len(rounded)
+    how = [f"{shared} take the weights of others that are calibrated"] if shared else []
+    if rounded:
+        how.append(f"{len(rounded)} are rounded to {max(bits[name] for name in rounded)} bits")
+    context.journal.notes.append(
+        f"{len(plan.unreached)} layers are weight-only because the samples do not reach them; {' and '.join(how)}: "
+        f"{named}{more}"
+    )
 
 
 def _check_opset(prepared: Prepared, dtype: str | None, context: Context) -> None:
@@ -128,7 +145,11 @@ def smooth_activations(plan: Plan, dtype: str | None, data: Dataset, context: Co
 
 def _smoothing_factors(plan: Plan, data: Dataset, context: Context) -> smoothing.Factors:
     """Find the factors for the channels of some activations, from a few samples."""
-    candidates = smoothing.candidates(plan.walked, plan.activations)
+    candidates = {
+        name: layers
+        for name, layers in smoothing.candidates(plan.walked, plan.activations).items()
+        if not any(layer.weight in plan.unreached_weights for layer in layers)
+    }
     if not candidates:
         return {}
     few = data.calibration.few(SMOOTHING_SAMPLES)

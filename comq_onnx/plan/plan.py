@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from comq_onnx.model.layers import Layer, Prepared
 from comq_onnx.options.options import Options
 from comq_onnx.plan.activations import ActivationPlan
-from comq_onnx.plan.forms import WeightForm, code_bytes, container_of, form_of, may_add_bias, supported_grid
+from comq_onnx.plan.forms import (
+    WeightForm,
+    code_bytes,
+    container_of,
+    form_of,
+    may_add_bias,
+    may_overflow,
+    supported_grid,
+)
 from comq_onnx.solve.grid import Grid
 from comq_onnx.targets.target import Target
 
@@ -22,12 +31,12 @@ class Plan:
 
     written: the model that is written, with its layers in topological order
     walked: the same model as calibration walks through it: branches of If inlined, loops with more outputs (see
-        subgraphs.py)
-    probes: for each layer in the body of a loop, the value of `walked` that stacks the layer's inputs
+        subgraphs.py); its layers are those that the samples reach
+    probes: for each layer in a subgraph of `walked`, the value that stacks the layer's inputs
     activations: the values that are quantized, and the layers that run in integers
     target: the runtime that the model is written for
-    bits: the bits of each layer's weight, by the name of the layer
-    grids: the grid of each layer's weight, by the name of the layer
+    bits: the bits that each layer's weight is stored with, by the name of the layer
+    grids: the grid of each layer's weight, by the name of the layer; of fewer bits for layers of `narrow` weights
     slower: the names of layers that are weight-only because integers would make them slower
     """
 
@@ -49,6 +58,24 @@ class Plan:
     def opset(self) -> int:
         """Return the opset of the model that is written."""
         return self.written.opset
+
+    @cached_property
+    def unreached(self) -> frozenset[str]:
+        """Return the names of the layers that calibration does not reach."""
+        return frozenset(x.name for x in self.layers) - {x.name for x in self.walked.layers}
+
+    @cached_property
+    def unreached_weights(self) -> frozenset[str]:
+        """Return the weights of the layers that calibration does not reach."""
+        return frozenset(x.weight for x in self.layers if x.name in self.unreached)
+
+    def is_unseen(self, layer: Layer) -> bool:
+        """Tell whether calibration reaches neither a layer nor another one with its weight."""
+        return layer.name in self.unreached and layer.weight not in self._walked_weights
+
+    @cached_property
+    def _walked_weights(self) -> frozenset[str]:
+        return frozenset(x.weight for x in self.walked.layers)
 
     def form(self, layer: Layer) -> WeightForm:
         """Return how the weight of a layer is written."""
@@ -76,5 +103,15 @@ class Plan:
         return replace(self, bits=bits, grids=grids)
 
     def grid_at(self, layer: Layer, bits: int, options: Options) -> Grid:
-        """Return the grid of a layer's weight at `bits` bits."""
+        """Return the grid of a layer's weight that is stored with `bits` bits.
+
+        Unless all CPUs that matter have VNNI, its codes have at most as many bits as are safe without.
+        """
+        if options.cpu == "any" and layer.weight in self.narrow:
+            bits = min(bits, self.target.safe_bits)
         return supported_grid(layer, self.form(layer), options.grid(bits), self.target)
+
+    @cached_property
+    def narrow(self) -> frozenset[str]:
+        """Return the weights of layers that may overflow on some CPUs, also where other layers share them."""
+        return frozenset(x.weight for x in self.layers if may_overflow(x, self.activations, self.target))

@@ -14,30 +14,33 @@ from comq_onnx.model.layers import Layer, Prepared
 from comq_onnx.model.probe import probe
 from comq_onnx.samples.samples import Samples
 
+# operators with subgraphs, and the attributes that hold these
+SUBGRAPHS = {"If": ("then_branch", "else_branch"), "Loop": ("body",), "Scan": ("body",)}
+
 
 @dataclass(frozen=True)
 class Specialized:
     """Hold the model as calibration walks through it.
 
     prepared: the model, with the layers that the walk reaches
-    probes: for each layer in the body of a Loop or Scan, the value of the main graph that stacks the layer's inputs
-        over the iterations
-    skipped: the layers that the walk does not reach, and why
+    probes: for each layer in a subgraph, the value of the main graph that stacks the layer's inputs, one for each time
+        that the subgraph runs
+    unreached: the layers that the walk does not reach, and why
     """
 
     prepared: Prepared
     probes: dict[str, str]
-    skipped: dict[str, str]
+    unreached: dict[str, str]
 
 
 def specialize(prepared: Prepared, samples: Samples, context: Context) -> Specialized:
     """Make the layers in subgraphs reachable.
 
-    Each If is replaced by the branch that all samples take. What layers in the body of a Loop or Scan read becomes an
-    output of the Loop or Scan.
+    Each If is replaced by the branch that all samples take. What layers in the branches of another If, or in the body
+    of a Loop or Scan, read becomes an output of that operator.
     """
     model = prepared.model
-    if any(node.op_type in ("If", "Loop", "Scan") for node in model.graph):
+    if any(node.op_type in SUBGRAPHS for node in model.graph):
         model = model.clone()
         while _inline_one_level(model, samples, context):
             pass
@@ -48,58 +51,95 @@ def specialize(prepared: Prepared, samples: Samples, context: Context) -> Specia
         for attribute in node.attributes.values():
             if attribute.type == ir.AttributeType.GRAPH:
                 inside.update({str(n.name): node.op_type for n in attribute.value.all_nodes()})
-    skipped = {
+    unreached = {
         layer.name: f"{layer.op}: {_why_unreached(inside.get(layer.name))}"
         for layer in prepared.layers
         if layer.name not in reached
     }
     layers = [layer for layer in prepared.layers if layer.name in reached]
-    return Specialized(replace(prepared, model=model, layers=layers), probes, skipped)
+    return Specialized(replace(prepared, model=model, layers=layers), probes, unreached)
 
 
 def _probe_bodies(model: ir.Model, layers: Mapping[str, Layer]) -> dict[str, str]:
-    """Give each Loop and Scan of the main graph one more output for every value that layers of its body read.
+    """Give each If, Loop and Scan of the main graph one more output for every value that layers in it read.
 
     Returns the name of that output for each layer.
     """
     probes: dict[str, str] = {}
     for node in model.graph:
-        if node.op_type not in ("Loop", "Scan") or node.domain not in ("", "ai.onnx"):
+        if node.domain not in ("", "ai.onnx"):
             continue
-        body = node.attributes["body"].value
-        made = {str(v.name): v for inner in body for v in inner.outputs} | {str(v.name): v for v in body.inputs}
-        stacked: dict[str, str] = {}
-        for inner in list(body):
-            layer = layers.get(str(inner.name))
-            if layer is None or layer.input not in made or layer.kind.is_lookup:
-                continue
-            if layer.input not in stacked:
-                stacked[layer.input] = _add_scan_output(node, body, made[layer.input])
-            probes[layer.name] = stacked[layer.input]
+        for name in SUBGRAPHS.get(node.op_type, ()):
+            body = node.attributes[name].value
+            stacked: dict[str, str] = {}
+            for inner in list(body):
+                layer = layers.get(str(inner.name))
+                if layer is None or layer.kind.is_lookup:
+                    continue
+                value = inner.inputs[layer.kind.input_index]
+                assert value is not None
+                if layer.input not in stacked:
+                    stacked[layer.input] = (
+                        _add_branch_output(model, node, body, value)
+                        if node.op_type == "If"
+                        else _add_scan_output(node, body, value)
+                    )
+                probes[layer.name] = stacked[layer.input]
     return probes
 
 
 def _add_scan_output(node: ir.Node, body: ir.Graph, value: ir.Value) -> str:
-    """Give a Loop or Scan one more output: a value of its body, stacked over the iterations. Returns its name."""
-    copy = ir.node("Identity", [value], name=f"{value.name}.probe")
-    copy.outputs[0].name, copy.outputs[0].type = f"{value.name}.probe", value.type or ir.TensorType(ir.DataType.FLOAT)
-    body.append(copy)
-    body.outputs.append(copy.outputs[0])
+    """Give a Loop or Scan one more output: a value that its body reads, stacked over the iterations.
+
+    Returns the name of the output.
+    """
+    _add_output(body, "Identity", [value], _probe_name(body, value))
     for name in ("scan_output_axes", "scan_output_directions"):
         if name in node.attributes:
             node.attributes[name] = ir.AttrInt64s(name, [*node.attributes[name].value, 0])
+    return _name_output(node, f"{_probe_name(body, value)}.stacked")
+
+
+def _add_branch_output(model: ir.Model, node: ir.Node, branch: ir.Graph, value: ir.Value) -> str:
+    """Give an If one more output: a value that a branch reads, as a stack of one; an empty one in the other branch.
+
+    Returns the name of the output.
+    """
+    first = graphs.add_initializer(model.graph, "comq_onnx.first_axis", np.array([0]))
+    nothing = graphs.add_initializer(model.graph, "comq_onnx.nothing", np.zeros(0, np.float32))
+    name = _probe_name(branch, value)
+    for attribute in ("then_branch", "else_branch"):
+        one = node.attributes[attribute].value
+        if one is branch:
+            _add_output(one, "Unsqueeze", [value, first], name)
+        else:
+            _add_output(one, "Identity", [nothing], f"{name}.none")
+    return _name_output(node, f"{name}.stacked")
+
+
+def _probe_name(graph: ir.Graph, value: ir.Value) -> str:
+    """Return a name for a copy of a value in one graph: graphs may read the same value from outside."""
+    return f"{value.name}.in.{graph.outputs[0].name}.probe"
+
+
+def _add_output(graph: ir.Graph, op: str, inputs: Sequence[ir.Value], name: str) -> None:
+    """Give a graph one more output, `op` of some values."""
+    made = ir.node(op, inputs, name=name)
+    made.outputs[0].name, made.outputs[0].type = name, inputs[0].type or ir.TensorType(ir.DataType.FLOAT)
+    graph.append(made)
+    graph.outputs.append(made.outputs[0])
+
+
+def _name_output(node: ir.Node, name: str) -> str:
+    """Give a node one more output of this name, and return the name."""
     node.resize_outputs(len(node.outputs) + 1)
-    node.outputs[-1].name = f"{value.name}.stacked"
-    return f"{value.name}.stacked"
+    node.outputs[-1].name = name
+    return name
 
 
 def _why_unreached(op: str | None) -> str:
     """Say why the walk does not reach a layer; op: the type of the node of the main graph that holds it, or None."""
-    if op is None:
-        return "in a branch that no sample takes"
-    if op == "If":
-        return "in an If of which the samples take both branches"
-    return f"too deep in the body of a {op} to be calibrated"
+    return "in a branch that no sample takes" if op is None else f"too deep in the subgraphs of a {op} to be calibrated"
 
 
 def _inline_one_level(model: ir.Model, samples: Samples, context: Context) -> bool:

@@ -17,12 +17,14 @@ from comq_onnx.context import Context
 from comq_onnx.evaluate import Evaluation
 from comq_onnx.model.float_model import FloatModel
 from comq_onnx.model.layers import Layer, calibrated
+from comq_onnx.plan.forms import may_overflow
+from comq_onnx.plan.plan import Plan
 from comq_onnx.plan.solved import Solved
 from comq_onnx.report.inputs import describe
 from comq_onnx.report.report import ActivationReport, LayerReport, Report
 from comq_onnx.runtime import session as runtime
 from comq_onnx.samples.dataset import Dataset
-from comq_onnx.solve.grid import Grid
+from comq_onnx.solve.grid import MAX_BITS, Grid
 from comq_onnx.solve.layer import error_db
 from comq_onnx.write.provenance import version
 
@@ -48,7 +50,7 @@ def build_plan_report(chosen: Chosen, source: FloatModel, data: Dataset, context
         bits=options.bits,
         layers=[_planned_layer(layer, chosen, source, stage_of.get(layer.name, 0)) for layer in plan.layers],
         skipped=plan.written.skipped,
-        notes=journal.notes,
+        notes=[*journal.notes, *_cpu_notes(plan)],
         warnings=journal.warnings,
         options=dict(vars(options)),
         runtime={"onnxruntime": runtime.version(), "device": context.device, "opset": str(plan.opset)},
@@ -92,13 +94,30 @@ def build_report(
     )
 
 
+def _cpu_notes(plan: Plan) -> list[str]:
+    """Say on which CPUs the integer layers are right; nothing where all CPUs of the target are alike."""
+    safe = plan.target.safe_bits
+    layers = [x for x in plan.layers if may_overflow(x, plan.activations, plan.target)]
+    if safe == MAX_BITS or not layers:
+        return []
+    narrowed = sum(plan.grids[x.name].bits < plan.bits[x.name] for x in layers)
+    wide = sum(plan.grids[x.name].bits > safe for x in layers)
+    if wide:
+        return [
+            f"{wide} of {len(layers)} integer layers may overflow on x86 CPUs without VNNI (--cpu any: none, by codes "
+            f"of {safe} bits)"
+        ]
+    how = f": {narrowed} of {len(layers)} use {safe} of their {MAX_BITS} bits for that (--cpu vnni: all)"
+    return [f"no integer layer overflows on x86 CPUs without VNNI{how if narrowed else ''}"]
+
+
 def _planned_layer(layer: Layer, chosen: Chosen, source: FloatModel, stage: int) -> LayerReport:
     """Report what is planned for a layer; stage: the index of its stage."""
     plan, tradeoff = chosen.plan, chosen.tradeoff
-    grid = plan.grids[layer.name]
-    noise = None if tradeoff is None else error_db(tradeoff.sensitivity.cost(layer.name, grid.bits))
+    grid, bits = plan.grids[layer.name], plan.bits[layer.name]
+    noise = None if tradeoff is None else error_db(tradeoff.sensitivity.cost(layer.name, bits))
     return LayerReport(
-        layer.name, layer.op, layer.weight_shape, grid.bits, _granularity(layer, grid), plan.form(layer).value, stage,
+        layer.name, layer.op, layer.weight_shape, bits, _granularity(layer, grid), plan.form(layer).value, stage,
         input=layer.input, bytes_before=math.prod(layer.weight_shape) * (2 if source.is_half else 4),
         output_noise_db=noise, slower=layer.name in plan.slower,
     )  # fmt: skip

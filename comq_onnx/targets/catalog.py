@@ -23,6 +23,7 @@ ORT_CPU = Target(
     ),
     sources=(
         "https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html",
+        "https://github.com/microsoft/onnxruntime/pull/12088 (weights outside [-64, 63] overflow without VNNI)",
         "measured with ONNX Runtime 1.23 to 1.31: docs/runtimes.md",
     ),
     device="cpu",
@@ -42,6 +43,8 @@ ORT_CPU = Target(
     weight_zero_points=True,
     integer_bias=True,
     unpack="Cast",
+    safe_bits=7,
+    exact_depthwise=True,
     # ONNX Runtime 1.31: MatMulNBits of INT2 codes gives garbage for other numbers of outputs
     int2_columns=4,
     costs=ORT_CPU_COSTS,
@@ -120,7 +123,10 @@ OPENVINO = Target(
         "OpenVINO on the CPU runs the forms of ort-cpu in integers, also INT4 codes behind a Cast. It reads no INT2 "
         "and no blocks that do not fill the inputs, and it joins bit planes at every call, in float"
     ),
-    sources=("compiled with OpenVINO 2026.4.1: docs/runtimes.md",),
+    sources=(
+        "compiled with OpenVINO 2026.4.1: docs/runtimes.md",
+        "https://docs.openvino.ai/latest/pot_saturation_issue.html (7 bits without VNNI)",
+    ),
     device=None,
     activation="uint8",
     wide_activation=None,
@@ -136,6 +142,7 @@ OPENVINO = Target(
     weight_zero_points=False,
     integer_bias=True,
     unpack="Cast",
+    safe_bits=7,
     whole_blocks=True,
 )
 

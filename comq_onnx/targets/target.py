@@ -70,6 +70,9 @@ class Target:
     Weights:
 
     integer: how the codes of layers with quantized activations are stored.
+    safe_bits: the most bits of their codes whose products with uint8 activations all x86 CPUs add without overflow:
+    those without VNNI add two products in 16 bits, and 255 * 64 * 2 fits there, 255 * 127 * 2 does not.
+    exact_depthwise: depthwise convolutions are added in 32 bits everywhere, so they may have more.
     weight_only: how the codes of all other layers are stored.
     weight_zero_points: other zero points than 0 are allowed.
     integer_bias: integer layers take an int32 bias of scale s_x * s_w; a float one otherwise.
@@ -109,6 +112,9 @@ class Target:
     weight_zero_points: bool
     integer_bias: bool
     unpack: str
+
+    safe_bits: int = 8
+    exact_depthwise: bool = False
 
     block: int = 128
     whole_blocks: bool = False

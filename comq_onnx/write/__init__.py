@@ -4,8 +4,10 @@ emit: rewrite a graph, and make the quantized model
 weights: write the weight of a layer in its form
 biases: write the bias of a layer, as floats or as int32
 activations: write the pairs of QuantizeLinear and DequantizeLinear of activations
+walls: keep products apart from operators that a runtime would join them with in float
 codes: store integer codes in containers or as bit planes
 expose: make weights inputs of the float model, to try quantized ones without a new session
 provenance: make the metadata of the file
 check: check a written model against its plan and the rules of its target
+size: compare its size with that of its source
 """

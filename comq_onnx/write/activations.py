@@ -39,12 +39,11 @@ def integer_readers(solved: Solved, nodes: dict[str, ir.Node]) -> dict[str, list
     """
     readers: dict[str, list[tuple[ir.Node, int]]] = {}
     for layer in solved.plan.layers:
-        if (
-            layer.name in solved.plan.activations.integer_layers
-            and layer.name in nodes
-            and layer.name in solved.solutions
-        ):
-            readers.setdefault(layer.input, []).append((nodes[layer.name], layer.kind.input_index))
+        # a Gemm that is written in blocks is a MatMul
+        node = nodes.get(f"{layer.name}.matmul") or nodes.get(layer.name)
+        integer = layer.name in solved.plan.activations.integer_layers
+        if integer and node is not None and layer.name in solved.solutions:
+            readers.setdefault(layer.input, []).append((node, layer.kind.input_index))
     return readers
 
 

@@ -91,7 +91,7 @@ def _fault(node: ir.Node, layer: Layer, solved: Solved) -> str:
     index = 0 if form is WeightForm.LOOKED_UP else 1 if form is WeightForm.BLOCKED else layer.kind.weight_index
     weight = node.inputs[index]
     solution = solved.solutions[layer.name].weight
-    container, planes = solved.plan.container(layer, solution.grid.bits)
+    container, planes = solved.plan.container(layer, solved.plan.bits[layer.name])
     codes = [v for v in _constants_behind(weight) if str(v.name).startswith(f"{layer.weight}.codes")]
     types = {v.dtype for v in codes}
     wanted = ir.DataType.UINT8 if planes else ir.DataType[container]
@@ -324,10 +324,16 @@ def _axis(node: ir.Node, quantized: ir.Value | None) -> int:
 
 
 def _constant_scale(value: ir.Value | None) -> Numbers | None:
-    """Return the numbers of a scale: of an initializer, or of the product of two, which int32 biases have."""
+    """Return the numbers of a scale: of an initializer, reshaped or not, or of the product of two.
+
+    The scales of int32 biases are products.
+    """
     if value is None or value.producer() is None:
         return graphs.constant(value)
     node = value.producer()
+    if node is not None and node.op_type == "Reshape":
+        scale, shape = _constant_scale(node.inputs[0]), graphs.constant(node.inputs[1])
+        return None if scale is None or shape is None else scale.reshape(shape)
     parts = [] if node is None or node.op_type != "Mul" else [graphs.constant(v) for v in node.inputs]
     return parts[0] * parts[1] if len(parts) == 2 and parts[0] is not None and parts[1] is not None else None
 

@@ -98,3 +98,28 @@ def shared_constant(graph: ir.Graph, name: str, numbers: Numbers) -> ir.Value:
         if stored.dtype == numbers.dtype and stored.shape == numbers.shape and np.array_equal(stored, numbers):
             return known
     return graphs.add_initializer(graph, name, numbers)
+
+
+def for_one_reader(graph: ir.Graph, before: ir.Node, value: ir.Value, name: str) -> ir.Value:
+    """Return a constant of the numbers of a stored one that no other node reads, by nodes in front of `before`.
+
+    The first reader takes the stored constant itself. For each other one ONNX Runtime makes a constant when it loads
+    the model: of reshapes to and fro over one axis more than for the reader before, or it would take equal ones for
+    the same. There are no reshapes of packed integers, and ONNX Runtime fails to fold a Cast to INT2.
+    """
+    count, shape, dtype = len(list(value.uses())), value.shape, value.dtype
+    if not count:
+        return value
+    assert shape is not None
+    dims = [int(d) for d in shape if isinstance(d, int)]
+    longer = shared_constant(graph, f"comq_onnx.shape_{'x'.join(map(str, dims))}_{count}", np.array([1] * count + dims))
+    plain = shared_constant(graph, f"comq_onnx.shape_{'x'.join(map(str, dims))}", np.array(dims))
+    packed = dtype in (ir.DataType.INT4, ir.DataType.INT2)
+    if packed:
+        value = graphs.insert(before, "Cast", [value], {"to": ir.DataType.INT8}, f"{name}.int8")
+    value = graphs.insert(before, "Reshape", [value, longer], {}, f"{name}.longer")
+    value = graphs.insert(before, "Reshape", [value, plain], {}, f"{name}.plain" if packed else name)
+    value.type, value.shape = ir.TensorType(ir.DataType.INT8 if packed or dtype is None else dtype), shape
+    if packed:
+        value = graphs.insert(before, "Cast", [value], {"to": ir.DataType.INT4}, name)
+    return value

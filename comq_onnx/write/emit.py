@@ -16,6 +16,7 @@ from comq_onnx.model import graph as graphs
 from comq_onnx.model.layers import nodes_by_name
 from comq_onnx.plan.solved import Solved
 from comq_onnx.write.activations import emit_activation, integer_readers, keep_float, mark_source
+from comq_onnx.write.walls import build_walls
 from comq_onnx.write.weights import emit_layer, stored_bytes
 
 
@@ -57,12 +58,14 @@ def emit(model: ir.Model, solved: Solved) -> None:
     for layer in solved.plan.layers:
         if layer.name in nodes and layer.name in solved.solutions:
             emit_layer(model, nodes, layer, solved)
-    readers = integer_readers(solved, nodes)
+    # a Gemm may have become a MatMul
+    readers = integer_readers(solved, nodes_by_name(model))
     values = {str(v.name): v for v in graphs.walk_values(model)}
     for name in solved.plan.activations.values:
         if name in values and name in solved.activation_grids:
             emit_activation(model, values[name], solved, readers.get(name, []))
     keep_float(model, solved)
+    build_walls(model, solved)
     passes.RemoveUnusedNodesPass()(model)
     # the new names may be taken already
     passes.NameFixPass()(model)

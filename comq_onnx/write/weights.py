@@ -14,9 +14,9 @@ from comq_onnx.model.layers import Layer
 from comq_onnx.plan.activations import ActivationPlan
 from comq_onnx.plan.forms import WeightForm
 from comq_onnx.plan.solved import Solved
-from comq_onnx.solve.grid import Array, QuantizedWeight
+from comq_onnx.solve.grid import MAX_BITS, Array, QuantizedWeight
 from comq_onnx.write.biases import add_bias, fit_bias, float_bias, is_open_product, set_bias
-from comq_onnx.write.codes import pack, shared_constant, store
+from comq_onnx.write.codes import for_one_reader, pack, shared_constant, store
 
 Numbers = npt.NDArray[Any]
 
@@ -44,7 +44,8 @@ def emit_layer(model: ir.Model, nodes: dict[str, ir.Node], layer: Layer, solved:
 
 def stored_bytes(model: ir.Model, layer: Layer) -> int:
     """Return the bytes that the weight of a layer takes in an emitted `model`: codes, scales and zero points."""
-    names = (f"{layer.weight}.codes", f"{layer.name}.scale", f"{layer.name}.zero_point")
+    planes = (f"{layer.weight}.codes.plane_{k}" for k in range(MAX_BITS))
+    names = (f"{layer.weight}.codes", *planes, f"{layer.name}.scale", f"{layer.name}.zero_point")
     values = (model.graph.initializers.get(name) for name in names)
     return sum(v.const_value.nbytes for v in values if v is not None and v.const_value is not None)
 
@@ -73,11 +74,13 @@ def _emit_integer(
     dequantized = _dequantize(model, node, layer, weight, solved)
     node.replace_input_with(layer.kind.weight_index, dequantized)
     set_bias(model, nodes, layer, bias, dequantized if integer_bias else None, input_scale)
+    if layer.op == "Gemm" and bias is None and (addend := _gemm_addend(model, node, layer, None)) is not None:
+        _add_behind(node, layer, addend)
 
 
 def _dequantize(model: ir.Model, node: ir.Node, layer: Layer, weight: QuantizedWeight, solved: Solved) -> ir.Value:
     """Write codes -> Cast to INT8 where they are packed -> DequantizeLinear along the channels."""
-    codes = _codes(model, layer, layer.kind.from_matrix(weight.codes), weight, solved)
+    codes = _codes(model, layer, layer.kind.from_matrix(weight.codes), solved)
     if codes.dtype != ir.DataType.INT8:
         codes = graphs.insert(node, "Cast", [codes], {"to": ir.DataType.INT8}, f"{layer.name}.int8")
     # without a zero point ONNX Runtime does not fuse a Gemm
@@ -159,17 +162,34 @@ def _dequantize_blocks(
     """
     inputs, grid = weight.codes.shape[-1], weight.grid
     block = grid.block_size or solved.plan.target.block_of(inputs, grid.bits)
-    codes = _codes(model, layer, weight.codes[0].T, weight, solved)
-    assert codes.dtype is not None
-    container = codes.dtype.name
+    stored = _codes(model, layer, weight.codes[0].T, solved)
+    assert stored.dtype is not None
+    container = stored.dtype.name
+    codes = stored
+    if not solved.plan.target.runs_outside_ort:
+        # ONNX Runtime makes a MatMulNBits only of constants that nothing else reads
+        codes = for_one_reader(model.graph, node, stored, f"{layer.name}.codes")
     if solved.plan.opset < 21 or block is None:
         return _dequantize_channels(model, node, layer, weight, codes, container, axis=1, with_zero=False)
     # the block of the solution that each stored block lies in
     source = np.minimum(np.arange(-(-inputs // block)) * block, inputs - 1) // (grid.block_size or inputs)
     scale = np.asarray(weight.scale[0][:, source].T, np.float32)
     zero = weight.zero_point[0][:, source].T
-    packed = pack(zero, container) if zero.any() else None
-    return _insert_dequantize(model, node, layer, codes, scale, packed, {"axis": 0, "block_size": block})
+    parts = [codes, _block_part(model, node, layer, stored, "scale", scale)]
+    if zero.any():
+        parts.append(_block_part(model, node, layer, stored, "zero_point", pack(zero, container)))
+    attributes = {"axis": 0, "block_size": block}
+    return graphs.insert(node, "DequantizeLinear", parts, attributes, f"{layer.name}.weight")
+
+
+def _block_part(model: ir.Model, node: ir.Node, layer: Layer, codes: ir.Value, part: str, numbers: Numbers) -> ir.Value:
+    """Store the scales or the zero points of blocks, once where another layer of the same codes has the same ones."""
+    known = codes.meta.get(part)
+    if known is not None and np.array_equal(known.const_value.numpy(), numbers):
+        return for_one_reader(model.graph, node, known, f"{layer.name}.{part}")
+    value = graphs.add_initializer(model.graph, f"{layer.name}.{part}", numbers)
+    codes.meta.setdefault(part, value)
+    return value
 
 
 def _adding_op(node: ir.Node, plan: ActivationPlan) -> str:
@@ -185,15 +205,7 @@ def _adding_op(node: ir.Node, plan: ActivationPlan) -> str:
 
 def _gemm_as_matmul(model: ir.Model, node: ir.Node, layer: Layer, bias: Array | None, plan: ActivationPlan) -> ir.Node:
     """Replace a Gemm by x W + b, and return the MatMul: with transB a Gemm never becomes MatMulNBits."""
-    third = node.inputs[2] if len(node.inputs) > 2 else None
-    addend: ir.Value | None = None
-    if bias is not None:
-        addend = graphs.add_initializer(model.graph, f"{layer.name}.bias", bias)
-    elif third is not None and layer.kind.beta != 0:
-        addend = third
-        if layer.kind.beta != 1:
-            beta = graphs.add_initializer(model.graph, f"{layer.name}.beta", np.asarray(layer.kind.beta, np.float32))
-            addend = graphs.insert(node, "Mul", [third, beta], {}, f"{layer.name}.scaled_bias")
+    addend = _gemm_addend(model, node, layer, bias)
     product = ir.node("MatMul", [node.inputs[0], node.inputs[1]], name=f"{layer.name}.matmul")
     if addend is None:
         _take_over(node, product)
@@ -201,8 +213,37 @@ def _gemm_as_matmul(model: ir.Model, node: ir.Node, layer: Layer, bias: Array | 
     product.outputs[0].name = f"{layer.name}.product"
     assert node.graph is not None
     node.graph.insert_before(node, product)
-    _take_over(node, ir.node(_adding_op(node, plan), [product.outputs[0], addend], name=f"{layer.name}.add"))
+    # what is no bias per channel would make a float Gemm again
+    op = _adding_op(node, plan) if bias is not None else "Sum"
+    _take_over(node, ir.node(op, [product.outputs[0], addend], name=f"{layer.name}.add"))
     return product
+
+
+def _gemm_addend(model: ir.Model, node: ir.Node, layer: Layer, bias: Array | None) -> ir.Value | None:
+    """Return what a Gemm adds to its product: `bias` where given, else its third input times beta, else None."""
+    if bias is not None:
+        return graphs.add_initializer(model.graph, f"{layer.name}.bias", bias)
+    third = node.inputs[2] if len(node.inputs) > 2 else None
+    if third is None or layer.kind.beta in (0, 1):
+        return None if layer.kind.beta == 0 else third
+    beta = graphs.add_initializer(model.graph, f"{layer.name}.beta", np.asarray(layer.kind.beta, np.float32))
+    return graphs.insert(node, "Mul", [third, beta], {}, f"{layer.name}.scaled_bias")
+
+
+def _add_behind(node: ir.Node, layer: Layer, addend: ir.Value) -> None:
+    """Take the third input out of a Gemm and add `addend` behind it: only a bias per channel has an integer kernel."""
+    total = ir.node("Sum", [], name=f"{layer.name}.add")
+    product, out = node.outputs[0], total.outputs[0]
+    out.name, out.type, out.shape = product.name, product.type, product.shape
+    product.replace_all_uses_with(out, replace_graph_outputs=True)
+    product.name = f"{layer.name}.product"
+    node.resize_inputs(2)
+    node.attributes.pop("beta", None)
+    total.resize_inputs(2)
+    total.replace_input_with(0, product)
+    total.replace_input_with(1, addend)
+    assert node.graph is not None
+    node.graph.insert_after(node, total)
 
 
 # Layers whose weight is unpacked when the model is loaded
@@ -221,7 +262,7 @@ def _unpack_at_load(model: ir.Model, node: ir.Node, layer: Layer, weight: Quanti
         # in the main graph, where every runtime folds constants, and once for all iterations
         node = next(iter(model.graph))
     shape = layer.weight_shape if weight.grid.per_tensor else layer.kind.scaled_shape(weight.scale.shape[-1])
-    codes = _codes(model, layer, layer.kind.from_matrix(weight.codes).reshape(shape), weight, solved)
+    codes = _codes(model, layer, layer.kind.from_matrix(weight.codes).reshape(shape), solved)
     value = _as_float(model, node, codes, solved.plan.target.unpack, f"{layer.name}.float")
     if weight.zero_point.any():
         zero = spread(weight.zero_point).astype(np.float32)
@@ -238,7 +279,7 @@ def _unpack_at_load(model: ir.Model, node: ir.Node, layer: Layer, weight: Quanti
 def _emit_gather(model: ir.Model, node: ir.Node, layer: Layer, weight: QuantizedWeight, solved: Solved) -> None:
     """Replace an embedding by Gathers of codes, zero points and scales, and their product."""
     indices = node.inputs[1]
-    codes = _codes(model, layer, weight.codes[0], weight, solved)
+    codes = _codes(model, layer, weight.codes[0], solved)
     scale = graphs.add_initializer(model.graph, f"{layer.name}.scale", weight.scale[0])
     attributes = {"axis": 0}
     if solved.plan.target.unpack != "Cast":
@@ -271,9 +312,9 @@ def _as_float(model: ir.Model, node: ir.Node, codes: ir.Value, unpack: str, name
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def _codes(model: ir.Model, layer: Layer, codes: Numbers, weight: QuantizedWeight, solved: Solved) -> ir.Value:
+def _codes(model: ir.Model, layer: Layer, codes: Numbers, solved: Solved) -> ir.Value:
     """Store the codes of a layer, laid out as they are written, in the container that is planned for them."""
-    container, planes = solved.plan.container(layer, weight.grid.bits)
+    container, planes = solved.plan.container(layer, solved.plan.bits[layer.name])
     return store(model, layer.weight, codes, container, planes)
 
 

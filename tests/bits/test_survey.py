@@ -195,7 +195,7 @@ def test_a_drop_is_kept_by_the_fewest_bits_tried(tmp_path: Path) -> None:
 def test_a_drop_that_cannot_be_kept_is_refused_with_the_best_and_nothing_is_written(tmp_path: Path) -> None:
     with pytest.raises(OptionError) as refused:
         quantized(tmp_path, bits="auto", max_drop="90dB")
-    assert str(refused.value).startswith("--max-drop 90dB: not reached. At 8.0 bits in the mean 3")
+    assert str(refused.value).startswith("--max-drop 90dB: not reached. At 7.2 bits in the mean 3")
     assert str(refused.value).endswith(
         " dB remain on 64 samples held back; allow more, or try --activations 16 or none, or more calibration samples"
     )
@@ -244,8 +244,8 @@ def test_a_plan_shows_the_frontier_and_writes_nothing(tmp_path: Path) -> None:
 def test_a_plan_without_samples_shows_equal_bits_and_says_so() -> None:
     report = comq_onnx.plan(MODELS / "fashion_cnn.onnx")
     assert {layer.bits for layer in report.layers} == {4}
-    assert report.notes[-1] == (
-        "without samples it cannot be told which layers gain most from more bits: shown with equal bits"
+    assert (
+        "without samples it cannot be told which layers gain most from more bits: shown with equal bits" in report.notes
     )
 
 

@@ -33,7 +33,7 @@ EVERYTHING = [
     "--asymmetric", "--solver", "paper", "--order", "cyclic", "--sweeps", "2", "--shrink", "0.75", "--independent",
     "--effort", "default", "--size", "25%", "--max-drop", "1", "--uniform", "--mean", "0.5", "--std", "0.1,0.2,0.3",
     "--resize", "40", "--crop", "32x24", "--layout", "nchw", "--channels", "rgb", "--dtype", "float32", "--tokenizer",
-    "t.json", "--text-field", "text", "--length", "64",
+    "t.json", "--text-field", "text", "--length", "64", "--cpu", "vnni",
     "--device", "cpu", "--seed", "7", "--memory", "1.5", "--preprocess", "imagenet", "--json", "r.json", "--report",
     "r.html", "-o", "q.onnx", "--calib", "s.npz", "-q", "-v",
 ]  # fmt: skip

@@ -20,6 +20,7 @@ from models import (
     batchnorm_cnn,
     build,
     cnn,
+    codes,
     infer,
     mlp,
     normal,
@@ -603,149 +604,6 @@ def test_excluding_everything_leaves_no_layer(tmp_path: Path) -> None:
         comq_onnx.quantize(mlp(), tmp_path / "out.onnx", samples_for(mlp()), exclude=("fc",))
 
 
-# Control flow
-
-
-def branches(condition: str) -> onnx.ModelProto:
-    """Build a layer in each branch of an If, whose condition `flag` is made by `condition`."""
-    return build(
-        f"""g (float[batch, 32] x) => (float[batch, 10] y) {{
-            [fc1] h = MatMul (x, w1)
-            {condition}
-            b = If (flag) <
-                then_branch = then_graph () => (float[batch, 16] t) {{
-                    [then_layer] tm = MatMul (h, wt)
-                    t = Tanh (tm)
-                }},
-                else_branch = else_graph () => (float[batch, 16] e) {{
-                    [else_layer] em = MatMul (h, we)
-                    e = Tanh (em)
-                }}
-            >
-            [fc2] y = MatMul (b, w2)
-        }}""",
-        {
-            **DRAWN,
-            "wt": weight(16, 16),
-            "we": weight(16, 16, seed=5),
-            "zero": np.float32(0),
-            "many": np.int64(1000),
-            "axes": np.array([0, 1]),
-        },
-    )
-
-
-# more than 1000 numbers: a batch of more than 31 rows of 32
-BY_SIZE = "n = Size (x)\nflag = Greater (n, many)"
-BY_SIGN = "s = ReduceSum <keepdims = 0> (x, axes)\nflag = Greater (s, zero)"
-ALWAYS = "a = Abs (x)\ns = ReduceSum <keepdims = 0> (a, axes)\nflag = Greater (s, zero)"
-
-
-def test_the_layers_of_a_branch_that_all_samples_take_are_quantized(quantized: Run) -> None:
-    done = quantized(branches(ALWAYS))
-    assert set(names(done.report)) == {"fc1", "then_layer", "fc2"}
-    assert "no sample takes" in done.report.skipped["else_layer"]
-
-
-def test_both_branches_work_after_quantization(tmp_path: Path) -> None:
-    out, model, x = tmp_path / "q.onnx", branches(BY_SIZE), normal(40, 32)
-    report = comq_onnx.quantize(model, out, {"x": x}, bits=8, device="cpu", batch_size=16)
-    # batches of 16 hold 512 numbers: all of them take the else branch
-    assert set(names(report)) == {"fc1", "else_layer", "fc2"}
-    for count in (16, 40):
-        assert worst_sqnr(model, out, {"x": x[:count]}) >= 25
-
-
-def test_the_layers_of_branches_that_samples_share_stay_float(quantized: Run) -> None:
-    samples = {"x": normal(20, 6, 32)}
-    assert {bool(x.sum() > 0) for x in samples["x"]} == {True, False}
-    report = quantized(branches(BY_SIGN), samples, per_item=True).report
-    assert set(names(report)) == {"fc1", "fc2"}
-    for name in ("then_layer", "else_layer"):
-        assert "both branches" in report.skipped[name]
-
-
-def test_layers_of_one_name_in_two_branches_are_told_apart(quantized: Run) -> None:
-    model = branches(ALWAYS)
-    for node in model.graph.node:
-        for attribute in node.attribute:
-            for inner in attribute.g.node:
-                inner.name = f"same_{inner.op_type}"
-    # had the untaken branch's layer been solved in place of the taken one's, its weight would be another
-    done = quantized(model)
-    assert len(done.report.layers) == 3
-    assert len(done.report.skipped) == 1
-
-
-def test_a_nested_if_is_followed(quantized: Run) -> None:
-    model = build(
-        """g (float[batch, 32] x) => (float[batch, 10] y) {
-            [fc1] h = MatMul (x, w1)
-            a = Abs (x)
-            s = ReduceMax <keepdims = 0> (a)
-            outer = GreaterOrEqual (s, zero)
-            b = If (outer) <
-                then_branch = one () => (float[batch, 16] t) {
-                    inner = Less (s, zero)
-                    t = If (inner) <
-                        then_branch = two () => (float[batch, 16] u) { u = Relu (h) },
-                        else_branch = three () => (float[batch, 16] v) { [deep] v = MatMul (h, wt) }
-                    >
-                },
-                else_branch = four () => (float[batch, 16] e) { e = Tanh (h) }
-            >
-            [fc2] y = MatMul (b, w2)
-        }""",
-        {**DRAWN, "wt": weight(16, 16), "zero": np.float32(0)},
-    )
-    assert set(names(quantized(model).report)) == {"fc1", "deep", "fc2"}
-
-
-def test_a_constant_condition_is_no_condition(quantized: Run) -> None:
-    model = branches("flag = Identity (yes)")
-    model.graph.initializer.append(numpy_helper.from_array(np.array(True), "yes"))
-    first, inner, last = names(quantized(model).report)
-    assert (first, last) == ("fc1", "fc2")
-    assert inner.endswith("then_layer")
-
-
-def test_layers_in_the_body_of_a_loop_are_listed_and_the_loop_still_runs(quantized: Run) -> None:
-    model = build(
-        """g (float[batch, 32] x) => (float[batch, 16] y) <int64 trips = {3}, bool yes = {1}> {
-            [fc] h = MatMul (x, w1)
-            [loop] y = Loop (trips, yes, h) <
-                body = body (int64 i, bool go, float[batch, 16] before) => (bool go_on, float[batch, 16] after) {
-                    [inner] m = MatMul (before, w)
-                    after = Tanh (m)
-                    go_on = Identity (go)
-                }
-            >
-        }""",
-        {"w1": DRAWN["w1"], "w": weight(16, 16)},
-    )
-    report = quantized(model).report
-    assert ("inner" in names(report)) != ("inner" in report.skipped)
-    assert "fc" in names(report)
-
-
-def test_layers_in_the_body_of_a_scan_are_listed_and_the_scan_still_runs(quantized: Run) -> None:
-    model = build(
-        """g (float[batch, 32] x) => (float[batch, 16] y) {
-            [fc] h = MatMul (x, w1)
-            [scan] y = Scan <num_scan_inputs = 1,
-                body = body (float[16] row) => (float[16] out) {
-                    [inner] m = MatMul (row, w)
-                    out = Tanh (m)
-                }
-            > (h)
-        }""",
-        {"w1": DRAWN["w1"], "w": weight(16, 16)},
-    )
-    report = quantized(model).report
-    assert ("inner" in names(report)) != ("inner" in report.skipped)
-    assert "fc" in names(report)
-
-
 # Forms of the same thing
 
 
@@ -774,3 +632,39 @@ def test_more_bits_are_nearer_to_the_float_model(tmp_path: Path) -> None:
         comq_onnx.quantize(cnn(), tmp_path / "q.onnx", samples, bits=bits, device="cpu")
         reached.append(sqnr(reference, infer(tmp_path / "q.onnx", samples)["logits"]))
     assert reached == sorted(reached)
+
+
+# Weights that are stored more than once
+
+
+@pytest.mark.parametrize("way", ["Identity (w)", "Cast <to = 1> (w)", "Reshape (w, shape)"])
+def test_copies_of_a_weight_are_stored_once(quantized: Run, way: str) -> None:
+    model = build(
+        f"""g (float[batch, 64] x) => (float[batch, 64] y) {{
+            [first] a = MatMul (x, w)
+            b = Tanh (a)
+            copy = {way}
+            [second] c = MatMul (b, copy)
+            d = Tanh (c)
+            [third] y = MatMul (d, equal)
+        }}""",
+        {"w": weight(64, 64), "equal": weight(64, 64), **({"shape": np.array([64, 64])} if "shape" in way else {})},
+    )
+    done = quantized(model)
+    assert names(done.report) == ["first", "second", "third"]
+    assert len(codes(done.out)) == 1
+    assert done.out.stat().st_size < 4096 + 8000
+
+
+def test_weights_that_differ_in_one_number_are_two(quantized: Run) -> None:
+    other = weight(64, 64)
+    other[63, 62] += 0.01
+    model = build(
+        """g (float[batch, 64] x) => (float[batch, 64] y) {
+            [first] a = MatMul (x, w)
+            b = Tanh (a)
+            [second] y = MatMul (b, other)
+        }""",
+        {"w": weight(64, 64), "other": other},
+    )
+    assert len(codes(quantized(model).out)) == 2

@@ -1,0 +1,135 @@
+"""Keep quantized products apart from the operators behind them, where ONNX Runtime would make one float operator.
+
+ONNX Runtime joins a MatMul with the Add, the Relu or the Clip behind it, and with a Transpose before it, before it
+looks for the DequantizeLinear of the weight. What comes out (Gemm, FusedGemm, or a MatMul that keeps its Relu) is a
+float product whose weight is dequantized at every call. It leaves a Sum alone, also one of a single input, which only
+copies. So a Sum stands between.
+
+Measured with ONNX Runtime 1.32 at the levels extended and all (docs/runtimes.md); tests/write/test_walls.py tries
+many operators behind every form.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from comq_onnx.model import graph as graphs
+from comq_onnx.model.layers import Layer, nodes_by_name
+from comq_onnx.plan.activations import clip_bounds
+from comq_onnx.plan.forms import WeightForm
+from comq_onnx.plan.solved import Solved
+
+# operators that ONNX Runtime takes for a part of the product before them; it makes a Clip of Max and Min
+_JOINED = frozenset({"Relu", "Clip", "Max", "Min"})
+# operators that ONNX Runtime may remove where they change nothing
+_VANISHING = frozenset({"Identity", "Dropout", "Cast", "Slice", "Expand"})
+
+
+def build_walls(model: ir.Model, solved: Solved) -> None:
+    """Put a Sum behind each product of `model` that ONNX Runtime would join with what follows, in place.
+
+    The model has its quantized weights and activations already. Does nothing for targets that other runtimes execute.
+    """
+    if solved.plan.target.runs_outside_ort:
+        return
+    nodes = nodes_by_name(model)
+    for layer in solved.plan.layers:
+        if layer.name in solved.solutions and layer.kind.is_matrix:
+            product = nodes.get(f"{layer.name}.matmul") or nodes.get(layer.name)
+            if product is not None:
+                _part(product, layer, solved)
+
+
+def _part(product: ir.Node, layer: Layer, solved: Solved) -> None:
+    """Put a Sum behind the product of a layer, or make one of the Add behind it, where that is needed."""
+    form = solved.plan.form(layer)
+    if form not in (WeightForm.INTEGER, WeightForm.BLOCKED):
+        return
+    adder = _adder(product, layer)
+    other = _sole_reader(product.outputs[0])
+    if adder is None and other is not None and other.op_type in ("Add", "Sum"):
+        _part_from_sum(product, other, layer)
+        return
+    end = (product if adder is None else adder).outputs[0]
+    turned = form is WeightForm.BLOCKED and adder is not None and _reads_transposed(product)
+    if not turned and not _is_joined(end, form, solved):
+        return
+    if adder is not None and form is WeightForm.BLOCKED:
+        adder.op_type = "Sum"
+    else:
+        _insert_copy(end, layer)
+
+
+def _part_from_sum(product: ir.Node, total: ir.Node, layer: Layer) -> None:
+    """Keep a product apart from what is added to it: no integer kernel adds anything else than a bias per channel.
+
+    ONNX Runtime makes one Gemm of a MatMul and an Add, and of a Gemm without a bias and a Sum of two.
+    """
+    if product.op_type == "MatMul":
+        total.op_type = "Sum"
+    elif len(product.inputs) < 3 or product.inputs[2] is None:
+        _insert_copy(product.outputs[0], layer)
+
+
+def _adder(product: ir.Node, layer: Layer) -> ir.Node | None:
+    """Return the node that adds the bias of a layer behind its MatMul; None where there is none."""
+    reader = _sole_reader(product.outputs[0]) if product.op_type == "MatMul" else None
+    names = (layer.bias_node, f"{layer.name}.add", f"{layer.name}.add_bias")
+    return reader if reader is not None and reader.name in names else None
+
+
+def _sole_reader(value: ir.Value) -> ir.Node | None:
+    """Return the only node that reads a value; None where there are more, or where it is an output of the graph."""
+    uses = list(value.uses())
+    return uses[0][0] if len(uses) == 1 and not value.is_graph_output() else None
+
+
+def _reads_transposed(product: ir.Node) -> bool:
+    """Tell whether a product reads what a Transpose makes, which ONNX Runtime takes into the Gemm of it and its Add."""
+    value = product.inputs[0]
+    maker = None if value is None else value.producer()
+    while maker is not None and maker.op_type in _VANISHING:
+        value = maker.inputs[0]
+        maker = None if value is None else value.producer()
+    return maker is not None and maker.op_type == "Transpose"
+
+
+def _is_joined(value: ir.Value, form: WeightForm, solved: Solved) -> bool:
+    """Tell whether ONNX Runtime joins what reads `value` with the product that makes it, and so makes that float.
+
+    A weight-only product is joined with a QuantizeLinear too. One in integers may take up a Relu or a Clip before a
+    QuantizeLinear whose whole range that lets through.
+    """
+    joined, low, high = False, -np.inf, np.inf
+    node = _sole_reader(value)
+    while node is not None and node.op_type in _JOINED | _VANISHING and node.domain in ("", "ai.onnx"):
+        if node.op_type in _JOINED:
+            joined = True
+            least, most = _bounds(node)
+            low, high = max(low, least), min(high, most)
+        node = _sole_reader(node.outputs[0])
+    is_quantized = node is not None and node.op_type == "QuantizeLinear"
+    if form is WeightForm.BLOCKED or not (is_quantized and joined):
+        return joined or (is_quantized and form is WeightForm.BLOCKED)
+    assert node is not None
+    grid = solved.activation_grids[str(node.name).removesuffix(".quantize")]
+    ends = (float(grid.scale * np.float32(code - grid.zero_point)) for code in (grid.qmin, grid.qmax))
+    return not all(low <= end <= high for end in ends)
+
+
+def _bounds(node: ir.Node) -> tuple[float, float]:
+    """Return what a Relu, Clip, Max or Min lets through; (inf, -inf), nothing, where that is not known."""
+    if node.op_type in ("Relu", "Clip"):
+        return clip_bounds(node) or (np.inf, -np.inf)
+    known = [number for v in node.inputs if (number := graphs.constant(v)) is not None]
+    if len(known) != 1 or known[0].size != 1:
+        return np.inf, -np.inf
+    bound = float(known[0].reshape(-1)[0])
+    return (bound, np.inf) if node.op_type == "Max" else (-np.inf, bound)
+
+
+def _insert_copy(value: ir.Value, layer: Layer) -> None:
+    """Insert a Sum of `value` alone, which copies it, before its one reader."""
+    reader, index = next(iter(value.uses()))
+    reader.replace_input_with(index, graphs.insert(reader, "Sum", [value], {}, f"{layer.name}.copied"))

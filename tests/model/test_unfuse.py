@@ -433,6 +433,24 @@ def test_every_weight_of_a_fused_encoder_is_quantized(quantized: Run, bits: int,
     assert set(ops(done.model)) <= expected
 
 
+def test_a_decoder_with_a_past_is_quantized(quantized: Run) -> None:
+    model = build(
+        """decoder (float[batch, seq, 24] x, float[2, batch, 2, past, 8] past)
+            => (float[batch, seq, 16] y, float[2, batch, 2, total, 8] present) {
+            [att] a, present = com.microsoft.Attention <num_heads = 2, unidirectional = 1> (x, wa, ba, , past)
+            [out] o = MatMul (a, wo)
+            y = com.microsoft.FastGelu (o, bo)
+        }""",
+        {"wa": weight(24, 48), "ba": normal(48, scale=0.1), "wo": weight(16, 16), "bo": normal(16, scale=0.1)},
+        domains=[MICROSOFT],
+    )
+    items = [{"x": normal(1, 5, 24, seed=i), "past": normal(2, 1, 2, 4, 8, seed=i)} for i in range(20)]
+    samples = {name: np.stack([item[name] for item in items]) for name in items[0]}
+    done = quantized(model, samples, per_item=True)
+    assert {layer.name for layer in done.report.layers} == {"att/query", "att/key", "att/value", "out"}
+    assert ops(done.model) == ["MultiHeadAttention", "FastGelu"]
+
+
 @pytest.mark.parametrize("make", [cnn, mlp], ids=["cnn", "mlp"])
 def test_a_model_that_onnx_runtime_fused_is_quantized_as_before(quantized: Run, tmp_path: Path, make: Run) -> None:
     plain = make()

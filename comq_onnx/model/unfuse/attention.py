@@ -74,6 +74,9 @@ def _check_attention(make: Maker) -> None:
         raise Stays("its weight is computed at run time")
     if bias is not None and not graphs.is_constant(bias):
         raise Stays("its bias is computed at run time")
+    sizes = _sizes(make)
+    if len(sizes) != 3 or sum(sizes) != weight.shape[-1]:  # type: ignore[index]
+        raise Stays("the sizes of its queries, keys and values are not those of its weight")
     if mask is not None and (mask.shape is None or len(mask.shape) > 3):
         rank = "unknown rank" if mask.shape is None else f"rank {len(mask.shape)}"
         raise Stays(f"its mask has {rank}; expected 1, 2 or 3")

@@ -62,7 +62,7 @@ def prepare_model(
     model = _raise_opset(model, wanted_opset, min_opset, notes)
     reasons = unfuse(model, unfusing)
     if unfusing is Unfusing.TO_STANDARD and (left := others(model, reasons)):
-        notes.append(f"operators that only ONNX Runtime has stay as they are: {', '.join(left)}")
+        notes.append(f"operators of com.microsoft stay as they are: {', '.join(left)}")
     if fold and graphs.opset(model) >= HARDSWISH_OPSET:
         RewritePass(fuse_hardswish_rules())(model)
     _restore_names(model, names)

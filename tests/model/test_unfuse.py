@@ -364,7 +364,7 @@ def test_what_cannot_be_taken_apart_stays_with_the_reason(reason: str) -> None:
     assert reason in found.skipped["it"]
 
 
-def test_what_only_onnx_runtime_has_is_named_where_another_runtime_reads_the_model() -> None:
+def test_operators_that_another_runtime_may_lack_are_named_with_the_reason() -> None:
     notes = prepared(REFUSED["do_rotary"].model(), Unfusing.TO_STANDARD).notes
     assert len(notes) == 1
     assert "Attention (do_rotary" in notes[0]

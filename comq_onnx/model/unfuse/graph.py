@@ -23,7 +23,7 @@ class Unfusing(Enum):
 
     NOTHING: they stay as they are.
     FOR_WEIGHTS: those that hold a weight, or the bias of a product with one.
-    TO_STANDARD: all that can be, for a runtime that has no operators of the domain com.microsoft.
+    TO_STANDARD: all that can be, for a runtime that has not all operators of the domain com.microsoft.
     """
 
     NOTHING = "nothing"

@@ -91,7 +91,8 @@ def _projections(make: Maker) -> list[ir.Value]:
     for part, end, size in zip(_PARTS, ends, sizes, strict=True):
         columns_of = _columns(make, weight, part, end - size, end)
         product = make("MatMul", x, columns_of, name=make.name(part))
-        product.type, product.shape = x.type, None if x.shape is None else ir.Shape([*x.shape[:-1], size])
+        product.type = weight.type
+        product.shape = ir.Shape([*(x.shape[:-1] if x.shape is not None else (None, None)), size])
         if bias is not None:
             addend = _columns(make, bias, part, end - size, end)
             product = make("Add", product, addend, name=make.name(f"{part}_bias"), like=product)

@@ -70,6 +70,15 @@ _REASONS: Mapping[tuple[str, str], str] = {
 }  # fmt: skip
 
 
+# operators whose first output has the shape of their first input
+_SAME_SHAPE = frozenset(
+    {
+        "Gelu", "BiasGelu", "FastGelu", "QuickGelu", "LayerNormalization", "SkipLayerNormalization",
+        "SkipSimplifiedLayerNormalization", "SimplifiedLayerNormalization", "Erf", "Relu", "Tanh", "Sigmoid",
+    }
+)  # fmt: skip
+
+
 def has_fused(model: ir.Model) -> bool:
     """Tell whether a model has operators that this package may replace."""
     return any(True for _ in _fused(model))
@@ -102,10 +111,10 @@ def unfuse(model: ir.Model, unfusing: Unfusing) -> dict[str, str]:
             _replace(make, made)
             replaced = True
     if replaced:
-        # the rank of a product's input decides the form of its bias
-        ir.passes.Sequential(
-            passes.RemoveUnusedNodesPass(), passes.RemoveUnusedOpsetsPass(), passes.ShapeInferencePass()
-        )(model)
+        ir.passes.Sequential(passes.RemoveUnusedNodesPass(), passes.RemoveUnusedOpsetsPass())(model)
+        for node in model.graph.all_nodes():
+            if node.domain in ("", MICROSOFT) and node.outputs:
+                _infer_shape(node)
     return reasons
 
 
@@ -127,6 +136,29 @@ def _fused(model: ir.Model) -> Iterator[ir.Node]:
     within: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
     for graph in within:
         yield from (node for node in graph.all_nodes() if (node.domain, node.op_type) in _RULES)
+
+
+def _infer_shape(node: ir.Node) -> None:
+    """Give the output of a node a shape where it has none, as far as its inputs tell.
+
+    ONNX's own inference ends at the first operator of com.microsoft, and the rank of a product's input decides the form
+    of its bias.
+    """
+    out, read = node.outputs[0], [value for value in node.inputs if value is not None]
+    shapes = [list(value.shape) for value in read if value.shape is not None]
+    if out.shape is not None or len(shapes) != len(read) or not shapes:
+        return
+    if node.op_type == "Gather" and "axis" not in node.attributes:
+        out.shape = ir.Shape([*shapes[1], *shapes[0][1:]])
+    elif node.op_type == "MatMul" and len(shapes[1]) == 2 and len(shapes[0]) > 1:
+        out.shape = ir.Shape([*shapes[0][:-1], shapes[1][-1]])
+    elif node.op_type in ("Add", "Sum") and all(len(shape) <= len(shapes[0]) for shape in shapes):
+        same = all(shape in (shapes[0], shapes[0][-1:]) for shape in shapes)
+        out.shape = ir.Shape(shapes[0] if same else [None] * len(shapes[0]))
+    elif node.op_type in _SAME_SHAPE:
+        out.shape = ir.Shape(shapes[0])
+    if out.shape is not None and out.type is None:
+        out.type = read[0].type
 
 
 def _replace(make: Maker, made: list[ir.Value | None]) -> None:

@@ -55,7 +55,7 @@ class Maker:
         """
         made = self.several(op, *inputs, outputs=1, name=name, domain=domain, **attributes)[0]
         if like is not None and like.type is not None:
-            made.type, made.shape = like.type, like.shape
+            made.type, made.shape = like.type, None if like.shape is None else ir.Shape(list(like.shape))
         return made
 
     def several(

@@ -7,6 +7,7 @@ files: write files whole or not at all, and make directories that vanish
 graph: change onnx-ir graphs, in the few operations that everything else uses
 prepare: clean and fold a loaded model, raise its opset, and list its layers
 quantized: find the layers whose weights are quantized already
+unfuse: replace fused operators of ONNX Runtime by operators whose weights can be quantized
 half_precision: turn half-precision arithmetic into float32
 judged: find the values by which a quantized model is judged
 judged_session: run a model for these values

@@ -143,8 +143,6 @@ def reaches_layer(value: ir.Value) -> bool:
 
 def _weight_places(node: ir.Node) -> Sequence[int]:
     """Return the places of weights among a node's inputs."""
-    if node.op_type == "Gather":
-        return (1,) if node.domain == "" else ()
     return (0, 1) if node.op_type == "MatMul" else [kind.weight_index for kind in kinds_of(node).values()]
 
 

@@ -7,7 +7,7 @@ Whether they changed the outputs is checked afterwards, by running the prepared 
 from __future__ import annotations
 
 import logging
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from comq_onnx.model.layers import WEIGHT_CHAIN, Prepared, list_layers, reaches_
 from comq_onnx.model.op_kind import MIN_WEIGHTS
 from comq_onnx.model.operators import OP_KINDS, kinds_of
 from comq_onnx.model.quantized import nodes_of_quantized_weights
+from comq_onnx.model.unfuse.graph import Unfusing, others, unfuse
 
 logger = logging.getLogger(__name__)
 
@@ -37,11 +38,14 @@ class Unprepared(Exception):
     """Say that this way of preparing does not work for this model; a plainer one may."""
 
 
-def prepare_model(model: ir.Model, wanted_opset: int, min_opset: int, fold: bool = True) -> Prepared:
+def prepare_model(
+    model: ir.Model, wanted_opset: int, min_opset: int, fold: bool = True, unfusing: Unfusing = Unfusing.FOR_WEIGHTS
+) -> Prepared:
     """Clean `model` in place, raise it to `wanted_opset` where it is lower, and list its layers.
 
     wanted_opset: where no converter reaches it, min_opset is tried, and a note says so.
     fold: also fold constants and BatchNorms.
+    unfusing: how much of ONNX Runtime's fused operators is taken apart.
 
     Raises ModelError where no converter reaches min_opset either, Unprepared where folding fails.
     """
@@ -56,6 +60,9 @@ def prepare_model(model: ir.Model, wanted_opset: int, min_opset: int, fold: bool
         except Exception as error:  # a library's bug on one graph must not end the run: the graph works unfolded
             raise Unprepared(f"constant folding failed: {error}") from error
     model = _raise_opset(model, wanted_opset, min_opset, notes)
+    reasons = unfuse(model, unfusing)
+    if unfusing is Unfusing.TO_STANDARD and (left := others(model, reasons)):
+        notes.append(f"operators of com.microsoft stay as they are: {', '.join(left)}")
     if fold and graphs.opset(model) >= HARDSWISH_OPSET:
         RewritePass(fuse_hardswish_rules())(model)
     _restore_names(model, names)
@@ -69,7 +76,12 @@ def prepare_model(model: ir.Model, wanted_opset: int, min_opset: int, fold: bool
     _store_once(model)
     model.ir_version = min(max(model.ir_version, 8), graphs.MAX_IR_VERSION)
     layers, skipped = list_layers(model)
-    return Prepared(model, layers, skipped, notes)
+    return Prepared(model, layers, _with_reasons(skipped, reasons), notes)
+
+
+def _with_reasons(skipped: Mapping[str, str], reasons: Mapping[str, str]) -> dict[str, str]:
+    """Add to what is said of operators that are left as they are why they could not be taken apart."""
+    return {name: f"{said}; {reasons[name]}" if name in reasons else said for name, said in skipped.items()}
 
 
 def _clean(model: ir.Model) -> None:

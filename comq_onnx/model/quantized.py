@@ -17,6 +17,7 @@ from comq_onnx.errors import ModelError
 from comq_onnx.model.graph import HALF
 from comq_onnx.model.op_kind import MIN_WEIGHTS
 from comq_onnx.model.operators import OP_KINDS
+from comq_onnx.model.unfuse.maker import MICROSOFT
 
 _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.DOUBLE, *HALF})
 # the types that codes are stored in, also of floats of 8 bits and fewer
@@ -32,6 +33,11 @@ _UNPACKING = frozenset(
 # the products of integers in ONNX; in other domains every operator that reads a matrix of integer constants is one
 _PRODUCTS = frozenset({"QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger"})
 _STANDARD = ("", "ai.onnx")
+# the inputs of ONNX Runtime's fused operators that are weights, as `unfuse` takes them out
+_FUSED_WEIGHTS = {
+    "Attention": (1,), "FusedMatMul": (0, 1), "TransposeMatMul": (0, 1), "FusedGemm": (1,), "FusedConv": (1,),
+    "EmbedLayerNormalization": (2, 3),
+}  # fmt: skip
 
 
 def quantized_weight(node: ir.Node, part: str | None = None) -> str | None:
@@ -141,6 +147,8 @@ def check_source(model: ir.Model, path: str) -> None:
 
 def _weights(node: ir.Node, part: str | None = None) -> list[ir.Value | None]:
     """Return the inputs of a node that may be its weight, or that of `part`."""
+    if node.domain not in _STANDARD:
+        return [node.inputs[i] for i in _FUSED_WEIGHTS[node.op_type] if i < len(node.inputs)]
     if node.op_type == "MatMul":
         return list(node.inputs[:2])
     kinds = OP_KINDS[node.op_type]
@@ -150,7 +158,8 @@ def _weights(node: ir.Node, part: str | None = None) -> list[ir.Value | None]:
 
 def _has_float_weight(node: ir.Node) -> bool:
     """Tell whether a node is a layer with a float weight of its own that may be worth quantizing."""
-    if node.domain not in _STANDARD or node.op_type not in OP_KINDS:
+    is_fused = node.domain == MICROSOFT and node.op_type in _FUSED_WEIGHTS
+    if not is_fused and (node.domain not in _STANDARD or node.op_type not in OP_KINDS):
         return False
     found = (weight_source(value) for value in _weights(node))
     return any(s is not None and s.size >= MIN_WEIGHTS and s.is_float and not is_column(node, s.tensor) for s in found)

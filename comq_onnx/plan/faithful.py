@@ -10,6 +10,8 @@ from comq_onnx.model.float_model import FloatModel
 from comq_onnx.model.layers import Prepared, select
 from comq_onnx.model.prepare import HARDSWISH_OPSET, Unprepared, prepare_model
 from comq_onnx.model.source import read_model
+from comq_onnx.model.unfuse.graph import Unfusing, has_fused
+from comq_onnx.model.unfuse.graph import wanted_opset as unfuse_opset
 from comq_onnx.plan.initial_bits import REFERENCE_BITS
 from comq_onnx.runtime.session import Session
 from comq_onnx.samples.dataset import Dataset
@@ -29,9 +31,9 @@ def prepare_faithfully(source: FloatModel, data: Dataset, context: Context) -> P
     """
     least, wanted = context.target.min_opset, _wanted_opset(context)
     failed = []
-    for fold, opset in ((True, wanted), (False, wanted), (False, least)):
+    for fold, opset, unfusing in _ways(source, least, wanted, context):
         try:
-            prepared = prepare_model(read_model(source.path), opset, least, fold)
+            prepared = prepare_model(read_model(source.path), opset, least, fold, unfusing)
             found = _fidelity(prepared, source, data, context)
         except OutOfMemory:
             raise
@@ -41,10 +43,23 @@ def prepare_faithfully(source: FloatModel, data: Dataset, context: Context) -> P
         if found >= (SAME_HALF_DB if source.is_half or _rounds(prepared) else SAME_DB):
             if not fold:
                 context.journal.notes.append("constants and BatchNorms were not folded: " + failed[0])
+            if unfusing is Unfusing.NOTHING and has_fused(source.model):
+                context.journal.notes.append("fused operators were not taken apart: " + failed[0])
             context.journal.notes += prepared.notes
             return select(prepared, context.options.include, context.options.exclude)
         failed.append(f"outputs changed (SQNR {found:.1f} dB)")
     raise ModelError(f"{source.path}: cannot be prepared for quantization: {failed[-1]}")
+
+
+def _ways(source: FloatModel, least: int, wanted: int, context: Context) -> list[tuple[bool, int, Unfusing]]:
+    """List the ways to prepare, the most thorough first: whether to fold, at which opset, and how much to unfuse."""
+    plain = [(True, wanted), (False, wanted), (False, least)]
+    without = [(fold, opset, Unfusing.NOTHING) for fold, opset in plain]
+    if not has_fused(source.model):
+        return without
+    unfusing = Unfusing.TO_STANDARD if context.target.runs_outside_ort else Unfusing.FOR_WEIGHTS
+    best = max(wanted, unfuse_opset(source.model, unfusing))
+    return [(True, best, unfusing), (False, best, unfusing), *without]
 
 
 def _wanted_opset(context: Context) -> int:

@@ -67,8 +67,8 @@ def token_limits(model: ir.Model) -> dict[str, int]:
     limits: dict[str, int] = {}
     for value in model.graph.inputs:
         for node, index in _find_readers(value, {"Cast", "Identity"}):
-            table = node.inputs[0]
-            if node.op_type == "Gather" and index == 1 and table is not None and table.const_value is not None:
+            table = _table(node, index)
+            if table is not None and table.const_value is not None:
                 rows = int(table.const_value.shape.numpy()[0])
                 limits[str(value.name)] = min(rows, limits.get(str(value.name), rows))
     return limits
@@ -92,6 +92,12 @@ def step_axes(model: ir.Model) -> dict[str, tuple[str, int]]:
             if str(x.name) in inputs:
                 found[str(value.name)] = str(x.name), axis
     return found
+
+
+def _table(node: ir.Node, index: int) -> ir.Value | None:
+    """Return the table of an embedding in which an input of a node looks rows up; None for any other input."""
+    tables = {"Gather": {1: 0}, "EmbedLayerNormalization": {0: 2, 1: 4, 8: 3}}.get(node.op_type, {})
+    return node.inputs[tables[index]] if index in tables else None
 
 
 def channels_last(model: ir.Model) -> dict[str, bool]:

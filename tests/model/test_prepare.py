@@ -179,9 +179,9 @@ def test_a_layer_inside_a_function_is_inlined(quantized: Run) -> None:
     assert not done.model.functions
 
 
-@pytest.mark.parametrize("op", ["Gelu", "FusedMatMul"])
+@pytest.mark.parametrize("op", ["Gelu", "CDist"])
 def test_an_operator_of_another_domain_is_passed_through(quantized: Run, op: str) -> None:
-    text = {"Gelu": "r = com.microsoft.Gelu (h)", "FusedMatMul": "r = com.microsoft.FusedMatMul <alpha = 0.5> (h, w3)"}
+    text = {"Gelu": "r = com.microsoft.Gelu (h)", "CDist": 'r = com.microsoft.CDist <metric = "euclidean"> (h, w3)'}
     model = build(
         f"""g (float[batch, 32] x) => (float[batch, 10] y) {{
             [fc1] h = MatMul (x, w1)
@@ -194,7 +194,7 @@ def test_an_operator_of_another_domain_is_passed_through(quantized: Run, op: str
     done = quantized(model)
     assert op in op_types(done.model)
     assert names(done.report) == ["fc1", "fc2"]
-    assert ("FusedMatMul" in str(done.report.skipped)) == (op == "FusedMatMul")
+    assert ("CDist" in str(done.report.skipped)) == (op == "CDist")
 
 
 def test_dropout_and_identity_vanish(quantized: Run) -> None:
@@ -365,6 +365,17 @@ def test_a_float16_table_too_large_to_widen_stays_float16(quantized: Run) -> Non
         {"w1": weight(40, 40, dtype=np.float16), "large": normal(1, 40, dtype=np.float16)},
     )
     quantized(model)
+
+
+def test_a_large_float16_embedding_is_quantized(quantized: Run) -> None:
+    model = build(
+        """g (int64[batch, 4] ids) => (float16[batch, 4, 10] y) {
+            [embed] e = Gather (table, ids)
+            [fc] y = MatMul (e, w)
+        }""",
+        {"table": normal(60, 32, dtype=np.float16), "w": weight(32, 10, dtype=np.float16)},
+    )
+    assert names(quantized(model).report) == ["embed", "fc"]
 
 
 def test_bfloat16_layers_that_the_cpu_cannot_run_are_quantized(tmp_path: Path) -> None:

@@ -381,14 +381,14 @@ def test_a_sentence_that_is_all_padding_is_left_out(tmp_path: Path, solved: Solv
 def test_the_report_says_how_much_is_padding(tmp_path: Path, longest: int, share: str) -> None:
     samples = sentences()
     samples["attention_mask"][:] = np.arange(12) < longest
-    report = quantize(tokens(), tmp_path / "q.onnx", samples)
+    report = quantize(tokens(), tmp_path / "q.onnx", samples, activations="none")
     assert report.notes == [f"{share} of the positions are padding (attention_mask): not calibrated on"]
     assert comq_onnx.plan(tokens(), samples, device="cpu").notes == report.notes
 
 
 def test_a_mask_that_does_not_hide_is_noted_and_all_positions_count(tmp_path: Path, solved: Solved) -> None:
     samples = sentences()
-    report = quantize(tokens(masked=False), tmp_path / "q.onnx", samples)
+    report = quantize(tokens(masked=False), tmp_path / "q.onnx", samples, activations="none")
     assert report.notes == [
         "attention_mask does not keep what it masks from the outputs: calibrated on all positions"
     ]  # fmt: skip
@@ -399,7 +399,7 @@ def test_a_mask_is_tested_on_a_batch_that_it_masks(tmp_path: Path, solved: Solve
     # only the last sentences have padding, as where they are sorted by length
     samples = sentences()
     samples["attention_mask"][:30] = 1
-    report = quantize(tokens(masked=False), tmp_path / "q.onnx", samples, batch_size=4)
+    report = quantize(tokens(masked=False), tmp_path / "q.onnx", samples, activations="none", batch_size=4)
     assert "does not keep" in report.notes[-1]
     assert solved.on["proj"].count == used(report, samples)["attention_mask"].size
 
@@ -407,14 +407,14 @@ def test_a_mask_is_tested_on_a_batch_that_it_masks(tmp_path: Path, solved: Solve
 def test_without_padding_nothing_is_said(tmp_path: Path, solved: Solved) -> None:
     samples = sentences()
     samples["attention_mask"][:] = 1
-    report = quantize(tokens(), tmp_path / "q.onnx", samples)
+    report = quantize(tokens(), tmp_path / "q.onnx", samples, activations="none")
     assert report.notes == []
     assert solved.on["proj"].count == report.samples["used"] * 12
 
 
 def test_complete_feeds_are_calibrated_on_whole(tmp_path: Path, solved: Solved) -> None:
     samples = {name: array[:, None] for name, array in sentences().items()}
-    report = quantize(tokens(), tmp_path / "q.onnx", samples)
+    report = quantize(tokens(), tmp_path / "q.onnx", samples, activations="none")
     assert report.notes == []
     assert solved.on["proj"].count == report.samples["used"] * 12
 

@@ -383,7 +383,7 @@ def test_the_report_says_how_much_is_padding(tmp_path: Path, longest: int, share
     samples["attention_mask"][:] = np.arange(12) < longest
     report = quantize(tokens(), tmp_path / "q.onnx", samples, activations="none")
     assert report.notes == [f"{share} of the positions are padding (attention_mask): not calibrated on"]
-    assert comq_onnx.plan(tokens(), samples, device="cpu").notes == report.notes
+    assert comq_onnx.plan(tokens(), samples, device="cpu", activations="none").notes == report.notes
 
 
 def test_a_mask_that_does_not_hide_is_noted_and_all_positions_count(tmp_path: Path, solved: Solved) -> None:

@@ -24,18 +24,20 @@ def check_smaller(emitted: Emitted, size: int, source: FloatModel, context: Cont
     growth = size - source.file.size
     if growth <= 0:
         return
-    found = f"the quantized model is larger than its source ({size:,} bytes, not {source.file.size:,})"
+    sizes = f"({size:,} bytes, not {source.file.size:,})"
     layers, stored = emitted.solved.plan.layers, sum(emitted.stored_bytes.values())
     if growth <= TOLERATED_GROWTH:
         before = sum(math.prod(layer.weight_shape) for layer in layers) * (2 if source.is_half else 4)
         context.journal.warnings.append(
-            f"{found}: {before:,} bytes of weights became {stored:,}, and the new nodes take more than that saves"
+            f"the quantized model is larger than its source {sizes}: {before:,} bytes of weights became {stored:,}, "
+            "and the new nodes take more than that saves"
         )
         return
     reasons = [*_left_float(emitted)]
     if source.is_half:
         reasons.append("what stays float has become float32")
-    raise ModelError(f"{found}: {'; '.join(reasons) or 'the new nodes take more than smaller weights save'}")
+    why = "; ".join(reasons) or "the new nodes take more than smaller weights save"
+    raise ModelError(f"the quantized model is larger than its source {sizes}: {why}")
 
 
 def _left_float(emitted: Emitted) -> Iterator[str]:

@@ -47,7 +47,7 @@ def prepare_model(model: ir.Model, wanted_opset: int, min_opset: int, fold: bool
     """
     notes: list[str] = []
     _clean(model)
-    names = _layer_names(model)
+    names, declared = _layer_names(model), tuple(value.shape for value in model.graph.outputs)
     if fold:
         kept = {str(node.name) for node in nodes_of_quantized_weights(model)}
         try:
@@ -69,7 +69,7 @@ def prepare_model(model: ir.Model, wanted_opset: int, min_opset: int, fold: bool
     _store_once(model)
     model.ir_version = min(max(model.ir_version, 8), graphs.MAX_IR_VERSION)
     layers, skipped = list_layers(model)
-    return Prepared(model, layers, skipped, notes)
+    return Prepared(model, layers, skipped, notes, declared)
 
 
 def _clean(model: ir.Model) -> None:

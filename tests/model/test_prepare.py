@@ -241,6 +241,13 @@ def test_an_intermediate_that_is_an_output_too_keeps_its_name(quantized: Run) ->
 # BatchNorm
 
 
+def test_outputs_keep_the_dimensions_that_the_source_declares(quantized: Run) -> None:
+    model = cnn(opset=13)
+    model.graph.output[0].type.tensor_type.shape.dim[1].dim_param = "classes"
+    shown = quantized(model).model.graph.output[0].type.tensor_type.shape.dim
+    assert [dim.dim_param for dim in shown] == ["batch", "classes"]
+
+
 def test_folding_a_batchnorm_changes_no_output() -> None:
     model = ir.from_proto(batchnorm_cnn())
     prepared = prepare_model(model, 17, 13)

@@ -157,9 +157,16 @@ class _AddIntoConv(pattern.RewriteRuleClassBase):  # type: ignore[misc]
 
 
 def _fold_alpha(model: ir.Model) -> None:
-    """Multiply the alpha of each Gemm into its weight: a scale cannot take it where it is negative, 0 or very small."""
+    """Multiply the alpha of each Gemm into its weight: a scale cannot take it where it is negative, 0 or very small.
+
+    What a Gemm adds 0 times is removed.
+    """
     for node in model.graph.all_nodes():
-        if node.op_type != "Gemm" or node.domain != "" or "alpha" not in node.attributes:
+        if node.op_type != "Gemm" or node.domain != "":
+            continue
+        if "beta" in node.attributes and float(node.attributes["beta"].value) == 0:
+            node.resize_inputs(min(len(node.inputs), 2))
+        if "alpha" not in node.attributes:
             continue
         alpha, value = node.attributes["alpha"], node.inputs[1]
         weight = graphs.constant(value)

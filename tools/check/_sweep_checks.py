@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import onnx
 from _sweep_models import Made, make
+from _sweep_parts import subgraphs
 
 import comq_onnx
 from comq_onnx import evaluate
 from comq_onnx.errors import ComqError, InternalError, RuntimeFailure
-from comq_onnx.evaluate import INTEGER_PRODUCTS, LEAST_DB, MOST_DB, SAME_DB, executed_kernels, latency
+from comq_onnx.evaluate import FLOAT_PRODUCTS, INTEGER_PRODUCTS, LEAST_DB, MOST_DB, SAME_DB, latency
 from comq_onnx.report.report import Report
 from comq_onnx.runtime.session import Session
 from comq_onnx.samples.samples import Samples
@@ -26,6 +27,10 @@ from comq_onnx.targets.catalog import TARGETS
 LEVELS = (0, 1, 2, 99)
 # what few samples that are held back may say about others
 NEAR_DB = 3.0
+# and about what the levels change
+OTHERS_DB = 1.0
+# batches that differ by more say nothing about others
+UNEVEN_DB = 10.0
 # a solver may lose so much against plain rounding, on samples that it has not seen
 WORSE_DB = 1.0
 # a file may be so many times slower than its source; timing noise is below it
@@ -150,11 +155,15 @@ def _findings(
         yield f"larger than its source: {report.size['before']} -> {size} bytes"
     target = TARGETS[made.options.get("target", "ort-cpu")]
     options = {"float_matmul_nbits": target.device != "cpu", "disable_qdq_fusion": target.runs_outside_ort}
-    found = sqnr(before, _run(Session(out, what="the quantized model", **options), made))
+    after = _run(Session(out, what="the quantized model", **options), made)
+    found = sqnr(before, after)
+    each = [sqnr([b], [a]) for b, a in zip(before, after, strict=True)]
+    spread = {name: [min(part[name], MOST_DB) for part in each] for name in found}
     plain = {name: db for name, db in found.items() if name not in made.selected}
     verdict.sqnr_db = min(plain.values(), default=None)
-    yield from _unlike_report(plain, before, report, said)
-    yield from _levels(made, before, out, said, target.device == "cuda")
+    yield from _unlike_report(plain, spread, before, report, said)
+    judged = {o.name for o in report.outputs}
+    yield from _levels(made, before, out, said, judged, target.device == "cuda")
     if target.device == "cpu":
         yield from _float_kernels(source, out, report)
     if made.options.get("solver", "comq") == "comq" and made.options.get("bits") != "auto":
@@ -162,27 +171,35 @@ def _findings(
 
 
 def _unlike_report(
-    found: Mapping[str, float], before: list[dict[str, Any]], report: Report, said: str
+    found: Mapping[str, float],
+    parts: Mapping[str, list[float]],
+    before: list[dict[str, Any]],
+    report: Report,
+    said: str,
 ) -> Iterator[str]:
-    """Say where the report's SQNR is not what other samples show, and which outputs it does not mention."""
+    """Say where the report's SQNR is not what other samples show, and which outputs it does not mention.
+
+    parts: the SQNR of each batch of these samples
+    """
     told = {o.name: o.sqnr_db for o in report.outputs}
     for name, db in found.items():
-        if name in told:
-            if _differ(db, told[name], NEAR_DB):
-                yield f"{name}: {db:.1f} dB on other samples, the report says {told[name]:.1f} dB"
-        elif not any(part.startswith(f"{name}: ") for part in told):
-            yield f"{name}: not in the report"
+        # where few samples make all of the error, others tell nothing about it
+        spread = parts[name]
+        alike = max(spread) - min(spread) <= UNEVEN_DB
+        if name in told and alike and all(_differ(part, told[name], NEAR_DB) for part in (db, *spread)):
+            yield f"{name}: {db:.1f} dB on other samples, the report says {told[name]:.1f} dB"
         if db < LEAST_DB - NEAR_DB and FAR not in said:
             yield f"{name}: {db:.1f} dB and no warning"
-    matches = {m.name for m in report.matches}
-    for name in before[0]:
-        if name not in matches and name not in found and not any(part.startswith(f"{name}: ") for part in told):
-            yield f"{name}: not in the report"
+    mentioned = {*told, *(part.partition(": ")[0] for part in told), *(m.name for m in report.matches)}
+    yield from (f"{name}: not in the report" for name in before[0] if name not in mentioned)
 
 
-def _levels(made: Made, before: list[dict[str, Any]], out: Path, said: str, exact: bool) -> Iterator[str]:
+def _levels(
+    made: Made, before: list[dict[str, Any]], out: Path, said: str, judged: Set[str], exact: bool
+) -> Iterator[str]:
     """Say where the optimization level changes what the model computes, and the report does not say so.
 
+    judged: the outputs that the report compares
     exact: the target does not round the inputs of weight-only products, as ONNX Runtime's CPU does
     """
     at: dict[int, dict[str, float]] = {}
@@ -194,10 +211,11 @@ def _levels(made: Made, before: list[dict[str, Any]], out: Path, said: str, exac
             if not any(words in said for words in SAID_OF_LEVELS):
                 yield f"level {level}: {error}"
     for name in next(iter(at.values()), {}):
-        if name in made.selected or any(words in said for words in SAID_OF_LEVELS):
+        # of what is selected the report judges the values before
+        if name not in judged or any(words in said for words in SAID_OF_LEVELS):
             continue
         values = [min(found[name], MOST_DB) for found in at.values()]
-        if _differ(min(values), max(values), SAME_DB):
+        if _differ(min(values), max(values), SAME_DB + OTHERS_DB):
             shown = ", ".join(f"{found[name]:.1f} at {level}" for level, found in at.items())
             yield f"{name}: levels differ: {shown} dB"
 
@@ -221,15 +239,33 @@ def _changed_interface(before: onnx.ModelProto, after: onnx.ModelProto) -> Itera
 
 def _float_kernels(source: Path, out: Path, report: Report) -> Iterator[str]:
     """Say which planned layers ONNX Runtime does not run as planned."""
-    kernels = executed_kernels(out)
-    left = executed_kernels(source).float_behind_dequantize
-    if kernels.float_behind_dequantize > left:
-        yield f"{kernels.float_behind_dequantize} float products behind a DequantizeLinear ({left} in the source)"
-    for layer in report.layers:
-        if layer.form == "integer" and layer.kernel not in INTEGER_PRODUCTS:
-            yield f"layer {layer.name} ({layer.op}) is planned in integers, but runs as {layer.kernel}"
-        if layer.form == "blocked" and layer.kernel != "MatMulNBits":
-            yield f"layer {layer.name} ({layer.op}) is planned as MatMulNBits, but runs as {layer.kernel}"
+    left, found = (_dequantized_at_runs(path) for path in (source, out))
+    if len(found) > len(left):
+        yield f"weights are dequantized at every run: {', '.join(found)}"
+    planned = [layer for layer in report.layers if layer.form in ("integer", "blocked")]
+    for layer in planned:
+        # a layer that shares its scales with another has no kernel of a name
+        good = INTEGER_PRODUCTS | {None} if layer.form == "integer" else {"MatMulNBits", None}
+        if layer.kernel not in good:
+            yield f"layer {layer.name} ({layer.op}) is planned as {layer.form}, but runs as {layer.kernel}"
+    count = sum(n for op, n in report.kernels.items() if op in INTEGER_PRODUCTS)
+    if count < len(planned):
+        yield f"{len(planned)} products are planned in integers or blocks, {count} run so"
+
+
+def _dequantized_at_runs(path: Path) -> list[str]:
+    """Name the constants that ONNX Runtime dequantizes at every run, for a product or a convolution."""
+    with tempfile.TemporaryDirectory() as work:
+        optimized = Path(work) / "optimized.onnx"
+        Session(path, threads=1, optimized=optimized)
+        graphs = subgraphs(onnx.load(optimized, load_external_data=False).graph)
+    constants = {i.name for graph in graphs for i in graph.initializer}
+    nodes = [node for graph in graphs for node in graph.node]
+    dequantized = {
+        n.output[0]: n.input[0] for n in nodes if n.op_type == "DequantizeLinear" and n.input[0] in constants
+    }
+    readers = [n for n in nodes if n.op_type in FLOAT_PRODUCTS | {"ConvTranspose"}]
+    return [dequantized[i] for n in readers for i in n.input if i in dequantized]
 
 
 def _worse_than_rounding(

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from _sweep_blocks import behind, conv, gemm, matmul
 from _sweep_graph import MS, Array, Graph, Value, as_channels, as_sequence
-from onnx import GraphProto, TensorProto, helper, numpy_helper
+from onnx import AttributeProto, GraphProto, TensorProto, helper, numpy_helper
 
 FLOAT = TensorProto.FLOAT
 
@@ -181,7 +181,8 @@ def boxes(g: Graph, v: Value) -> None:
     second = g.op("Conv", v, g.weight(6, v.shape[0], 3, 3, fan=9 * v.shape[0]), g.bias(6), pads=[1] * 4)
     where = g.op("Mul", g.op("Sigmoid", g.op("Reshape", first, g.ints(0, 4, places))), g.const(640))
     scores = g.op("Sigmoid", g.op("Reshape", second, g.ints(0, 6, places)))
-    if g.chance(0.5):
+    # NonMaxSuppression takes no float16
+    if g.half or g.chance(0.5):
         g.traits.append("joined boxes")
         joined = g.op("Concat", where, scores, axis=1)
         g.output(joined, FLOAT, (10, places))
@@ -226,3 +227,9 @@ def several(g: Graph, v: Value) -> None:
         g.output(result.name, FLOAT, result.shape)
     if g.chance(0.5) and v.name not in g.inputs:
         g.output(v.name, FLOAT, v.shape)
+
+
+def subgraphs(graph: GraphProto) -> list[GraphProto]:
+    """List a graph and the graphs inside it."""
+    inner = [a.g for node in graph.node for a in node.attribute if a.type == AttributeProto.GRAPH]
+    return [graph, *(found for one in inner for found in subgraphs(one))]

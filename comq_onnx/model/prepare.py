@@ -53,6 +53,7 @@ def prepare_model(model: ir.Model, wanted_opset: int, min_opset: int, fold: bool
         try:
             optimizer.optimize_ir(model, should_fold=lambda node: _should_fold(node, kept), onnx_shape_inference=True)
             RewritePass([_AddIntoConv.rule()])(model)
+            _adopt(model)
         except Exception as error:  # a library's bug on one graph must not end the run: the graph works unfolded
             raise Unprepared(f"constant folding failed: {error}") from error
     model = _raise_opset(model, wanted_opset, min_opset, notes)
@@ -84,6 +85,18 @@ def _clean(model: ir.Model) -> None:
         passes.NameFixPass(),
     )(model)
     _name_once(model)
+
+
+def _adopt(model: ir.Model) -> None:
+    """Make constants that belong to no graph initializers: onnxscript gives two Flattens of a value the same shape."""
+    known = model.graph.initializers
+    for node in model.graph.all_nodes():
+        for value in node.inputs:
+            if value is None or value.const_value is None or value.producer() is not None or value.is_graph_input():
+                continue
+            if value.graph is None:
+                value.name = _unused(str(value.name), set(known))
+                model.graph.register_initializer(value)
 
 
 def _name_once(model: ir.Model) -> None:

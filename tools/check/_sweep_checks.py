@@ -142,6 +142,11 @@ def _differ(one: float, other: float, slack: float) -> bool:
     return max(a, b) >= LEAST_DB and not abs(a - b) <= slack
 
 
+def _is_even(parts: list[float]) -> bool:
+    """Tell whether the SQNRs of batches are alike: where few samples make all of the error, others tell nothing."""
+    return max(parts) - min(parts) <= UNEVEN_DB
+
+
 def _findings(
     made: Made, before: list[dict[str, Any]], source: Path, out: Path, report: Report, verdict: Verdict
 ) -> Iterator[str]:
@@ -162,7 +167,7 @@ def _findings(
     plain = {name: db for name, db in found.items() if name not in made.selected}
     verdict.sqnr_db = min(plain.values(), default=None)
     yield from _unlike_report(plain, spread, before, report, said)
-    judged = {o.name for o in report.outputs}
+    judged = {o.name for o in report.outputs if _is_even(spread.get(o.name, [0.0]))}
     yield from _levels(made, before, out, said, judged, target.device == "cuda")
     if target.device == "cpu":
         yield from _float_kernels(source, out, report)
@@ -183,10 +188,8 @@ def _unlike_report(
     """
     told = {o.name: o.sqnr_db for o in report.outputs}
     for name, db in found.items():
-        # where few samples make all of the error, others tell nothing about it
         spread = parts[name]
-        alike = max(spread) - min(spread) <= UNEVEN_DB
-        if name in told and alike and all(_differ(part, told[name], NEAR_DB) for part in (db, *spread)):
+        if name in told and _is_even(spread) and all(_differ(part, told[name], NEAR_DB) for part in (db, *spread)):
             yield f"{name}: {db:.1f} dB on other samples, the report says {told[name]:.1f} dB"
         if db < LEAST_DB - NEAR_DB and FAR not in said:
             yield f"{name}: {db:.1f} dB and no warning"

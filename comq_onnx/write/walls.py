@@ -23,15 +23,10 @@ from comq_onnx.model.layers import Layer, nodes_by_name
 from comq_onnx.plan.activations import clip_bounds
 from comq_onnx.plan.forms import WeightForm
 from comq_onnx.plan.solved import Solved
+from comq_onnx.write.activations import MOVING, VANISHING, is_dequantized
 
 # operators that ONNX Runtime takes for a part of the product before them; it makes a Clip of Max and Min
 _JOINED = frozenset({"Relu", "Clip", "Max", "Min"})
-# operators that ONNX Runtime may remove where they change nothing
-_VANISHING = frozenset({"Identity", "Dropout", "Cast", "Slice", "Expand"})
-# operators that only move numbers, behind which it may put the DequantizeLinear that is before them
-_MOVING = _VANISHING | {
-    "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "MaxPool", "Split", "DepthToSpace", "SpaceToDepth",
-}  # fmt: skip
 
 
 def build_walls(model: ir.Model, solved: Solved) -> None:
@@ -50,7 +45,7 @@ def build_walls(model: ir.Model, solved: Solved) -> None:
             product = nodes.get(f"{layer.name}.matmul") or nodes.get(layer.name)
             if product is not None:
                 _part(product, layer, solved)
-                if solved.plan.form(layer) is WeightForm.BLOCKED and _is_dequantized(product.inputs[0], 1):
+                if solved.plan.form(layer) is WeightForm.BLOCKED and is_dequantized(product.inputs[0], 1):
                     copy = graphs.insert(product, "Sum", [product.inputs[0]], {}, f"{layer.name}.input")
                     product.replace_input_with(0, copy)
 
@@ -61,9 +56,9 @@ def _part_from_outside(graph: ir.Graph) -> None:
     for node in graph:
         for index, value in enumerate(node.inputs):
             maker = None if value is None else value.producer()
-            if value is None or maker is None or maker.graph is graph or maker.op_type not in _MOVING:
+            if value is None or maker is None or maker.graph is graph or maker.op_type not in MOVING:
                 continue
-            if not _is_dequantized(value):
+            if not is_dequantized(value):
                 continue
             if value not in copies:
                 copy = ir.node("Sum", [value], name=f"{value.name}.copied")
@@ -72,24 +67,6 @@ def _part_from_outside(graph: ir.Graph) -> None:
                 assert isinstance(maker.graph, ir.Graph)
                 maker.graph.insert_after(maker, copy)
             node.replace_input_with(index, copies[value])
-
-
-def _is_dequantized(value: ir.Value | None, most_bytes: int = 2) -> bool:
-    """Tell whether a value is a quantized activation, as it is or moved; most_bytes: that a code of it has."""
-    maker = None if value is None else value.producer()
-    while maker is not None and maker.op_type in _MOVING:
-        value = maker.inputs[0]
-        maker = None if value is None else value.producer()
-    if maker is None or maker.op_type != "DequantizeLinear" or len(maker.inputs) < 3:
-        return False
-    codes = maker.inputs[0].producer() if maker.inputs[0] is not None else None
-    zero = graphs.constant(maker.inputs[2])
-    return (
-        codes is not None
-        and codes.op_type == "QuantizeLinear"
-        and zero is not None
-        and (zero.dtype.itemsize <= most_bytes)
-    )
 
 
 def _part(product: ir.Node, layer: Layer, solved: Solved) -> None:
@@ -141,7 +118,7 @@ def _reads_transposed(product: ir.Node) -> bool:
     """Tell whether a product reads what a Transpose makes, which ONNX Runtime takes into the Gemm of it and its Add."""
     value = product.inputs[0]
     maker = None if value is None else value.producer()
-    while maker is not None and maker.op_type in _VANISHING:
+    while maker is not None and maker.op_type in VANISHING:
         value = maker.inputs[0]
         maker = None if value is None else value.producer()
     return maker is not None and maker.op_type == "Transpose"
@@ -150,7 +127,7 @@ def _reads_transposed(product: ir.Node) -> bool:
 def _is_transposed(value: ir.Value) -> bool:
     """Tell whether a Transpose alone reads a value, of which ONNX Runtime makes a Gemm of swapped inputs."""
     node = _sole_reader(value)
-    while node is not None and node.op_type in _VANISHING:
+    while node is not None and node.op_type in VANISHING:
         node = _sole_reader(node.outputs[0])
     return node is not None and node.op_type == "Transpose"
 
@@ -164,7 +141,7 @@ def _is_joined(value: ir.Value, form: WeightForm, solved: Solved) -> bool:
     joined, low, high = False, -np.inf, np.inf
     node = _sole_reader(value)
     # it puts a QuantizeLinear before operators that only move numbers
-    while node is not None and node.op_type in _JOINED | _MOVING and node.domain in ("", "ai.onnx"):
+    while node is not None and node.op_type in _JOINED | MOVING and node.domain in ("", "ai.onnx"):
         if node.op_type in _JOINED:
             joined = True
             least, most = _bounds(node)

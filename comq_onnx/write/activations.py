@@ -152,7 +152,8 @@ def keep_float(model: ir.Model, solved: Solved) -> None:
 
     It would round the float weight of such a layer to 8 bits, with one scale for all channels: of a layer that was
     excluded, or that has finer scales. It does so only where the input has a scale of rank 0. So the layer reads a
-    DequantizeLinear of its own with the same scale for each channel; or a Sum, a copy, of what operators have moved.
+    DequantizeLinear of its own with the same scale for each channel; or a Sum, a copy, of what operators have moved
+    and of an input of the model.
     """
     layers = {layer.name: layer for layer in solved.plan.layers}
     for node in list(model.graph.all_nodes()):
@@ -214,15 +215,19 @@ def _is_activation(node: ir.Node) -> bool:
 
 
 def is_dequantized(value: ir.Value | None, most_bytes: int = 2) -> bool:
-    """Tell whether a value is a quantized activation, as it is or moved; most_bytes: that a code of it has."""
+    """Tell whether a value is a quantized activation or such an input of the model, as it is or moved.
+
+    most_bytes: that a code of it has
+    """
     maker = None if value is None else value.producer()
     while maker is not None and maker.op_type in MOVING:
         value = maker.inputs[0]
         maker = None if value is None else value.producer()
-    if maker is None or not _is_activation(maker) or len(maker.inputs) < 3:
+    if maker is None or maker.op_type != "DequantizeLinear" or maker.inputs[0] is None:
         return False
-    zero = graphs.constant(maker.inputs[2])
-    return zero is not None and zero.dtype.itemsize <= most_bytes
+    zero = graphs.constant(maker.inputs[2]) if len(maker.inputs) > 2 else None
+    small = zero is None or zero.dtype.itemsize <= most_bytes
+    return small and (_is_activation(maker) or maker.inputs[0].is_graph_input())
 
 
 def _leads_to_quantize(node: ir.Node) -> bool:

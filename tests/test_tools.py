@@ -295,6 +295,36 @@ def test_a_sample_of_the_fuzzing_is_right_or_refused() -> None:
     assert "60 inputs" in done.stdout
 
 
+def test_a_sample_of_the_sweep_has_nothing_wrong_in_silence(tmp_path: Path) -> None:
+    done = call(ROOT / "tools" / "check" / "sweep.py", "--models", 2, "--seed", 2, "--json", tmp_path / "rows.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [(row["again"], row["outcome"]) for row in rows] == [
+        ("--seed 2 --only gemm --models 1", "right"), ("--seed 3 --only matmul --models 1", "refused")
+    ]  # fmt: skip
+
+
+def test_the_sweep_finds_a_scale_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tools" / "check"))
+    checks = import_module("_sweep_checks")
+    quantize = comq_onnx.quantize
+
+    def spoiled(source: Path, out: Path, *samples: Any, **options: Any) -> comq_onnx.Report:
+        report = quantize(source, out, *samples, **options)
+        model = onnx.load(out)
+        for tensor in model.graph.initializer:
+            if tensor.name.endswith(".scale"):
+                tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor) * 3, tensor.name))
+        onnx.save(model, out)
+        return report
+
+    assert checks.check((2, "gemm", False)).outcome == "right"
+    monkeypatch.setattr(comq_onnx, "quantize", spoiled)
+    verdict = checks.check((2, "gemm", False))
+    assert verdict.outcome == "wrong"
+    assert "on other samples, the report says" in verdict.details[0]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="forks, and limits of Linux")
 def test_whatever_a_run_does_to_its_process_is_one_outcome(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "tools" / "check"))

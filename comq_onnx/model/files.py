@@ -54,7 +54,7 @@ def written(model: ir.Model, out: Path) -> Iterator[tuple[Path, int]]:
     external = f"{out.name}.data" if weight_bytes(model) > INLINE_LIMIT else None
     if external is None:
         # tensors that stay float would go on pointing at the source's data file otherwise
-        ir.external_data.load_to_model(model)
+        _load_external(model)
     with contextlib.ExitStack() as stack:
         with _writing(out):
             work = stack.enter_context(private_directory(out.parent))
@@ -110,10 +110,19 @@ def subdirectory(parent: Path, name: str) -> Path:
 def to_bytes_or_file(model: ir.Model, directory: Path, name: str) -> bytes | str:
     """Return the model as a runtime takes it: serialized, or where it is too large, a path in `directory`."""
     if weight_bytes(model) <= INLINE_LIMIT:
-        ir.external_data.load_to_model(model)
+        _load_external(model)
         return bytes(ir.to_proto(model).SerializeToString())
     ir.save(model, directory / f"{name}.onnx", external_data=f"{name}.data")
     return str(directory / f"{name}.onnx")
+
+
+def _load_external(model: ir.Model) -> None:
+    """Copy external data into memory; unlike onnx-ir's function, while other arrays may be views of them."""
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            if isinstance(tensor, ir.ExternalTensor):
+                value.const_value = ir.Tensor(tensor.numpy().copy(), name=tensor.name, dtype=tensor.dtype)
 
 
 def file_size(model: ir.Model) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -82,12 +82,14 @@ class Prepared:
     model: the graph; its layers are `layers`, in topological order.
     skipped: the reason for each operator with a weight that is left as it is, by the node's name.
     notes: remarks for the report.
+    declared: the dimensions that the source declares for each output; the graph may know more of them.
     """
 
     model: ir.Model
     layers: list[Layer]
     skipped: dict[str, str]
     notes: list[str] = field(default_factory=list)
+    declared: tuple[ir.Shape | None, ...] = ()
 
     @cached_property
     def judged(self) -> Judged:
@@ -168,7 +170,7 @@ def select(prepared: Prepared, include: Sequence[str], exclude: Sequence[str]) -
             "the model has no layer to quantize (MatMul, Gemm, Conv, ConvTranspose, Gather, LSTM, GRU or RNN with a "
             f"constant weight of {MIN_WEIGHTS} numbers or more)" + (f"; left out: {reasons}" if reasons else "")
         )
-    return Prepared(prepared.model, layers, skipped, prepared.notes)
+    return replace(prepared, layers=layers, skipped=skipped)
 
 
 def calibrated(layers: Sequence[Layer]) -> Iterator[Layer]:

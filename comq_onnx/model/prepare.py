@@ -51,12 +51,13 @@ def prepare_model(
     """
     notes: list[str] = []
     _clean(model)
-    names = _layer_names(model)
+    names, declared = _layer_names(model), tuple(value.shape for value in model.graph.outputs)
     if fold:
         kept = {str(node.name) for node in nodes_of_quantized_weights(model)}
         try:
             optimizer.optimize_ir(model, should_fold=lambda node: _should_fold(node, kept), onnx_shape_inference=True)
             RewritePass([_AddIntoConv.rule()])(model)
+            _adopt(model)
         except Exception as error:  # a library's bug on one graph must not end the run: the graph works unfolded
             raise Unprepared(f"constant folding failed: {error}") from error
     model = _raise_opset(model, wanted_opset, min_opset, notes)
@@ -76,7 +77,7 @@ def prepare_model(
     _store_once(model)
     model.ir_version = min(max(model.ir_version, 8), graphs.MAX_IR_VERSION)
     layers, skipped = list_layers(model)
-    return Prepared(model, layers, _with_reasons(skipped, reasons), notes)
+    return Prepared(model, layers, _with_reasons(skipped, reasons), notes, declared)
 
 
 def _with_reasons(skipped: Mapping[str, str], reasons: Mapping[str, str]) -> dict[str, str]:
@@ -96,6 +97,18 @@ def _clean(model: ir.Model) -> None:
         passes.NameFixPass(),
     )(model)
     _name_once(model)
+
+
+def _adopt(model: ir.Model) -> None:
+    """Make constants that belong to no graph initializers: onnxscript gives two Flattens of a value the same shape."""
+    known = model.graph.initializers
+    for node in model.graph.all_nodes():
+        for value in node.inputs:
+            if value is None or value.const_value is None or value.producer() is not None or value.is_graph_input():
+                continue
+            if value.graph is None:
+                value.name = _unused(str(value.name), set(known))
+                model.graph.register_initializer(value)
 
 
 def _name_once(model: ir.Model) -> None:
@@ -170,9 +183,16 @@ class _AddIntoConv(pattern.RewriteRuleClassBase):  # type: ignore[misc]
 
 
 def _fold_alpha(model: ir.Model) -> None:
-    """Multiply the alpha of each Gemm into its weight: a scale cannot take it where it is negative, 0 or very small."""
+    """Multiply the alpha of each Gemm into its weight: a scale cannot take it where it is negative, 0 or very small.
+
+    What a Gemm adds 0 times is removed.
+    """
     for node in model.graph.all_nodes():
-        if node.op_type != "Gemm" or node.domain != "" or "alpha" not in node.attributes:
+        if node.op_type != "Gemm" or node.domain != "":
+            continue
+        if "beta" in node.attributes and float(node.attributes["beta"].value) == 0:
+            node.resize_inputs(min(len(node.inputs), 2))
+        if "alpha" not in node.attributes:
             continue
         alpha, value = node.attributes["alpha"], node.inputs[1]
         weight = graphs.constant(value)

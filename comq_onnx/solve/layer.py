@@ -41,6 +41,9 @@ from comq_onnx.solve.output_error import OutputError
 from comq_onnx.solve.paper import ORDERS, SWEEPS, solve_paper
 
 METHODS = ("comq", "paper", "gptq", "rtn")
+# the mean of an error is put into the bias where it is so many times what chance makes of it: beside loud samples the
+# outputs of quiet ones would be lost in a shift that is chance
+SIGNIFICANT = 3.0
 
 
 @dataclass(frozen=True)
@@ -164,6 +167,7 @@ class _Candidates:
 
     rounded_error, solved_error: variance and mean of each channel's error, [groups, out] each
     energy: E (W x)^2 of each channel, [groups, out]
+    count: how many positions these are means of
     """
 
     rounded: QuantizedWeight
@@ -171,6 +175,7 @@ class _Candidates:
     rounded_error: tuple[Matrix, Matrix]
     solved_error: tuple[Matrix, Matrix]
     energy: Matrix
+    count: int
 
 
 def _solve(
@@ -192,7 +197,7 @@ def _find_on_host(weight: Array, moments: Moments, centred: Moments, grid: Grid,
     rounded = rtn(weight, grid)
     errors = OutputError(weight, centred)
     solved = rounded if method.solver == "rtn" else method(weight, moments, grid)
-    return _Candidates(rounded, solved, errors.of(rounded), errors.of(solved), errors.energy)
+    return _Candidates(rounded, solved, errors.of(rounded), errors.of(solved), errors.energy, centred.count)
 
 
 def _find_on_device(weight: Array, moments: Moments, centred: Moments, grid: Grid, method: Method) -> _Candidates:
@@ -210,7 +215,7 @@ def _find_on_device(weight: Array, moments: Moments, centred: Moments, grid: Gri
     elif method.solver == "gptq":
         solved = solver.solve_gptq(tensor, moments, grid)
     errors = output_error.OutputError(tensor, centred)
-    return _Candidates(rounded, solved, errors.of(rounded), errors.of(solved), errors.energy)
+    return _Candidates(rounded, solved, errors.of(rounded), errors.of(solved), errors.energy, centred.count)
 
 
 def _choose(candidates: _Candidates, k: npt.NDArray[np.intp], shifts: bool) -> Solution:
@@ -221,15 +226,26 @@ def _choose(candidates: _Candidates, k: npt.NDArray[np.intp], shifts: bool) -> S
     variance, offset = (numbers[:, k] for numbers in candidates.solved_error)
     rounded_variance, rounded_offset = (numbers[:, k] for numbers in candidates.rounded_error)
     plain = rounded_variance + rounded_offset**2
-    error, rounded_error = (variance, rounded_variance) if shifts else (variance + offset**2, plain)
+    carried = _significant(variance, offset, candidates.count) * shifts
+    rounded_carried = _significant(rounded_variance, rounded_offset, candidates.count) * shifts
+    error = variance + (offset - carried) ** 2
+    rounded_error = rounded_variance + (rounded_offset - rounded_carried) ** 2
     worse = error > rounded_error
     if candidates.solved.grid.per_tensor:
         worse = np.full_like(worse, error.sum() > rounded_error.sum())
     energy = max(float(candidates.energy[:, k].sum()), float(np.finfo(np.float64).tiny))
-    shift = np.where(worse, rounded_offset, offset).astype(np.float32) if shifts else None
+    shift = np.where(worse, rounded_carried, carried).astype(np.float32) if shifts else None
     best = _select_channels(worse, _channels(candidates.rounded, k), _channels(candidates.solved, k))
     total = float(np.where(worse, rounded_error, error).sum())
     return Solution(best, shift, total / energy, float(plain.sum()) / energy)
+
+
+def _significant(variance: Matrix, offset: Matrix, count: int) -> Matrix:
+    """Return the mean errors [groups, out] that are more than chance, and 0 for all others.
+
+    The mean of `count` errors of mean 0 has a variance of variance / count.
+    """
+    return np.where(offset**2 * count > SIGNIFICANT**2 * variance, offset, 0.0)
 
 
 def _channels(weight: QuantizedWeight, k: npt.NDArray[np.intp]) -> QuantizedWeight:

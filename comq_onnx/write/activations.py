@@ -14,6 +14,13 @@ from comq_onnx.plan.solved import Solved
 _TAKEN = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 # operators that it may fuse into those, or leave between one and the QuantizeLinear of its output
 _PASSED = frozenset({"Relu", "Clip", "Add", "Mul", "Sub", "Div", "BatchNormalization", "Identity", "Sum", "Dropout"})
+# operators that it may remove where they change nothing
+VANISHING = frozenset({"Identity", "Dropout", "Cast", "Slice", "Expand"})
+# operators that only move numbers: it may put the DequantizeLinear before them behind them, and the QuantizeLinear
+# behind them before them
+MOVING = VANISHING | {
+    "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "MaxPool", "Split", "DepthToSpace", "SpaceToDepth",
+}  # fmt: skip
 # under this key a QuantizeLinear keeps the name of the activation that it quantizes
 QUANTIZES = "comq_onnx.quantizes"
 # this key marks the pairs that the source has
@@ -145,7 +152,8 @@ def keep_float(model: ir.Model, solved: Solved) -> None:
 
     It would round the float weight of such a layer to 8 bits, with one scale for all channels: of a layer that was
     excluded, or that has finer scales. It does so only where the input has a scale of rank 0. So the layer reads a
-    DequantizeLinear of its own with the same scale for each channel.
+    DequantizeLinear of its own with the same scale for each channel; or a Sum, a copy, of what operators have moved
+    and of an input of the model.
     """
     layers = {layer.name: layer for layer in solved.plan.layers}
     for node in list(model.graph.all_nodes()):
@@ -153,7 +161,11 @@ def keep_float(model: ir.Model, solved: Solved) -> None:
             continue
         place = _channels(node, layers.get(str(node.name)))
         dequantize = node.inputs[0].producer() if node.inputs[0] is not None else None
-        if place is None or dequantize is None or not _is_activation(dequantize) or not _leads_to_quantize(node):
+        if place is None or dequantize is None or not _leads_to_quantize(node):
+            continue
+        if not _is_activation(dequantize):
+            if is_dequantized(node.inputs[0]):
+                node.replace_input_with(0, graphs.insert(node, "Sum", [node.inputs[0]], {}, f"{node.name}.input"))
             continue
         axis, count = place
         own = [dequantize.inputs[0]]
@@ -202,6 +214,22 @@ def _is_activation(node: ir.Node) -> bool:
     return codes is not None and codes.op_type == "QuantizeLinear"
 
 
+def is_dequantized(value: ir.Value | None, most_bytes: int = 2) -> bool:
+    """Tell whether a value is a quantized activation or such an input of the model, as it is or moved.
+
+    most_bytes: that a code of it has
+    """
+    maker = None if value is None else value.producer()
+    while maker is not None and maker.op_type in MOVING:
+        value = maker.inputs[0]
+        maker = None if value is None else value.producer()
+    if maker is None or maker.op_type != "DequantizeLinear" or maker.inputs[0] is None:
+        return False
+    zero = graphs.constant(maker.inputs[2]) if len(maker.inputs) > 2 else None
+    small = zero is None or zero.dtype.itemsize <= most_bytes
+    return small and (_is_activation(maker) or maker.inputs[0].is_graph_input())
+
+
 def _leads_to_quantize(node: ir.Node) -> bool:
     """Tell whether the output of a node goes into a QuantizeLinear and nowhere else."""
     while True:
@@ -211,5 +239,5 @@ def _leads_to_quantize(node: ir.Node) -> bool:
         node = readers[0][0]
         if node.op_type == "QuantizeLinear":
             return True
-        if node.op_type not in _PASSED:
+        if node.op_type not in _PASSED | MOVING:
             return False

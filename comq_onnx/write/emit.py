@@ -51,6 +51,9 @@ def emit_model(solved: Solved, provenance: Mapping[str, str], described: Set[str
             for value in node.outputs:
                 if not value.is_graph_output() and value.name not in described:
                     value.type = value.shape = None
+    for value, shape in zip(model.graph.outputs, solved.plan.written.declared, strict=True):
+        # who reads the file finds the dimensions that it had, not those that were inferred
+        value.shape = value.shape if shape is None else shape
     used = {t.dtype for v in model.graph.initializers.values() if (t := v.const_value) is not None}
     lowest_ir = 13 if ir.DataType.INT2 in used else 10 if ir.DataType.INT4 in used else 8
     model.ir_version = min(max(model.ir_version, lowest_ir), solved.plan.target.max_ir)

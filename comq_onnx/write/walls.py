@@ -5,6 +5,10 @@ looks for the DequantizeLinear of the weight. What comes out (Gemm, FusedGemm, o
 float product whose weight is dequantized at every call. It leaves a Sum alone, also one of a single input, which only
 copies. So a Sum stands between.
 
+One stands before a weight-only product too that reads a quantized activation, for which ONNX Runtime makes no
+MatMulNBits; and before a subgraph that reads what a Transpose or the like makes of a quantized activation: moving the
+DequantizeLinear behind it, ONNX Runtime 1.32 ends the process.
+
 Measured with ONNX Runtime 1.32 at the levels extended and all (docs/runtimes.md); tests/write/test_walls.py tries
 many operators behind every form.
 """
@@ -19,18 +23,20 @@ from comq_onnx.model.layers import Layer, nodes_by_name
 from comq_onnx.plan.activations import clip_bounds
 from comq_onnx.plan.forms import WeightForm
 from comq_onnx.plan.solved import Solved
+from comq_onnx.write.activations import MOVING, VANISHING, is_dequantized
 
 # operators that ONNX Runtime takes for a part of the product before them; it makes a Clip of Max and Min
 _JOINED = frozenset({"Relu", "Clip", "Max", "Min"})
-# operators that ONNX Runtime may remove where they change nothing
-_VANISHING = frozenset({"Identity", "Dropout", "Cast", "Slice", "Expand"})
 
 
 def build_walls(model: ir.Model, solved: Solved) -> None:
     """Put a Sum behind each product of `model` that ONNX Runtime would join with what follows, in place.
 
-    The model has its quantized weights and activations already. Does nothing for targets that other runtimes execute.
+    The model has its quantized weights and activations already. For targets that other runtimes execute, only what
+    would end ONNX Runtime is done.
     """
+    for graph in model.graph.subgraphs():
+        _part_from_outside(graph)
     if solved.plan.target.runs_outside_ort:
         return
     nodes = nodes_by_name(model)
@@ -39,6 +45,28 @@ def build_walls(model: ir.Model, solved: Solved) -> None:
             product = nodes.get(f"{layer.name}.matmul") or nodes.get(layer.name)
             if product is not None:
                 _part(product, layer, solved)
+                if solved.plan.form(layer) is WeightForm.BLOCKED and is_dequantized(product.inputs[0], 1):
+                    copy = graphs.insert(product, "Sum", [product.inputs[0]], {}, f"{layer.name}.input")
+                    product.replace_input_with(0, copy)
+
+
+def _part_from_outside(graph: ir.Graph) -> None:
+    """Let a subgraph read a Sum, a copy, of each value from outside that operators moved behind a DequantizeLinear."""
+    copies: dict[ir.Value, ir.Value] = {}
+    for node in graph:
+        for index, value in enumerate(node.inputs):
+            maker = None if value is None else value.producer()
+            if value is None or maker is None or maker.graph is graph or maker.op_type not in MOVING:
+                continue
+            if not is_dequantized(value):
+                continue
+            if value not in copies:
+                copy = ir.node("Sum", [value], name=f"{value.name}.copied")
+                made = copies[value] = copy.outputs[0]
+                made.name, made.type, made.shape = f"{value.name}.copied", value.type, value.shape
+                assert isinstance(maker.graph, ir.Graph)
+                maker.graph.insert_after(maker, copy)
+            node.replace_input_with(index, copies[value])
 
 
 def _part(product: ir.Node, layer: Layer, solved: Solved) -> None:
@@ -53,7 +81,8 @@ def _part(product: ir.Node, layer: Layer, solved: Solved) -> None:
         return
     end = (product if adder is None else adder).outputs[0]
     turned = form is WeightForm.BLOCKED and adder is not None and _reads_transposed(product)
-    if not turned and not _is_joined(end, form, solved):
+    turned |= product.op_type == "Gemm" and _is_transposed(end)
+    if not turned and not _is_joined(end, form, solved) and not _is_also_quantized(end):
         return
     if adder is not None and form is WeightForm.BLOCKED:
         adder.op_type = "Sum"
@@ -89,10 +118,18 @@ def _reads_transposed(product: ir.Node) -> bool:
     """Tell whether a product reads what a Transpose makes, which ONNX Runtime takes into the Gemm of it and its Add."""
     value = product.inputs[0]
     maker = None if value is None else value.producer()
-    while maker is not None and maker.op_type in _VANISHING:
+    while maker is not None and maker.op_type in VANISHING:
         value = maker.inputs[0]
         maker = None if value is None else value.producer()
     return maker is not None and maker.op_type == "Transpose"
+
+
+def _is_transposed(value: ir.Value) -> bool:
+    """Tell whether a Transpose alone reads a value, of which ONNX Runtime makes a Gemm of swapped inputs."""
+    node = _sole_reader(value)
+    while node is not None and node.op_type in VANISHING:
+        node = _sole_reader(node.outputs[0])
+    return node is not None and node.op_type == "Transpose"
 
 
 def _is_joined(value: ir.Value, form: WeightForm, solved: Solved) -> bool:
@@ -103,7 +140,8 @@ def _is_joined(value: ir.Value, form: WeightForm, solved: Solved) -> bool:
     """
     joined, low, high = False, -np.inf, np.inf
     node = _sole_reader(value)
-    while node is not None and node.op_type in _JOINED | _VANISHING and node.domain in ("", "ai.onnx"):
+    # it puts a QuantizeLinear before operators that only move numbers
+    while node is not None and node.op_type in _JOINED | MOVING and node.domain in ("", "ai.onnx"):
         if node.op_type in _JOINED:
             joined = True
             least, most = _bounds(node)
@@ -129,7 +167,22 @@ def _bounds(node: ir.Node) -> tuple[float, float]:
     return (bound, np.inf) if node.op_type == "Max" else (-np.inf, bound)
 
 
+def _is_also_quantized(value: ir.Value) -> bool:
+    """Tell whether a QuantizeLinear reads a value and something else does too: no integer kernel has two outputs."""
+    readers = [node.op_type for node, _ in value.uses()]
+    return "QuantizeLinear" in readers and (len(readers) > 1 or value.is_graph_output())
+
+
 def _insert_copy(value: ir.Value, layer: Layer) -> None:
-    """Insert a Sum of `value` alone, which copies it, before its one reader."""
-    reader, index = next(iter(value.uses()))
-    reader.replace_input_with(index, graphs.insert(reader, "Sum", [value], {}, f"{layer.name}.copied"))
+    """Insert a Sum of `value` alone, which copies it, before all its readers; the copy takes its name."""
+    producer = value.producer()
+    assert producer is not None
+    copier = ir.node("Sum", [], name=f"{layer.name}.copied")
+    copy = copier.outputs[0]
+    copy.name, copy.type, copy.shape = value.name, value.type, value.shape
+    value.replace_all_uses_with(copy, replace_graph_outputs=True)
+    value.name = f"{layer.name}.alone"
+    copier.resize_inputs(1)
+    copier.replace_input_with(0, value)
+    assert isinstance(producer.graph, ir.Graph)
+    producer.graph.insert_after(producer, copier)

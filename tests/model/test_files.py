@@ -97,6 +97,23 @@ def test_external_data_is_read_and_counted(tmp_path: Path, out: Path) -> None:
     assert os.listdir(out.parent) == ["q.onnx"]
 
 
+def test_a_table_in_external_data_that_a_product_reads_transposed_is_quantized(tmp_path: Path, out: Path) -> None:
+    """Folding makes the transposed one a view of the mapped file."""
+    tied = build(
+        """tied (int64[batch, 6] ids) => (float[batch, 6, 40] y) {
+            e = Gather (table, ids)
+            t = Tanh (e)
+            turned = Transpose <perm = [1, 0]> (table)
+            y = MatMul (t, turned)
+        }""",
+        {"table": weight(40, 16, fan=1)},
+    )
+    path = save_external(tied, tmp_path / "model.onnx")
+    feeds = {"ids": np.random.default_rng(0).integers(0, 40, (32, 6))}
+    comq_onnx.quantize(path, out, feeds, **EIGHT)
+    assert worst_sqnr(path, out, feeds) >= 25
+
+
 def test_a_model_proto_is_quantized_and_not_modified(out: Path) -> None:
     model = mlp()
     before = model.SerializeToString()

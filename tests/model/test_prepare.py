@@ -241,6 +241,28 @@ def test_an_intermediate_that_is_an_output_too_keeps_its_name(quantized: Run) ->
 # BatchNorm
 
 
+def test_outputs_keep_the_dimensions_that_the_source_declares(quantized: Run) -> None:
+    model = cnn(opset=13)
+    model.graph.output[0].type.tensor_type.shape.dim[1].dim_param = "classes"
+    shown = quantized(model).model.graph.output[0].type.tensor_type.shape.dim
+    assert [dim.dim_param for dim in shown] == ["batch", "classes"]
+
+
+def test_two_flattens_of_one_value_are_kept(quantized: Run) -> None:
+    """Folding makes Reshapes of them, whose shapes are two constants of one name."""
+    model = build(
+        """two (float[batch, 4, 8] x) => (float[batch, 10] y, float[batch, 12] z) {
+            r = Relu (x)
+            a = Flatten (r)
+            y = MatMul (a, w1)
+            b = Flatten (r)
+            z = MatMul (b, w2)
+        }""",
+        {"w1": weight(32, 10), "w2": weight(32, 12)},
+    )
+    assert len(quantized(model, bits=4, floor=15).report.layers) == 2
+
+
 def test_folding_a_batchnorm_changes_no_output() -> None:
     model = ir.from_proto(batchnorm_cnn())
     prepared = prepare_model(model, 17, 13)

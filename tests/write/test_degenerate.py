@@ -162,6 +162,48 @@ def test_an_excluded_layer_between_integers_stays_float(tmp_path: Path, op: str,
     assert floats == (1 if activations == "8" else 3)
 
 
+@pytest.mark.parametrize(("before", "behind"), [("Transpose (r)", "Relu (m)"), ("Relu (r)", "Reshape (m, moved)"),
+                                                ("Reshape (r, moved)", "Transpose (m)")])  # fmt: skip
+def test_an_excluded_layer_between_moved_integers_stays_float(tmp_path: Path, before: str, behind: str) -> None:
+    """ONNX Runtime moves what is quantized up to the layer."""
+    source = build(
+        f"""g (float[8, 8, 8, 8] x) => (float[8, 8, 8, 8] y) <int64[4] moved = {{0, 0, 8, -1}}> {{
+            [first] f = Conv <pads = [1, 1, 1, 1]> (x, w1)
+            r = Relu (f)
+            t = {before}
+            [mid] m = Conv <pads = [1, 1, 1, 1]> (t, w2)
+            u = {behind}
+            [last] y = Conv <pads = [1, 1, 1, 1]> (u, w3)
+        }}""".replace("Transpose (", "Transpose <perm = [0, 1, 3, 2]> ("),
+        {f"w{i}": weight(8, 8, 3, 3, fan=72, seed=i) for i in (1, 2, 3)},
+    )
+    feeds = {"x": normal(64, 8, 8, 8)}
+    comq_onnx.quantize(source, tmp_path / "q.onnx", feeds, bits=8, uniform=True, activations="16", exclude=["mid"])
+    found = at_levels(source, tmp_path / "q.onnx", {"x": feeds["x"][:8]})
+    # a weight of 8 bits with one scale costs some dB beside 16-bit activations
+    assert max(found.values()) - min(found.values()) < 0.5
+
+
+def test_an_excluded_layer_behind_an_image_of_bytes_stays_float(tmp_path: Path) -> None:
+    source = build(
+        """g (uint8[8, 8, 8, 8] x) => (float[8, 8, 8, 8] y) {
+            d = DequantizeLinear (x, step, middle)
+            [first] m = Conv <pads = [1, 1, 1, 1]> (d, w1)
+            r = Relu (m)
+            [last] y = Conv <pads = [1, 1, 1, 1]> (r, w2)
+        }""",
+        {
+            **{f"w{i}": weight(8, 8, 3, 3, fan=72, seed=i) for i in (1, 2)},
+            "step": np.float32(1 / 64), "middle": np.uint8(128),
+        },
+    )  # fmt: skip
+    feeds = {"x": np.random.default_rng(0).integers(0, 256, (64, 8, 8, 8)).astype(np.uint8)}
+    comq_onnx.quantize(source, tmp_path / "q.onnx", feeds, bits=8, uniform=True, activations="16", exclude=["first"])
+    found = at_levels(source, tmp_path / "q.onnx", {"x": feeds["x"][:8]})
+    # a weight of 8 bits with one scale costs some dB beside 16-bit activations
+    assert max(found.values()) - min(found.values()) < 0.5
+
+
 def test_a_transposed_convolution_between_integers_keeps_its_scales(tmp_path: Path) -> None:
     source, feeds = between("ConvTranspose", 1.0, bias=1.0)
     tensors = {t.name: t for t in source.graph.initializer}

@@ -127,3 +127,93 @@ def test_files_for_other_runtimes_have_no_copies(tmp_path: Path, target: str) ->
     model, feeds = branches("matmul", "2 open")
     comq_onnx.quantize(model, tmp_path / "q.onnx", feeds, bits=8, target=target, solver="rtn", device="cpu")
     assert "Sum" not in {node.op_type for node in onnx.load(tmp_path / "q.onnx").graph.node}
+
+
+@pytest.mark.parametrize("product", ["matmul", "biased", "gemm", "gemm_alone"])
+def test_a_product_that_is_read_quantized_and_in_float_has_a_kernel(tmp_path: Path, product: str) -> None:
+    part = re.sub(r"(\w+) = (MatMul|Gemm) ", r"[product] \1 = \2 ", PRODUCTS[product], count=1)
+    text = f"""g (float[n, {WIDTH}] given) => (float[n, {WIDTH}] y, float[n, {WIDTH}] z) {{
+        x = Tanh (given)
+        {part}
+        [behind] y = MatMul (v, w2)
+        z = Tanh (v)
+    }}"""
+    weights = {"w": weight(WIDTH, WIDTH), "w2": weight(WIDTH, WIDTH, seed=2), "bias": normal(WIDTH)}
+    weights["single"] = np.ones(1, np.float32)
+    read = set(re.findall(r"\w+", text))
+    model = build(text, {n: w for n, w in weights.items() if n in read}, opset=18)
+    comq_onnx.quantize(
+        model, tmp_path / "q.onnx", {"given": normal(64, WIDTH)}, bits=4, activations="8", solver="rtn", device="cpu",
+        uniform=True,
+    )  # fmt: skip
+    check(tmp_path / "q.onnx", 2)
+
+
+@pytest.mark.parametrize("moved", ["Relu (c)", "Reshape (c, flat)", "Transpose <perm = [0, 2, 3, 1]> (c)"])
+def test_a_product_in_blocks_behind_and_before_quantized_convolutions_has_a_kernel(tmp_path: Path, moved: str) -> None:
+    """ONNX Runtime moves their DequantizeLinear and QuantizeLinear over what only moves numbers."""
+    width = 64 if "flat" in moved else 32
+    text = f"""g (float[2, 32, 2, 32] given) => (float[2, 32, 2, 32] y)
+    <int64[3] flat = {{0, 32, 64}}, int64[4] image = {{0, 32, 2, 32}}> {{
+        [first] c = Conv <pads = [1, 1, 1, 1]> (given, w1)
+        x = {moved}
+        [blocks] m = MatMul (x, w2)
+        b = Reshape (m, image)
+        [last] y = Conv <pads = [1, 1, 1, 1]> (b, w1)
+    }}"""
+    weights = {"w1": weight(32, 32, 3, 3, fan=288), "w2": weight(width, width)}
+    comq_onnx.quantize(
+        build(text, weights, opset=18), tmp_path / "q.onnx", {"given": normal(16, 32, 2, 32)}, bits=4,
+        granularity="16", activations="8", solver="rtn", device="cpu", uniform=True,
+    )  # fmt: skip
+    kernels = executed_kernels(tmp_path / "q.onnx")
+    assert kernels.of_layer["blocks"] in INTEGER_PRODUCTS, kernels.of_layer
+
+
+@pytest.mark.parametrize("target", ["ort-cpu", "openvino"])
+def test_a_subgraph_that_reads_a_moved_activation_does_not_end_onnx_runtime(tmp_path: Path, target: str) -> None:
+    text = """g (float[n, 8, 8, 4] given, bool[n, 1] use) => (float[n, 32, 8] y) <int64[3] flat = {0, 8, 32}> {
+        [first] c = Conv <pads = [1, 1, 1, 1]> (given, w1)
+        r = Relu (c)
+        x = Reshape (r, flat)
+        t = Transpose <perm = [0, 2, 1]> (x)
+        some = Cast <to = 1> (use)
+        most = ReduceMax <keepdims = 0> (some)
+        any = Cast <to = 9> (most)
+        y = If (any) <
+            then_branch = yes () => (float[n, 32, 8] a) { a = Tanh (t) },
+            else_branch = no () => (float[n, 32, 8] b) { b = Abs (t) }
+        >
+    }"""
+    model = build(text, {"w1": weight(8, 8, 3, 3, fan=72)}, opset=17)
+    feeds = {"given": normal(32, 8, 8, 4), "use": normal(32, 1) > 1}
+    comq_onnx.quantize(
+        model, tmp_path / "q.onnx", feeds, bits=8, activations="8", target=target, solver="rtn", device="cpu"
+    )
+    onnx.save(model, tmp_path / "m.onnx")
+    wanted = Session(tmp_path / "m.onnx").run(feeds)
+    for level in (0, 1, 2, 99):
+        assert sqnr_of(wanted, Session(tmp_path / "q.onnx", level=level).run(feeds)) > 30
+
+
+@pytest.mark.parametrize("product", ["matmul", "gemm", "gemm_alone"])
+@pytest.mark.parametrize("activations", ["none", "8"])
+def test_a_product_that_is_transposed_has_a_kernel(tmp_path: Path, product: str, activations: str) -> None:
+    part = re.sub(r"(\w+) = (MatMul|Gemm) ", r"[product] \1 = \2 ", PRODUCTS[product], count=1)
+    text = f"g (float[8, {WIDTH}] x) => (float[{WIDTH}, 8] y) {{ {part}\n t = Transpose (v)\n y = Tanh (t) }}"
+    weights = {"w": weight(WIDTH, WIDTH), "bias": normal(WIDTH)}
+    model = build(text, {n: w for n, w in weights.items() if re.search(rf"\b{n}\b", text)}, opset=18)
+    comq_onnx.quantize(
+        model, tmp_path / "q.onnx", {"x": normal(64, WIDTH)}, bits=4, activations=activations, solver="rtn"
+    )
+    check(tmp_path / "q.onnx", 1)
+
+
+def test_what_a_gemm_adds_zero_times_does_not_make_it_float(tmp_path: Path) -> None:
+    text = f"""g (float[8, {WIDTH}] given) => (float[8, {WIDTH}] y) {{
+        x = Tanh (given)
+        [product] y = Gemm <beta = 0.0> (x, w, rows)
+    }}"""
+    model = build(text, {"w": weight(WIDTH, WIDTH), "rows": normal(8, WIDTH)}, opset=18)
+    comq_onnx.quantize(model, tmp_path / "q.onnx", {"given": normal(64, WIDTH)}, bits=4, activations="8", solver="rtn")
+    check(tmp_path / "q.onnx", 1)

@@ -19,11 +19,11 @@ from comq_onnx.samples.padding import Mask, has_positions
 from comq_onnx.solve import moments
 from comq_onnx.solve.moments import Moments, MomentSums, chunks, halves
 
-# More input positions than these do not change a solution (measured on EfficientNet-Lite0 at 4 bits: 27k positions give
-# -26.4 dB, 6.6k -26.0). Beyond them positions are drawn at random, the same share of each batch. Depthwise layers, with
-# many numbers in their rows for few moments, get the fewest.
-LEAST_POSITIONS, MOST_POSITIONS = 16_384, 65_536
-POSITIONS_PER_INPUT = 24
+# More input positions than these do not change a solution: so many for each input of an output channel, between two
+# bounds, and at least the second number for each input. Beyond them positions are drawn at random, the same share of
+# each batch. Depthwise layers, with many numbers in their rows for few moments, get the fewest.
+LEAST_POSITIONS, MOST_POSITIONS = 8_192, 65_536
+ENOUGH_PER_INPUT, POSITIONS_PER_INPUT = 256, 24
 MOST_NUMBERS = 1 << 27
 # in the same time a Gram of patches takes at least so many times as many positions (see patches.py)
 PATCHES_GAIN = 2
@@ -154,7 +154,8 @@ def _draw(given: LayerInput, store: Host, fewer: int) -> _Drawn:
     if not any(positions):
         raise SamplesError(f"no sample reaches layer {layer.name!r}: its input is empty for all of them")
     affordable = MOST_NUMBERS // (kind.inputs * kind.groups)
-    limit = max(min(affordable, MOST_POSITIONS), LEAST_POSITIONS, POSITIONS_PER_INPUT * kind.inputs) // fewer
+    enough = min(affordable, MOST_POSITIONS, ENOUGH_PER_INPUT * kind.inputs)
+    limit = max(enough, LEAST_POSITIONS, POSITIONS_PER_INPUT * kind.inputs) // fewer
     share = min(1.0, limit / max(sum(positions), 1))
     if share > 1 / PATCHES_GAIN and kind.patches(like[0]) is not None:
         share = 1.0

@@ -66,7 +66,7 @@ def write_models(folder: Path) -> None:
     for name, case in golden.CASES.items():
         model = case.model()
         feeds = case.samples() if case.samples is not None else models.samples_for(model, golden.SAMPLES)
-        _write(folder / name, model, feeds, {"bits": 8, "solver": "rtn", "device": "cpu", **case.options})
+        _write(folder / name, model, feeds, {"bits": 8, "device": "cpu", **case.options})
 
 
 def _write(stem: Path, model: onnx.ModelProto, feeds: dict[str, np.ndarray], options: dict[str, Any]) -> None:

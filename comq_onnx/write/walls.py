@@ -82,7 +82,7 @@ def _part(product: ir.Node, layer: Layer, solved: Solved) -> None:
     end = (product if adder is None else adder).outputs[0]
     turned = form is WeightForm.BLOCKED and adder is not None and _reads_transposed(product)
     turned |= product.op_type == "Gemm" and _is_transposed(end)
-    if not turned and not _is_joined(end, form, solved) and not _is_also_quantized(end):
+    if not turned and not _is_joined(end, form) and not _is_also_quantized(end):
         return
     if adder is not None and form is WeightForm.BLOCKED:
         adder.op_type = "Sum"
@@ -132,7 +132,7 @@ def _is_transposed(value: ir.Value) -> bool:
     return node is not None and node.op_type == "Transpose"
 
 
-def _is_joined(value: ir.Value, form: WeightForm, solved: Solved) -> bool:
+def _is_joined(value: ir.Value, form: WeightForm) -> bool:
     """Tell whether ONNX Runtime joins what reads `value` with the product that makes it, and so makes that float.
 
     A weight-only product is joined with a QuantizeLinear too. One in integers may take up a Relu or a Clip before a
@@ -151,9 +151,22 @@ def _is_joined(value: ir.Value, form: WeightForm, solved: Solved) -> bool:
     if form is WeightForm.BLOCKED or not (is_quantized and joined):
         return joined or (is_quantized and form is WeightForm.BLOCKED)
     assert node is not None
-    grid = solved.activation_grids[str(node.name).removesuffix(".quantize")]
-    ends = (float(grid.scale * np.float32(code - grid.zero_point)) for code in (grid.qmin, grid.qmax))
-    return not all(low <= end <= high for end in ends)
+    ends = _range(node)
+    return ends is None or not all(low <= end <= high for end in ends)
+
+
+def _range(node: ir.Node) -> tuple[float, float] | None:
+    """Return the numbers that the least and the largest code of a QuantizeLinear stand for.
+
+    None where it has no one scale, or not integers of 8 or 16 bits.
+    """
+    scale = graphs.constant(node.inputs[1])
+    zero = graphs.constant(node.inputs[2]) if len(node.inputs) > 2 else np.zeros((), np.uint8)
+    if scale is None or zero is None or scale.size != 1 or zero.dtype.kind not in "iu":
+        return None
+    codes = np.iinfo(zero.dtype)
+    step, offset = np.float32(scale.reshape(-1)[0]), int(zero.reshape(-1)[0])
+    return float(step * np.float32(codes.min - offset)), float(step * np.float32(codes.max - offset))
 
 
 def _bounds(node: ir.Node) -> tuple[float, float]:

@@ -20,6 +20,7 @@ import onnx_ir as ir
 from comq_onnx.arrays import spread_indices
 from comq_onnx.calibrate.walk import walk
 from comq_onnx.context import Context, Journal, silent
+from comq_onnx.errors import SamplesError
 from comq_onnx.metrics import lead_changes, scores_among, sqnr_of
 from comq_onnx.model.judged_session import JudgedSession
 from comq_onnx.model.layers import Layer
@@ -117,7 +118,10 @@ def survey(plan: Plan, data: Dataset, context: Context, widths: Sequence[int] = 
     """
     plan = plan.with_bits({layer.name: REFERENCE_BITS for layer in plan.layers}, context.options)
     surveyed, perturbed = _split(data.calibration)
-    solved, sampled = _own_errors(plan, replace(data, calibration=surveyed), context, widths)
+    try:
+        solved, sampled = _own_errors(plan, replace(data, calibration=surveyed), context, widths)
+    except SamplesError:  # these samples may not take every branch that some sample takes
+        solved, sampled = _own_errors(plan, data, context, widths)
     groups = _groups(plan)
     errors = {}
     for name in groups:

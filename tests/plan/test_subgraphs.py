@@ -12,6 +12,7 @@ import pytest
 from onnx import numpy_helper
 
 import comq_onnx
+from comq_onnx.bits import survey
 from comq_onnx.errors import ModelError
 from models import build, codes, normal, samples_for, weight, worst_sqnr
 
@@ -89,6 +90,16 @@ def test_the_layers_of_both_branches_are_calibrated_on_the_samples_that_take_the
     assert reached["comq"] > reached["rtn"] + 1
     # six positions each of the calibration samples
     assert solved.on["then_layer"].count + solved.on["else_layer"].count == solved.on["fc1"].count
+
+
+def test_a_branch_that_the_surveyed_samples_do_not_take_is_surveyed_on_all(
+    quantized: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(survey, "SURVEYED", 2)
+    x = np.abs(normal(48, 6, 32))
+    x[::8] *= -1
+    report = quantized(branches(BY_SIGN), {"x": x}, per_item=True, bits=3, floor=3).report
+    assert set(forms(report)) == {"fc1", "then_layer", "else_layer", "fc2"}
 
 
 def test_layers_of_one_name_in_two_branches_are_told_apart(quantized: Run) -> None:

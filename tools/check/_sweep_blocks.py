@@ -181,6 +181,9 @@ def matmul_square(g: Graph, v: Value) -> Value:
 def behind(g: Graph, v: Value) -> Value:
     """Put an operator of BEHIND behind a product or a convolution of the same shape."""
     name = g.dice.pick(BEHIND)
+    if g.half and name == "celu":
+        # there is no Celu of float16
+        name = "elu"
     form = g.dice.pick(("matmul", "biased", "gemm", "conv", "depthwise", "conv_transpose"))
     g.traits.append(f"{name} behind {form}")
     if form in ("conv", "depthwise", "conv_transpose"):

@@ -43,7 +43,7 @@ from comq_onnx.solve.paper import ORDERS, SWEEPS, solve_paper
 METHODS = ("comq", "paper", "gptq", "rtn")
 # the mean of an error is put into the bias where it is so many times what chance makes of it: beside loud samples the
 # outputs of quiet ones would be lost in a shift that is chance
-SIGNIFICANT = 3.0
+SIGNIFICANT = 2.0
 
 
 @dataclass(frozen=True)

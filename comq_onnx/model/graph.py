@@ -50,6 +50,25 @@ def insert(
     return made.outputs[0]
 
 
+def append(value: ir.Value, op: str, others: Sequence[ir.Value], name: str, renamed: str) -> ir.Node:
+    """Insert `op` of a value and `others` right behind the node that makes the value, and return the new node.
+
+    Its output takes the name, the type and all readers of the value, which is called `renamed` from then on.
+    """
+    producer, made = value.producer(), ir.node(op, [], name=name)
+    result = made.outputs[0]
+    result.name, result.type, result.shape = value.name, value.type, value.shape
+    value.replace_all_uses_with(result, replace_graph_outputs=True)
+    value.name = renamed
+    made.resize_inputs(1 + len(others))
+    for index, read in enumerate((value, *others)):
+        made.replace_input_with(index, read)
+    assert producer is not None
+    assert isinstance(producer.graph, ir.Graph)
+    producer.graph.insert_after(producer, made)
+    return made
+
+
 def walk_values(model: ir.Model) -> Iterator[ir.Value]:
     """Return every value of the model, subgraphs included."""
     for graph in (model.graph, *model.graph.subgraphs()):

@@ -28,18 +28,8 @@ def is_open_product(node: ir.Node) -> bool:
 
 def add_bias(model: ir.Model, node: ir.Node, layer: Layer, bias: Array) -> ir.Node:
     """Insert the Add of a bias [out] behind a MatMul that has none, and return it; the sum takes the product's name."""
-    product = node.outputs[0]
-    adder = ir.node("Add", [], name=f"{layer.name}.add_bias")
-    total = adder.outputs[0]
-    total.name, total.type, total.shape = product.name, product.type, product.shape
-    product.replace_all_uses_with(total, replace_graph_outputs=True)
-    product.name = f"{layer.name}.product"
-    adder.resize_inputs(2)
-    adder.replace_input_with(0, product)
-    adder.replace_input_with(1, graphs.add_initializer(model.graph, f"{layer.name}.bias", bias))
-    assert node.graph is not None
-    node.graph.insert_after(node, adder)
-    return adder
+    addend = graphs.add_initializer(model.graph, f"{layer.name}.bias", bias)
+    return graphs.append(node.outputs[0], "Add", [addend], f"{layer.name}.add_bias", f"{layer.name}.product")
 
 
 def float_bias(model: ir.Model, layer: Layer, solution: Solution) -> Array | None:

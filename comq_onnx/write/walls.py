@@ -188,14 +188,4 @@ def _is_also_quantized(value: ir.Value) -> bool:
 
 def _insert_copy(value: ir.Value, layer: Layer) -> None:
     """Insert a Sum of `value` alone, which copies it, before all its readers; the copy takes its name."""
-    producer = value.producer()
-    assert producer is not None
-    copier = ir.node("Sum", [], name=f"{layer.name}.copied")
-    copy = copier.outputs[0]
-    copy.name, copy.type, copy.shape = value.name, value.type, value.shape
-    value.replace_all_uses_with(copy, replace_graph_outputs=True)
-    value.name = f"{layer.name}.alone"
-    copier.resize_inputs(1)
-    copier.replace_input_with(0, value)
-    assert isinstance(producer.graph, ir.Graph)
-    producer.graph.insert_after(producer, copier)
+    graphs.append(value, "Sum", [], f"{layer.name}.copied", f"{layer.name}.alone")

@@ -232,18 +232,9 @@ def _gemm_addend(model: ir.Model, node: ir.Node, layer: Layer, bias: Array | Non
 
 def _add_behind(node: ir.Node, layer: Layer, addend: ir.Value) -> None:
     """Take the third input out of a Gemm and add `addend` behind it: only a bias per channel has an integer kernel."""
-    total = ir.node("Sum", [], name=f"{layer.name}.add")
-    product, out = node.outputs[0], total.outputs[0]
-    out.name, out.type, out.shape = product.name, product.type, product.shape
-    product.replace_all_uses_with(out, replace_graph_outputs=True)
-    product.name = f"{layer.name}.product"
     node.resize_inputs(2)
     node.attributes.pop("beta", None)
-    total.resize_inputs(2)
-    total.replace_input_with(0, product)
-    total.replace_input_with(1, addend)
-    assert node.graph is not None
-    node.graph.insert_after(node, total)
+    graphs.append(node.outputs[0], "Sum", [addend], f"{layer.name}.add", f"{layer.name}.product")
 
 
 # Layers whose weight is unpacked when the model is loaded

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 import tempfile
 import time
@@ -90,10 +91,16 @@ def private_directory(parent: Path | None = None) -> Iterator[Path]:
     None."""
     parent = Path(tempfile.gettempdir()) if parent is None else parent
     _remove_stale(parent)
-    work = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
-    held = _hold(work)
+    work = parent / f"{_PREFIX}{secrets.token_hex(8)}"
+    held = None
+    # a signal can raise between any two lines, also in the first `finally`: the name is known before the directory is
     try:
-        yield work
+        try:
+            work.mkdir(mode=0o700)
+            held = _hold(work)
+            yield work
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
     finally:
         shutil.rmtree(work, ignore_errors=True)
         if held is not None:

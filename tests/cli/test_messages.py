@@ -128,7 +128,7 @@ CASES: list[tuple[Setup, Sequence[str], int, str]] = [
      "q.onnx: cannot be written (No space left on device); nothing was left behind"),
     (raising(files.os, "replace", OSError(28, "No space left on device")), ["m.onnx", "--plan", "--json", "r.json"], 2,
      "--json r.json: cannot be written (No space left on device)"),
-    (raising(files.tempfile, "mkdtemp", OSError(28, "No space left on device")), RUN, 2,
+    (raising(files.secrets, "token_hex", OSError(28, "No space left on device")), RUN, 2,
      "[Errno 28] No space left on device; nothing was written: free some space, or check the permissions"),
     # the model
     (nothing, ["none.onnx", "-o", "q.onnx"], 3, "none.onnx: no such file; give the path of an ONNX model"),

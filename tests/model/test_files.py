@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -565,6 +567,37 @@ def test_what_a_killed_run_left_is_removed(tmp_path: Path, name: str, age: int, 
     assert not work.exists()
     if lock is not None:
         os.close(lock)
+
+
+def test_what_a_signal_raises_at_any_line_leaves_no_directory(tmp_path: Path) -> None:
+    class Stopped(BaseException):
+        pass
+
+    lines_left = 0
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal lines_left
+        if event == "line" and frame.f_code.co_filename == files.__file__:
+            lines_left -= 1
+            if lines_left == 0:
+                raise Stopped
+        return trace
+
+    for line in range(1, 100):
+        lines_left = line
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            with private_directory(tmp_path) as work:
+                (work / "q.onnx").write_bytes(b"half")
+        except Stopped:
+            pass
+        else:
+            break
+        finally:
+            sys.settrace(before)
+        assert not os.listdir(tmp_path), line
+    assert 10 < line < 99
 
 
 def test_a_link_called_like_a_work_directory_is_not_followed(tmp_path: Path) -> None:

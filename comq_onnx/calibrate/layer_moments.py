@@ -85,34 +85,43 @@ def input_moments(
         if largest < SMALLEST:
             batch, batch_hat = batch * 0, batch_hat * 0
         hat = None if batch_hat is batch and given.grid is None else batch_hat
-        if given.grid is not None:
-            hat = store.fake_quantize(given.grid, batch_hat)
-        _add_rows(sums, layer, batch, hat, pick, halves(seen, drawn.taken[i], sum(drawn.taken)))
+        _add_rows(sums, given, store, batch, hat, pick, halves(seen, drawn.taken[i], sum(drawn.taken)))
         seen += drawn.taken[i]
     return sums.moments()
 
 
-def _add_rows(sums: MomentSums, layer: Layer, x: Any, x_hat: Any, pick: Indices | None, half_of: Indices) -> None:
+def _add_rows(
+    sums: MomentSums, given: LayerInput, store: Host, x: Any, x_hat: Any, pick: Indices | None, half_of: Indices
+) -> None:
     """Add the rows of one batch to the sums.
 
-    x_hat: None where it is x
+    x_hat: before it is quantized; None where it is x and is not quantized
     pick: the positions that are taken; None for all
     half_of: for each of them, the half of the samples that it counts for
     """
-    kind = layer.kind
+    kind = given.layer.kind
+
+    def quantized(array: Any) -> Any:
+        return array if array is None or given.grid is None else store.fake_quantize(given.grid, array)
+
     padded = kind.patches(x) if pick is None else None
     if padded is not None:
-        padded_hat = None if x_hat is None else kind.patches(x_hat)
+        padded_hat = None if x_hat is None else kind.patches(quantized(x_hat))
         half_of_image = half_of[:: len(half_of) // len(padded)]
         for half in np.unique(half_of_image):
             mine = slice(None) if (half_of_image == half).all() else half_of_image == half
             mine_hat = None if padded_hat is None else arrays.at(padded_hat, mine)
             sums.add_patches(arrays.at(padded, mine), mine_hat, kind.kernel, half)
         return
+    # quantized where there are fewer numbers; padding is 0, which every grid has
+    rows_are_fewer = len(half_of) * kind.inputs * kind.groups < arrays.size(x)
+    if not rows_are_fewer:
+        x_hat = quantized(x_hat)
     for part, half in chunks(half_of, kind.inputs, kind.groups):
         # a part that holds all positions needs no index
         chosen = None if pick is None and len(part) == len(half_of) else part if pick is None else pick[part]
-        sums.add(kind.rows(x, chosen), None if x_hat is None else kind.rows(x_hat, chosen), half)
+        hat = None if x_hat is None else kind.rows(x_hat, chosen)
+        sums.add(kind.rows(x, chosen), quantized(hat) if rows_are_fewer else hat, half)
 
 
 # Which positions

@@ -14,6 +14,7 @@ from comq_onnx import arrays
 from comq_onnx.model.op_kind import AnyArray, OpKind, attribute
 from comq_onnx.solve import patches
 from comq_onnx.solve.grid import Array
+from comq_onnx.solve.windows import Window, take_windows
 
 
 @dataclass(frozen=True)
@@ -50,19 +51,51 @@ class _Spatial(OpKind):
         return [(k - 1) * d + 1 for k, d in zip(self.kernel, self.dilations, strict=True)]
 
     @abstractmethod
-    def _prepared(self, x: Array) -> tuple[Array, tuple[int, ...]]:
-        """Return the padded input, and the stride of the window over it on each spatial axis."""
+    def _padding(self, size: tuple[int, ...]) -> list[tuple[int, int]]:
+        """Return how many zeros stand before and behind each spatial axis of `_spread(x)`; less than 0: cut off.
+
+        size: the spatial axes of the input"""
+
+    def _spread(self, x: Array) -> Array:
+        """Return the numbers that the window moves over, without padding."""
+        return x
+
+    def _spread_size(self, size: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the spatial axes of `_spread(x)`; size: those of the input."""
+        return size
+
+    def _padded_size(self, size: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the spatial axes of the padded input; size: those of the input."""
+        padding = self._padding(size)
+        return tuple(n + a + b for n, (a, b) in zip(self._spread_size(size), padding, strict=True))
+
+    def _padded(self, x: Array) -> Array:
+        """Return the padded input."""
+        padding = self._padding(x.shape[2:])
+        padded = arrays.pad(self._spread(x), [(0, 0), (0, 0), *((max(a, 0), max(b, 0)) for a, b in padding)])
+        cut = [slice(max(-a, 0), padded.shape[2 + i] - max(-b, 0)) for i, (a, b) in enumerate(padding)]
+        return cast(Array, padded[(slice(None), slice(None), *cut)])
+
+    def _out(self, size: tuple[int, ...]) -> tuple[int, ...]:
+        """Return how many positions the window has on each spatial axis; size: the spatial axes of the input."""
+        each = zip(self._padded_size(size), self._spans, self._window_strides, strict=True)
+        return tuple(max(0, (n - span) // s + 1) for n, span, s in each)
+
+    @property
+    def _window_strides(self) -> tuple[int, ...]:
+        """Return the stride of the window on each spatial axis of `_spread(x)`."""
+        return self.strides
 
     def _windows(self, x: Array) -> Array:
         """Return the windows as a view [n, channels, *out, *kernel]."""
-        padded, strides = self._prepared(x)
-        dims = tuple(range(2, x.ndim))
-        view = arrays.windows(padded, self._spans, dims)
-        steps = tuple(slice(None, None, s) for s in strides)
+        view = arrays.windows(self._padded(x), self._spans, tuple(range(2, x.ndim)))
+        steps = tuple(slice(None, None, s) for s in self._window_strides)
         taps = tuple(slice(None, None, d) for d in self.dilations)
         return cast(Array, view[(slice(None), slice(None), *steps, *taps)])
 
     def rows(self, x: Array, pick: npt.NDArray[np.intp] | None = None) -> Array:
+        if not arrays.is_tensor(x) and x.dtype == np.float32 and x.ndim <= 4:
+            return self._copied_rows(x, pick)
         windows = self._windows(x)
         spatial = x.ndim - 2
         out = windows.shape[2 : 2 + spatial]
@@ -76,13 +109,25 @@ class _Spatial(OpKind):
         split = taken.reshape(taken.shape[0], self.group, -1)
         return cast(Array, arrays.contiguous(split.swapaxes(0, 1)))
 
+    def _copied_rows(self, x: Array, pick: npt.NDArray[np.intp] | None) -> Array:
+        """Return the rows of a float32 array with one or two spatial axes."""
+        spread, size = self._spread(x), x.shape[2:]
+        before = [a for a, _ in self._padding(size)]
+        each = zip(self.kernel, self._window_strides, self.dilations, before, self._out(size), strict=True)
+        moves = [Window(*numbers) for numbers in each]
+        if len(moves) == 1:
+            spread, moves = spread[:, :, None], [Window(1, 1, 1, 0, 1), *moves]
+        down, along = moves
+        found = take_windows(spread, down, along, pick)
+        return cast(Array, found.reshape(self.group, self.inputs, -1).swapaxes(1, 2))
+
     def patches(self, x: Array) -> Array | None:
-        padded, strides = self._prepared(x)
-        return padded if patches.pays(padded.shape, self.kernel, strides, self.dilations, self.group) else None
+        padded = (*x.shape[:2], *self._padded_size(x.shape[2:]))
+        pays = patches.pays(padded, self.kernel, self._window_strides, self.dilations, self.group)
+        return self._padded(x) if pays else None
 
     def positions(self, x: Array) -> int:
-        windows = self._windows(x)
-        return int(windows.shape[0]) * int(np.prod(windows.shape[2 : x.ndim]))
+        return int(x.shape[0]) * int(np.prod(self._out(x.shape[2:])))
 
     @property
     def is_depthwise(self) -> bool:
@@ -114,8 +159,7 @@ class Conv(_Spatial):
     def inputs(self) -> int:
         return int(np.prod(self.weight_shape[1:]))
 
-    def _prepared(self, x: Array) -> tuple[Array, tuple[int, ...]]:
-        size = x.shape[2:]
+    def _padding(self, size: tuple[int, ...]) -> list[tuple[int, int]]:
         rank = len(size)
         if self.auto_pad in ("SAME_UPPER", "SAME_LOWER"):
             total = [
@@ -128,7 +172,7 @@ class Conv(_Spatial):
             begin = end = [0] * rank
         else:
             begin, end = list(self.pads[:rank]), list(self.pads[rank:])
-        return arrays.pad(x, [(0, 0), (0, 0), *zip(begin, end, strict=True)]), self.strides
+        return list(zip(begin, end, strict=True))
 
     @property
     def axis(self) -> int | None:
@@ -206,20 +250,24 @@ class ConvTranspose(_Spatial):
         small, large = [t // 2 for t in total], [t - t // 2 for t in total]
         return (small, large) if self.auto_pad == "SAME_UPPER" else (large, small)
 
-    def _prepared(self, x: Array) -> tuple[Array, tuple[int, ...]]:
-        size = x.shape[2:]
-        spaced = arrays.zeros((*x.shape[:2], *[(n - 1) * s + 1 for n, s in zip(size, self.strides, strict=True)]), x)
-        spaced[(slice(None), slice(None), *[slice(None, None, s) for s in self.strides])] = x
+    def _padding(self, size: tuple[int, ...]) -> list[tuple[int, int]]:
         begin, end = self._cropped(size)
-        lower = [span - 1 - b for span, b in zip(self._spans, begin, strict=True)]
-        upper = [span - 1 - e + o for span, e, o in zip(self._spans, end, self.output_padding, strict=True)]
-        widths = [(0, 0), (0, 0), *((max(a, 0), max(b, 0)) for a, b in zip(lower, upper, strict=True))]
-        padded = arrays.pad(spaced, widths)
-        cut = [
-            slice(max(-a, 0), padded.shape[2 + i] - max(-b, 0))
-            for i, (a, b) in enumerate(zip(lower, upper, strict=True))
+        return [
+            (span - 1 - b, span - 1 - e + extra)
+            for span, b, e, extra in zip(self._spans, begin, end, self.output_padding, strict=True)
         ]
-        return padded[(slice(None), slice(None), *cut)], (1,) * len(size)
+
+    def _spread(self, x: Array) -> Array:
+        spaced: Array = arrays.zeros((*x.shape[:2], *self._spread_size(x.shape[2:])), x)
+        spaced[(slice(None), slice(None), *[slice(None, None, s) for s in self.strides])] = x
+        return spaced
+
+    def _spread_size(self, size: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple((n - 1) * s + 1 for n, s in zip(size, self.strides, strict=True))
+
+    @property
+    def _window_strides(self) -> tuple[int, ...]:
+        return (1,) * len(self.strides)
 
     @property
     def axis(self) -> int | None:

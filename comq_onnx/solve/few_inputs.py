@@ -12,6 +12,8 @@ from comq_onnx.solve.problem import arrange, pose, take_part
 # problems of at most so many inputs are solved near-exactly
 FEW_INPUTS = 32
 SCALE_FACTORS = np.append(np.linspace(0.6, 1.3, 24), 1.0)
+# the most promising of these factors, by Babai rounding alone, are followed to the end
+FOLLOWED = 6
 
 
 def has_few_inputs(inputs: int, grid: Grid) -> bool:
@@ -41,8 +43,8 @@ def solve_few_inputs(
 def search_codes(h, unit, optimum, start, zero, qmin, qmax, factors, codes, scale):  # type: ignore[no-untyped-def]
     """Find near-exact codes and the scale of every channel of problems with few inputs.
 
-    For each factor on the start scale: Babai rounding, then refits of the scale and moves of one and two codes in turn
-    until no move lowers the objective; the factor with the least objective wins.
+    For each factor on the start scale: Babai rounding. From the FOLLOWED best of them: refits of the scale and moves of
+    one and two codes in turn until no move lowers the objective; the least objective wins.
 
     h, unit: H and M over its diagonal, [groups, n, n]
     optimum: the weight without a grid, [groups, n, m]
@@ -53,39 +55,61 @@ def search_codes(h, unit, optimum, start, zero, qmin, qmax, factors, codes, scal
     """
     groups, n, columns = optimum.shape
     for g in range(groups):
-        gap, q, kept, v = np.empty(n), np.empty(n), np.empty(n), np.empty(n)
+        gap, kept, v = np.empty(n), np.empty(n), np.empty(n)
+        tried, losses = np.empty((factors.size, n)), np.empty(factors.size)
         for c in range(columns):
             low, high = qmin - zero[g, c], qmax - zero[g, c]
+            for f in range(factors.size):
+                s = np.float64(start[g, c]) * factors[f]
+                _round(unit[g], optimum[g, :, c], s, low, high, gap, tried[f])
+                losses[f] = _loss(h[g], optimum[g, :, c], _refit(h[g], optimum[g, :, c], tried[f], s), tried[f])
             best = np.inf
-            for factor in factors:
-                s = np.float64(start[g, c]) * factor
-                for i in range(n):
-                    t = np.float64(optimum[g, i, c])
-                    for k in range(i):
-                        t += unit[g, i, k] * gap[k]
-                    q[i] = min(max(np.rint(t / s), low), high)
-                    gap[i] = optimum[g, i, c] - q[i] * s
+            for f in np.argsort(losses)[:FOLLOWED]:
+                q, s = tried[f], np.float64(start[g, c]) * factors[f]
                 for _ in range(8):
-                    above, below = 0.0, 0.0
-                    for i in range(n):
-                        for k in range(n):
-                            above += q[i] * h[g, i, k] * optimum[g, k, c]
-                            below += q[i] * h[g, i, k] * q[k]
-                    if below > 0 and above > 0:
-                        # float32, or the codes would be judged at a scale that is not the one written
-                        s = np.float64(np.float32(above / below))
+                    s = _refit(h[g], optimum[g, :, c], q, s)
                     if not _move_codes(h[g], optimum[g, :, c], s, low, high, q, v):
                         break
-                loss = 0.0
-                for i in range(n):
-                    for k in range(n):
-                        loss += (optimum[g, i, c] - q[i] * s) * h[g, i, k] * (optimum[g, k, c] - q[k] * s)
+                loss = _loss(h[g], optimum[g, :, c], s, q)
                 if loss < best:
                     best = loss
                     scale[g, c] = s
                     kept[:] = q
             for i in range(n):
                 codes[g, i, c] = kept[i]
+
+
+@compiled
+def _round(unit, optimum, s, low, high, gap, q):  # type: ignore[no-untyped-def]
+    """Round one input after the other to the scale s; q is written, gap is scratch."""
+    for i in range(q.size):
+        t = np.float64(optimum[i])
+        for k in range(i):
+            t += unit[i, k] * gap[k]
+        q[i] = min(max(np.rint(t / s), low), high)
+        gap[i] = optimum[i] - q[i] * s
+
+
+@compiled
+def _refit(h, optimum, q, s):  # type: ignore[no-untyped-def]
+    """Return the best scale of the codes q by its closed form; s where there is none."""
+    above, below = 0.0, 0.0
+    for i in range(q.size):
+        for k in range(q.size):
+            above += q[i] * h[i, k] * optimum[k]
+            below += q[i] * h[i, k] * q[k]
+    # float32, or the codes would be judged at a scale that is not the one written
+    return np.float64(np.float32(above / below)) if below > 0 and above > 0 else s
+
+
+@compiled
+def _loss(h, optimum, s, q):  # type: ignore[no-untyped-def]
+    """Return the objective of the codes q at the scale s."""
+    loss = 0.0
+    for i in range(q.size):
+        for k in range(q.size):
+            loss += (optimum[i] - q[i] * s) * h[i, k] * (optimum[k] - q[k] * s)
+    return loss
 
 
 @compiled

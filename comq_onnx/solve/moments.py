@@ -15,12 +15,17 @@ import numpy as np
 import numpy.typing as npt
 
 from comq_onnx import arrays
+from comq_onnx.solve.grams import gram, total
 from comq_onnx.solve.patches import patch_gram, patch_sum
 
 Matrix = npt.NDArray[np.float64]
 
 # rows that are added at once take at most so many bytes
-CHUNK_BYTES = 1 << 28
+CHUNK_BYTES = 1 << 26
+# numbers of a matrix that are centred at once
+CENTRED_NUMBERS = 1 << 18
+# the residue only measures a solution: of the rows that are added at once so many are enough for it
+RESIDUE_ROWS = 512
 # the positions are dealt to two halves for cross-validation in so many stretches
 STRETCHES = 16
 
@@ -35,7 +40,7 @@ class Moments:
     mean: E[x^], [groups, in]
     count: how many input positions were seen
     cross: E[x^ e^T], [groups, in, in]; None where x^ is x
-    residue: E[e e^T], [groups, in, in]; None where x^ is x
+    residue: E[e e^T] over some of the positions, [groups, in, in]; None where x^ is x
     mean_error: E[e], [groups, in]; None where x^ is x
     half: the same moments of one half of the samples, for cross-validation, which needs no residue; None without halves
     """
@@ -129,10 +134,12 @@ def _centre(moment: Matrix, left: Matrix, right: Matrix, a: Matrix, b: Matrix) -
     """Compute E[(l - a)(r - b)^T] from E[l r^T], left E[l] and right E[r]."""
     if arrays.is_tensor(moment):
         return moment - left[:, :, None] * b[:, None, :] - a[:, :, None] * (right - b)[:, None, :]
-    # row by row, so that no second matrix of this size is made
+    # a few rows at once, so that no second matrix of this size is made
     centred = moment.copy()
-    for g, i in np.ndindex(moment.shape[:2]):
-        centred[g, i] -= left[g, i] * b[g] + a[g, i] * (right[g] - b[g])
+    step = max(1, CENTRED_NUMBERS // (len(moment) * moment.shape[2]))
+    for start in range(0, moment.shape[1], step):
+        rows = slice(start, start + step)
+        centred[:, rows] -= left[:, rows, None] * b[:, None] + a[:, rows, None] * (right - b)[:, None]
     return centred
 
 
@@ -159,7 +166,8 @@ class MomentSums:
         """
         hat = rows if rows_hat is None else rows_hat
         error = None if rows_hat is None else rows - rows_hat
-        self._halves[half].add(hat, error, _gram, _sum, rows.shape[1])
+        some = None if error is None else _some(error, 1, error.shape[1])
+        self._halves[half].add(hat, error, some, gram, total, lambda part: part.shape[1])
 
     def add_patches(self, x: Any, x_hat: Any, kernel: tuple[int, ...], half: int = 0) -> None:
         """Add the rows that are the patches of padded inputs [n, channels, height, width], without building them.
@@ -169,11 +177,15 @@ class MomentSums:
         kernel: height and width of a patch
         half: 0 or 1
         """
+
+        def count(part: Any) -> int:
+            return int(len(part) * (part.shape[2] - kernel[0] + 1) * (part.shape[3] - kernel[1] + 1))
+
         hat = x if x_hat is None else x_hat
         error = None if x_hat is None else x - x_hat
-        count = len(x) * (x.shape[2] - kernel[0] + 1) * (x.shape[3] - kernel[1] + 1)
+        some = None if error is None else _some(error, 0, count(error))
         self._halves[half].add(
-            hat, error, lambda a, b: patch_gram(a, b, kernel)[None], lambda a: patch_sum(a, kernel)[None], count
+            hat, error, some, lambda a, b: patch_gram(a, b, kernel)[None], lambda a: patch_sum(a, kernel)[None], count
         )
 
     def moments(self) -> Moments:
@@ -185,57 +197,68 @@ class MomentSums:
 
 
 class _Sums:
-    """Hold the sums over rows of x^ x^T, x^, x^ e^T, e e^T and e; the last three only where x^ is not x."""
+    """Hold the sums over rows of x^ x^T, x^, x^ e^T, e e^T and e; the last three only where x^ is not x.
+
+    counts: how many rows each is a sum over
+    """
 
     def __init__(self) -> None:
-        self.count = 0
+        self.counts = [0] * 5
         self._sums: list[Any] = [None] * 5
+
+    @property
+    def count(self) -> int:
+        """Return how many rows were added."""
+        return self.counts[0]
 
     def add(
         self,
         hat: Any,
         error: Any,
+        some_error: Any,
         gram: Callable[[Any, Any], Any],
         total: Callable[[Any], Any],
-        count: int,
+        count: Callable[[Any], int],
     ) -> None:
-        """Add `count` rows, given in a form of which `gram` makes products and `total` sums."""
-        self._add_to(0, gram(hat, hat))
-        self._add_to(1, total(hat))
-        if error is not None:
-            self._add_to(2, gram(hat, error))
-            self._add_to(3, gram(error, error))
-            self._add_to(4, total(error))
-        self.count += count
+        """Add rows, given in a form of which `gram` makes products, `total` sums and `count` the number.
 
-    def _add_to(self, k: int, part: Any) -> None:
-        total = self._sums[k]
-        if total is None:
+        some_error: the rows of `error` of which the residue is made
+        """
+        self._add_to(0, gram(hat, hat), count(hat))
+        self._add_to(1, total(hat), count(hat))
+        if error is not None:
+            self._add_to(2, gram(hat, error), count(error))
+            self._add_to(3, gram(some_error, some_error), count(some_error))
+            self._add_to(4, total(error), count(error))
+
+    def _add_to(self, k: int, part: Any, count: int) -> None:
+        self.counts[k] += count
+        if self._sums[k] is None:
             self._sums[k] = arrays.double(part)
         else:
-            total += part
+            self._sums[k] += part
 
     def __add__(self, other: _Sums) -> _Sums:
         both = _Sums()
-        both.count = self.count + other.count
+        both.counts = [a + b for a, b in zip(self.counts, other.counts, strict=True)]
         both._sums = [
             a if b is None else b if a is None else a + b for a, b in zip(self._sums, other._sums, strict=True)
         ]
         return both
 
     def means(self) -> Moments:
-        gram, mean, cross, residue, mean_error = (None if s is None else s / self.count for s in self._sums)
+        gram, mean, cross, residue, mean_error = (
+            None if s is None else s / n for s, n in zip(self._sums, self.counts, strict=True)
+        )
         assert gram is not None
         assert mean is not None
         return Moments(gram, mean, self.count, cross, residue, mean_error)
 
 
-def _gram(a: Any, b: Any) -> Any:
-    return arrays.single(a.swapaxes(1, 2) @ b)
-
-
-def _sum(rows: Any) -> Any:
-    return arrays.total(rows, axis=1)
+def _some(rows: Any, axis: int, count: int) -> Any:
+    """Return some of the rows, evenly spread along an axis, so that about RESIDUE_ROWS of `count` are left."""
+    step = min(max(1, count // RESIDUE_ROWS), rows.shape[axis])
+    return arrays.contiguous(rows[:, ::step] if axis else rows[::step])
 
 
 # Positions ------------------------------------------------------------------------------------------------------------

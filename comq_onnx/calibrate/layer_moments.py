@@ -14,6 +14,7 @@ from comq_onnx.calibrate.cut_tensors import Host
 from comq_onnx.calibrate.finite import LARGEST, SMALLEST, largest_magnitude
 from comq_onnx.errors import ModelError, SamplesError
 from comq_onnx.model.layers import Layer
+from comq_onnx.model.op_kind import OpKind
 from comq_onnx.plan.activation_grid import ActivationGrid
 from comq_onnx.samples.padding import Mask, has_positions
 from comq_onnx.solve import moments
@@ -65,7 +66,6 @@ def input_moments(
 
     Raises SamplesError where no sample reaches the layer.
     """
-    layer = given.layer
     drawn = _draw(given, store, fewer)
     rng = np.random.default_rng(seed)
     shared = given.x is given.x_hat
@@ -162,14 +162,18 @@ def _draw(given: LayerInput, store: Host, fewer: int) -> _Drawn:
     positions = [kind.positions(x) if k is None else len(k) for x, k in zip(like, kept, strict=True)]
     if not any(positions):
         raise SamplesError(f"no sample reaches layer {layer.name!r}: its input is empty for all of them")
-    affordable = MOST_NUMBERS // (kind.inputs * kind.groups)
-    enough = min(affordable, MOST_POSITIONS, ENOUGH_PER_INPUT * kind.inputs)
-    limit = max(enough, LEAST_POSITIONS, POSITIONS_PER_INPUT * kind.inputs) // fewer
-    share = min(1.0, limit / max(sum(positions), 1))
+    share = min(1.0, enough_positions(kind, fewer) / max(sum(positions), 1))
     if share > 1 / PATCHES_GAIN and kind.patches(like[0]) is not None:
         share = 1.0
     taken = [max(1, round(share * n)) if n and share < 1 else n for n in positions]
     return _Drawn(positions, kept, taken, share < 1)
+
+
+def enough_positions(kind: OpKind, fewer: int) -> int:
+    """Return how many positions are enough for a layer; fewer: the number is divided by this."""
+    affordable = MOST_NUMBERS // (kind.inputs * kind.groups)
+    enough = min(affordable, MOST_POSITIONS, ENOUGH_PER_INPUT * kind.inputs)
+    return max(enough, LEAST_POSITIONS, POSITIONS_PER_INPUT * kind.inputs) // fewer
 
 
 def _kept_positions(layer: Layer, batch: Any, kept: Mask | None) -> Indices | None:

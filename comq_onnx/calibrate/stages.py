@@ -76,6 +76,21 @@ def cut(model: ir.Model, layers: Sequence[Layer]) -> list[Stage]:
     return stages
 
 
+def join(parts: Sequence[Stage]) -> Stage:
+    """Return consecutive stages as one."""
+    makes = tuple(name for stage in parts for name in stage.makes)
+    inside = set(makes)
+    wanted = dict.fromkeys(name for stage in parts for name in stage.reads)
+    return Stage(
+        parts[0].index,
+        tuple(layer for stage in parts for layer in stage.layers),
+        tuple(name for stage in parts for name in stage.nodes),
+        tuple(name for name in wanted if name not in inside),
+        makes,
+        parts[-1].live_after,
+    )
+
+
 def reads(node: ir.Node) -> list[ir.Value]:
     """Return the values that a node reads, with those that its subgraphs capture from outside."""
     values = [v for v in node.inputs if v is not None]

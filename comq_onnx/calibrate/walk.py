@@ -5,6 +5,9 @@ At the cut before a stage all tensors that are still read are kept twice for eve
 solved. Then the stage's segment runs both ways up to the next cut: in float, and quantized as it will be written. So
 the whole model runs once each way, memory is bounded by one segment and the cut tensors, and later layers make up for
 the errors of earlier ones.
+
+Samples that early layers do not need wait (leading.py): they pass the stages that do without them in one leg, in float
+ahead, because the ranges of activations are those of all samples, and quantized once the layers on the leg are solved.
 """
 
 from __future__ import annotations
@@ -13,16 +16,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from comq_onnx import arrays
 from comq_onnx.calibrate import cut_tensors, stages
 from comq_onnx.calibrate.finite import out_of_range
 from comq_onnx.calibrate.layer_moments import LayerInput, in_groups, input_moments
 from comq_onnx.calibrate.layer_solver import LayerSolver, Observer
+from comq_onnx.calibrate.leading import leading_first, needing_all
 from comq_onnx.calibrate.observed_ranges import ActivationRanges
+from comq_onnx.calibrate.passage import Passage, Tensors, Way
 from comq_onnx.calibrate.recurrent_rows import with_rows
-from comq_onnx.calibrate.segment import run_segment
 from comq_onnx.calibrate.stages import Stage
 from comq_onnx.context import Context
 from comq_onnx.errors import ModelError
@@ -33,8 +34,8 @@ from comq_onnx.plan.solved import Solved
 from comq_onnx.samples.dataset import Dataset
 from comq_onnx.solve.moments import Moments
 
-# one array for each batch, by the name of the value
-Tensors = dict[str, list[Any]]
+# waiting samples run in batches that are so many times smaller
+WAITING_SHARE = 4
 
 
 def walk(
@@ -62,41 +63,71 @@ class _Walk:
         self, plan: Plan, data: Dataset, context: Context, store: cut_tensors.Host, work: Path,
         observer: Observer | None, fewer_positions: int,
     ) -> None:  # fmt: skip
-        """Divide the samples into batches.
+        """Divide the samples into batches, and the model into stages.
 
         store: keeps the cut tensors
         work: a directory for models that are too large for one protobuf message
         """
         plan = with_rows(plan)
-        self._plan, self._samples, self._context = plan, data.calibration, context
-        self._store, self._work, self._fewer = store, work, fewer_positions
-        size = context.options.batch_size
-        self._batches = list(self._samples.batches(size))
-        self._counts = self._samples.batch_counts(size)
-        self._masks = [data.kept(batch) for batch in self._batches]
-        self._solver = LayerSolver(plan, context.options.method, observer)
-        self._ranges = ActivationRanges(plan, self._masks, context.options.seed, self._out_of_range)
+        options = context.options
+        self._plan, self._context, self._store, self._fewer = plan, context, store, fewer_positions
+        self._samples, leading = leading_first(data.calibration)
         self._layers = list(calibrated(plan.walked.layers))
+        self._parts = stages.cut(plan.walked.model, self._layers)
+        self._all = needing_all(
+            plan, self._parts, self._samples, leading, fewer_positions, context.device, work
+        )  # fmt: skip
+        if len(self._all) == len(self._parts):
+            leading = len(self._samples)
+        groups = [(self._samples.take(range(leading)), options.batch_size)]
+        if leading < len(self._samples):
+            # a leg of many stages makes many tensors at once
+            rest = self._samples.take(range(leading, len(self._samples)))
+            groups.append((rest, max(1, options.batch_size // WAITING_SHARE)))
+        batches = [list(samples.batches(size)) for samples, size in groups]
+        masks = [[data.kept(batch) for batch in some] for some in batches]
+        self._solver = LayerSolver(plan, options.method, observer)
+        self._ranges = ActivationRanges(plan, [m for some in masks for m in some], options.seed, self._out_of_range)
+        way = Way(plan, store, context.device, work, options.independent, self._ranges.observe, self._count_samples)
+        inputs = [str(v.name) for v in plan.walked.model.graph.inputs]
+        self._passages: list[Passage] = []
+        for (samples, size), some, kept in zip(groups, batches, masks, strict=True):
+            cut: Tensors = {name: [batch[name] for batch in some] for name in inputs}
+            first = sum(len(p.counts) for p in self._passages)
+            counts = samples.batch_counts(size)
+            self._passages.append(Passage(way, counts, kept, first, cut, {k: list(v) for k, v in cut.items()}))
+        self._counts = [count for p in self._passages for count in p.counts]
+        self._passed = 0
 
     def run(self) -> Solved:
         """Solve one stage after the other."""
         seconds = self._context.journal.seconds
         seconds["solve"] = seconds.get("solve", 0.0) + self._solver.round_tables()
-        inputs = {str(v.name) for v in self._plan.walked.model.graph.inputs}
-        float_cut: Tensors = {name: [batch[name] for batch in self._batches] for name in inputs}
-        quantized_cut: Tensors = {name: list(given) for name, given in float_cut.items()}
-        for name, given in float_cut.items():
-            for i, array in enumerate(given):
-                self._ranges.observe(name, array, i)
-        self._ranges.settle(name for name in float_cut if name in self._samples.arrays)
-        parts = stages.cut(self._plan.walked.model, self._layers)
-        for stage in parts:
-            self._solve([x for x in stage.layers if x.input not in stage.makes], float_cut, quantized_cut)
-            self._advance(stage, float_cut, quantized_cut)
+        for passage in self._passages:
+            for name, given in passage.x.items():
+                for i, array in enumerate(given):
+                    self._ranges.observe(name, array, passage.first + i)
+        self._ranges.settle(name for name in self._passages[0].x if name in self._samples.arrays)
+        for passage in self._passages[1:]:
+            if 0 not in self._all:
+                self._advance_float(passage, 0)
+        for stage in self._parts:
+            self._catch_up(stage)
+            self._solve([x for x in stage.layers if x.input not in stage.makes], *self._cuts(stage))
+            self._advance(stage)
             self._tell()
-            self._context.progress("stages", stage.index + 1, len(parts))
+            self._context.progress("stages", stage.index + 1, len(self._parts))
         self._solver.round_unreached()
         return self._solved()
+
+    def _at(self, stage: Stage) -> list[Passage]:
+        """Return the passages of the samples that a stage needs."""
+        return self._passages if stage.index in self._all else self._passages[:1]
+
+    def _cuts(self, stage: Stage) -> tuple[Tensors, Tensors]:
+        """Return the tensors at the cut before a stage, of all samples that it needs: x and x^."""
+        passages = self._at(stage)
+        return _joined([p.x for p in passages]), _joined([p.x_hat for p in passages])
 
     def _solved(self) -> Solved:
         """Return what is solved so far."""
@@ -106,6 +137,11 @@ class _Walk:
     def _tell(self) -> None:
         """Show how many layers are solved."""
         self._context.progress("layers", self._solver.count, len(self._layers))
+
+    def _count_samples(self, count: int) -> None:
+        """Show how many samples have passed since the last pass over all began."""
+        self._passed = (self._passed + count) % sum(self._counts)
+        self._context.progress("samples", self._passed or sum(self._counts), sum(self._counts))
 
     # moments and solutions
 
@@ -135,12 +171,14 @@ class _Walk:
         quantized = self._plan.is_integer(layer) and not options.independent
         nested = layer.name in self._plan.probes
         shared = all(a is b for a, b in zip(x, x_hat, strict=True))
+        counts = self._counts[: len(x)]
+        masks = [mask for passage in self._passages for mask in passage.masks][: len(x)]
         given = in_groups(
             LayerInput(
                 layer, x, x if shared else x_hat,
                 self._ranges.grids[layer.input] if quantized else None,
-                () if nested else self._counts,
-                () if nested else self._masks,
+                () if nested else counts,
+                () if nested else masks,
             ),
             self._store,
         )  # fmt: skip
@@ -156,82 +194,50 @@ class _Walk:
 
     # from one cut to the next
 
-    def _advance(self, stage: Stage, float_cut: Tensors, quantized_cut: Tensors) -> None:
-        """Run the stage's segment both ways, and put the tensors of the next cut into the two dictionaries.
+    def _catch_up(self, stage: Stage) -> None:
+        """Bring the quantized model of all samples that a stage needs to the cut before it."""
+        with self._context.journal.timed("calibrate"):
+            for passage in self._at(stage):
+                passage.advance_quantized(self._solved())
+
+    def _advance(self, stage: Stage) -> None:
+        """Run the stage's segment in float, and quantized where that is for the next stage.
 
         Layers in subgraphs, and those that read the states of their own nodes, are solved before the
         quantized segment runs up to that cut.
         """
-        probes, independent = self._plan.probes, self._context.options.independent
-        planned = [name for name in stage.makes if name in self._plan.activations.values]
-        live = [name for name in stage.makes if name in stage.live_after]
+        probes = self._plan.probes
         inner = [x for x in self._plan.walked.layers if probes.get(x.name) in stage.makes]
         fed_back = [x for x in stage.layers if x.input in stage.makes]
         stacked = list(dict.fromkeys(probes[layer.name] for layer in inner))
         rows = list(dict.fromkeys([*stacked, *(layer.input for layer in fed_back)]))
-        if live or planned or rows:
-            wanted = list(dict.fromkeys([*live, *planned, *rows]))
-            made = self._run_float(stage, float_cut, wanted, [*live, *rows])
-            self._ranges.settle(planned)
-            if rows:
-                hat = made if independent else self._run_quantized(stage, quantized_cut, rows, made)
-                self._solve(inner, *({name: _iterations(t[name]) for name in stacked} for t in (made, hat)))
-                self._solve(fed_back, made, hat)
-            hat = made if independent or not live else self._run_quantized(stage, quantized_cut, live, made)
-            for name in live:
-                float_cut[name], quantized_cut[name] = made[name], hat[name]
-        for name in [n for n in float_cut if n not in stage.live_after]:
-            del float_cut[name], quantized_cut[name]
+        passages = self._at(stage)
+        made = [self._advance_float(passage, stage.index, rows) for passage in passages]
+        self._ranges.settle(name for name in stage.makes if name in self._plan.activations.values)
+        if rows:
+            with self._context.journal.timed("calibrate"):
+                solved = self._solved()
+                hat = [p.rows_hat(rows, its, solved) for p, its in zip(passages, made, strict=True)]
+            x, x_hat = _joined(made), _joined(hat)
+            self._solve(inner, *({name: _iterations(t[name]) for name in stacked} for t in (x, x_hat)))
+            self._solve(fed_back, x, x_hat)
 
-    def _run_float(self, stage: Stage, given: Tensors, wanted: Sequence[str], kept: Sequence[str]) -> Tensors:
-        """Run the float segment: return the tensors `kept`, and observe the ranges of all that are `wanted`."""
+    def _advance_float(self, passage: Passage, start: int, rows: Sequence[str] = ()) -> Tensors:
+        """Run the float model of some samples to the next stage that needs them; start: the index of the first stage.
+
+        Returns the values `rows` that are made on the way."""
+        following = range(start + 1, len(self._parts))
+        waits = passage is not self._passages[0]
+        end = next((k for k in following if not waits or k in self._all), len(self._parts))
         with self._context.journal.timed("calibrate"):
-            made: Tensors = {name: [] for name in kept}
-            for i, outputs in enumerate(self._run(stage, given, wanted, None)):
-                for name in wanted:
-                    self._ranges.observe(name, outputs[name], i)
-                for name in kept:
-                    made[name].append(self._store.keep(outputs[name]))
-            return made
+            return passage.advance_float(stages.join(self._parts[start:end]), rows)
 
-    def _run_quantized(self, stage: Stage, given: Tensors, wanted: Sequence[str], made: Tensors) -> Tensors:
-        """Run the segment as it will be written, on the tensors of the model quantized so far.
 
-        made: the tensors of the float segment. One that quantization does not change is kept once: the result holds
-        that of `made`.
-        """
-        with self._context.journal.timed("calibrate"):
-            hat: Tensors = {name: [] for name in wanted}
-            for outputs in self._run(stage, given, wanted, self._solved()):
-                for name in wanted:
-                    hat[name].append(self._store.keep(outputs[name]))
-            fetch = self._store.fetch
-            return {
-                name: [a if _same(fetch(a), fetch(b)) else b for a, b in zip(made[name], hat[name], strict=True)]
-                for name in wanted
-            }
-
-    def _run(
-        self, stage: Stage, given: Tensors, wanted: Sequence[str], solved: Solved | None
-    ) -> Iterator[Mapping[str, Any]]:
-        """Yield the outputs of the stage's segment batch by batch."""
-        done = 0
-        outputs = run_segment(
-            self._plan, stage, given, len(self._counts), wanted, solved, self._store, self._context.device, self._work
-        )  # fmt: skip
-        for count, one in zip(self._counts, outputs, strict=True):
-            yield one
-            done += count
-            self._context.progress("samples", done, sum(self._counts))
+def _joined(cuts: Sequence[Tensors]) -> Tensors:
+    """Put the batches of several passages behind one another."""
+    return {name: [array for cut in cuts for array in cut[name]] for name in cuts[0]}
 
 
 def _iterations(stacked: list[Any]) -> list[Any]:
     """Divide inputs of a layer in a subgraph, stacked, into one array for each time that the subgraph runs."""
     return [one for array in stacked for one in array]
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Tell whether two arrays or tensors hold the same numbers."""
-    if arrays.is_tensor(a):
-        return arrays.is_tensor(b) and a.shape == b.shape and bool((a == b).all())
-    return isinstance(a, np.ndarray) and a.shape == b.shape and np.array_equal(a, b)

@@ -45,6 +45,11 @@ def contiguous(x: Any) -> Any:
     return x.contiguous() if is_tensor(x) else np.ascontiguousarray(x)
 
 
+def copied(x: Any) -> Any:
+    """Return a copy of x without gaps, its axes in memory in the same order."""
+    return x.clone() if is_tensor(x) else x.copy(order="K")
+
+
 def at(x: Any, index: Any) -> Any:
     """Return x[index], with numpy arrays in the index for either kind."""
     if not is_tensor(x):

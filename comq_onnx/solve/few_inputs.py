@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from comq_onnx.solve.compiled import compiled
 from comq_onnx.solve.grid import Array, Codes, Grid, QuantizedWeight
-from comq_onnx.solve.moments import Moments
-from comq_onnx.solve.problem import arrange, pose, take_part
+from comq_onnx.solve.moments import Matrix, Moments
+from comq_onnx.solve.problem import MISMATCH, arrange, noise_of, pose
 
 # problems of at most so many inputs are solved near-exactly
 FEW_INPUTS = 32
@@ -25,18 +26,46 @@ def solve_few_inputs(
     weight: Array, moments: Moments, grid: Grid, ridge: float, start_scale: Array, start_zero: Codes
 ) -> QuantizedWeight:
     """Quantize a weight [groups, out, in] of few inputs, from scales and zero points [groups, out, 1]."""
-    problems = [pose(arrange(moments.group(g)), grid, ridge) for g in range(len(weight))]
-    parts = [take_part(p, w, z.astype(np.float32)) for p, w, z in zip(problems, weight, start_zero, strict=True)]
-    optimum = np.stack([part.optimum().T for part in parts])
+    order = np.argsort(-np.einsum("gii->gi", moments.gram), axis=1, kind="stable")
+    h, unit = _pose(moments, order, grid, ridge)
+    optimum = np.take_along_axis(weight, order[:, None, :], axis=2)
+    if moments.cross is not None:
+        pull = optimum @ (np.float32(MISMATCH) * _ordered(moments.cross, order)).swapaxes(1, 2)
+        optimum = optimum + np.linalg.solve(h, pull.swapaxes(1, 2)).swapaxes(1, 2)
+    optimum = np.ascontiguousarray(optimum.swapaxes(1, 2))
     q, scale = np.empty_like(optimum), np.empty(start_scale.shape[:2], np.float32)
     search_codes(
-        np.stack([p.h for p in problems]), np.stack([p.unit for p in problems]), optimum, start_scale[..., 0],
-        start_zero[..., 0].astype(np.float32), grid.qmin, grid.qmax, SCALE_FACTORS, q, scale,
+        h, unit, optimum, start_scale[..., 0], start_zero[..., 0].astype(np.float32), grid.qmin, grid.qmax,
+        SCALE_FACTORS, q, scale,
     )  # fmt: skip
     codes = np.empty(weight.shape, np.float32)
-    orders = np.stack([p.order for p in problems])
-    np.put_along_axis(codes, np.broadcast_to(orders[:, None, :], codes.shape), q.swapaxes(1, 2), axis=2)
+    np.put_along_axis(codes, np.broadcast_to(order[:, None, :], codes.shape), q.swapaxes(1, 2), axis=2)
     return QuantizedWeight((codes + start_zero).astype(np.int8), scale[..., None], start_zero, grid)
+
+
+def _pose(moments: Moments, order: npt.NDArray[np.intp], grid: Grid, ridge: float) -> tuple[Array, Array]:
+    """Return H and M over its diagonal of all groups, [groups, in, in], as `pose` makes them of one.
+
+    order: the inputs of each group in visiting order, [groups, in]
+    """
+    h = _ordered(moments.gram, order)
+    diagonal = np.einsum("gii->gi", h)
+    added = np.maximum(ridge * diagonal.mean(axis=1, dtype=np.float64), noise_of(moments.mean))
+    diagonal += np.where(added > 0, added, 1.0)[:, None].astype(np.float32)
+    try:
+        lower = np.linalg.cholesky(h[:, ::-1, ::-1])
+    except np.linalg.LinAlgError:
+        # one of them needs a larger ridge
+        problems = [pose(arrange(moments.group(g)), grid, ridge) for g in range(len(h))]
+        return np.stack([p.h for p in problems]), np.stack([p.unit for p in problems])
+    m = lower.swapaxes(1, 2)[:, ::-1, ::-1]
+    return h, np.ascontiguousarray(m / np.einsum("gii->gi", m)[:, :, None])
+
+
+def _ordered(matrices: Matrix, order: npt.NDArray[np.intp]) -> Array:
+    """Put the inputs of matrices [groups, in, in] in order, in float32."""
+    rows = np.take_along_axis(matrices.astype(np.float32), order[:, :, None], axis=1)
+    return np.take_along_axis(rows, order[:, None, :], axis=2)
 
 
 @compiled

@@ -86,11 +86,10 @@ class QuantizedWeight:
     zero_point: Codes
     grid: Grid
 
-    def part(self, group: int, channels: slice | npt.NDArray[np.intp]) -> QuantizedWeight:
-        """Return some channels of one group, as a stack of one."""
-        own = slice(group, group + 1)
+    def part(self, groups: slice, channels: slice | npt.NDArray[np.intp]) -> QuantizedWeight:
+        """Return some channels of some groups."""
         return QuantizedWeight(
-            self.codes[own, channels], self.scale[own, channels], self.zero_point[own, channels], self.grid
+            self.codes[groups, channels], self.scale[groups, channels], self.zero_point[groups, channels], self.grid
         )
 
     def dequantize(self) -> Array:

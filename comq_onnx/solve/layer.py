@@ -235,7 +235,8 @@ def _choose(candidates: _Candidates, k: npt.NDArray[np.intp], shifts: bool) -> S
         worse = np.full_like(worse, error.sum() > rounded_error.sum())
     energy = max(float(candidates.energy[:, k].sum()), float(np.finfo(np.float64).tiny))
     shift = np.where(worse, rounded_carried, carried).astype(np.float32) if shifts else None
-    best = _select_channels(worse, _channels(candidates.rounded, k), _channels(candidates.solved, k))
+    rounded, solved = (one.part(slice(None), k) for one in (candidates.rounded, candidates.solved))
+    best = _select_channels(worse, rounded, solved)
     total = float(np.where(worse, rounded_error, error).sum())
     return Solution(best, shift, total / energy, float(plain.sum()) / energy)
 
@@ -246,10 +247,6 @@ def _significant(variance: Matrix, offset: Matrix, count: int) -> Matrix:
     The mean of `count` errors of mean 0 has a variance of variance / count.
     """
     return np.where(offset**2 * count > SIGNIFICANT**2 * variance, offset, 0.0)
-
-
-def _channels(weight: QuantizedWeight, k: npt.NDArray[np.intp]) -> QuantizedWeight:
-    return QuantizedWeight(weight.codes[:, k], weight.scale[:, k], weight.zero_point[:, k], weight.grid)
 
 
 def _select_channels(mask: npt.NDArray[np.bool_], first: QuantizedWeight, second: QuantizedWeight) -> QuantizedWeight:

@@ -258,7 +258,7 @@ class _Sums:
 def _some(rows: Any, axis: int, count: int) -> Any:
     """Return some of the rows, evenly spread along an axis, so that about RESIDUE_ROWS of `count` are left."""
     step = min(max(1, count // RESIDUE_ROWS), rows.shape[axis])
-    return arrays.contiguous(rows[:, ::step] if axis else rows[::step])
+    return arrays.copied(rows[:, ::step] if axis else rows[::step])
 
 
 # Positions ------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import numpy as np
 
 from comq_onnx.solve.grid import Array, QuantizedWeight
 from comq_onnx.solve.moments import Matrix, Moments
-from comq_onnx.solve.parallel import channel_slices, map_in_threads
+from comq_onnx.solve.parallel import channel_slices, group_slices, map_in_threads
 
 
 class OutputError:
@@ -33,54 +33,53 @@ class OutputError:
         self._offset = np.zeros(weight.shape[:2])
         mean = centred.mean
         if centred.cross is not None and centred.residue is not None and centred.mean_error is not None:
-            self._cross = _multiply(weight, centred.cross.swapaxes(1, 2).astype(np.float32))
-            residue = centred.residue.astype(np.float32)
-            self._rest = _by_parts(weight, lambda g, w, _: _dot(w @ residue[g], w))
+            cross, residue = centred.cross.swapaxes(1, 2).astype(np.float32), centred.residue.astype(np.float32)
+            self._cross = np.empty_like(weight)
+
+            def prepare(g: slice, channels: slice) -> None:
+                assert self._cross is not None
+                w = weight[g, channels]
+                self._cross[g, channels] = w @ cross[g]
+                self._rest[g, channels] = _dot(w @ residue[g], w)
+
+            _by_parts(weight, prepare)
             self._offset = np.einsum("gmn,gn->gm", weight, centred.mean_error)
             mean = mean + centred.mean_error
-        self.energy: Matrix = _by_parts(weight, self._variance) + np.einsum("gmn,gn->gm", weight, mean) ** 2
+        self.energy: Matrix = self._variance(lambda g, m: weight[g, m]) + np.einsum("gmn,gn->gm", weight, mean) ** 2
 
     def of(self, quantized: QuantizedWeight) -> tuple[Matrix, Matrix]:
         """Return the variance and the mean of the error of each channel: [groups, out] each."""
         offset = self._offset.copy()
 
-        def variance(g: int, w: Array, channels: slice) -> Matrix:
-            d = w - quantized.part(g, channels).dequantize()[0]
-            offset[g, channels] += d @ self._mean[g]
-            return self._variance(g, d, channels)
+        def difference(g: slice, channels: slice) -> Array:
+            d = self._weight[g, channels] - quantized.part(g, channels).dequantize()
+            offset[g, channels] += np.einsum("gmn,gn->gm", d, self._mean[g])
+            return d
 
-        return _by_parts(self._weight, variance), offset
+        return self._variance(difference), offset
 
-    def _variance(self, g: int, difference: Array, channels: slice) -> Matrix:
-        variance = _dot(difference @ self._gram[g], difference) + self._rest[g, channels]
-        if self._cross is not None:
-            variance += 2 * _dot(difference, self._cross[g, channels])
-        return np.asarray(np.maximum(variance, 0), np.float64)
+    def _variance(self, difference: Callable[[slice, slice], Array]) -> Matrix:
+        """Return the variance of the error of each channel; difference: that of the weights in a part."""
+        found = np.empty(self._weight.shape[:2])
+
+        def fill(g: slice, channels: slice) -> None:
+            d = difference(g, channels)
+            variance = _dot(d @ self._gram[g], d) + self._rest[g, channels]
+            if self._cross is not None:
+                variance += 2 * _dot(d, self._cross[g, channels])
+            found[g, channels] = np.maximum(variance, 0)
+
+        _by_parts(self._weight, fill)
+        return found
 
 
 def _dot(left: Array, right: Array) -> Matrix:
-    return np.asarray(np.einsum("mn,mn->m", left, right), np.float64)
+    return np.asarray(np.einsum("gmn,gmn->gm", left, right), np.float64)
 
 
-def _by_parts(weight: Array, function: Callable[[int, Array, slice], Matrix]) -> Matrix:
-    """Return a number for each channel [groups, out]: function(group, weight of some channels, which channels)."""
-    found = np.empty(weight.shape[:2])
-
-    def fill(task: tuple[int, slice]) -> None:
-        g, channels = task
-        found[g, channels] = function(g, weight[g, channels], channels)
-
-    map_in_threads(fill, [(g, channels) for g in range(len(weight)) for channels in channel_slices(weight.shape[1])])
-    return found
-
-
-def _multiply(rows: Array, matrix: Array) -> Array:
-    """Multiply rows [groups, out, in] by a matrix [groups, in, in]."""
-    found = np.empty_like(rows)
-
-    def fill(task: tuple[int, slice]) -> None:
-        g, channels = task
-        found[g, channels] = rows[g, channels] @ matrix[g]
-
-    map_in_threads(fill, [(g, channels) for g in range(len(rows)) for channels in channel_slices(rows.shape[1])])
-    return found
+def _by_parts(weight: Array, function: Callable[[slice, slice], None]) -> None:
+    """Call function(which groups, which channels) for all parts of a weight."""
+    map_in_threads(
+        lambda task: function(*task),
+        [(g, channels) for g in group_slices(*weight.shape[:2]) for channels in channel_slices(weight.shape[1])],
+    )

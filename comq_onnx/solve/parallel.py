@@ -44,3 +44,9 @@ def single_threaded_blas() -> Any:
 def channel_slices(channels: int) -> list[slice]:
     """Return slices of consecutive channels, PART at a time."""
     return [slice(start, min(start + PART, channels)) for start in range(0, channels, PART)]
+
+
+def group_slices(groups: int, channels: int) -> list[slice]:
+    """Return slices of consecutive groups of so many channels each, at least one and together up to PART channels."""
+    step = max(1, PART // max(channels, 1))
+    return [slice(start, min(start + step, groups)) for start in range(0, groups, step)]

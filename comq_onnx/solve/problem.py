@@ -87,9 +87,13 @@ def arrange(moments: Moments, order: npt.NDArray[np.intp] | None = None) -> Arra
     mismatch = None
     if moments.cross is not None:
         mismatch = np.float32(MISMATCH) * _ordered(moments.cross[0], order)
-    # centring leaves so much of a constant input
-    noise = 1e-6 * float((moments.mean[0] ** 2).sum())
+    noise = float(noise_of(moments.mean)[0])
     return Arranged(order, _ordered(moments.gram[0], order), mismatch, noise, len(moments.gram[0]))
+
+
+def noise_of(mean: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return what centring leaves of constant inputs in the Gram of each group; mean: of the inputs, [groups, in]."""
+    return np.asarray(1e-6 * (mean**2).sum(axis=1))
 
 
 def _ordered(matrix: npt.NDArray[np.float64], order: npt.NDArray[np.intp]) -> Array:

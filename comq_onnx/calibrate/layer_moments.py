@@ -20,12 +20,9 @@ from comq_onnx.samples.padding import Mask, has_positions
 from comq_onnx.solve import moments
 from comq_onnx.solve.moments import Moments, MomentSums, chunks, halves
 
-# More input positions than these do not change a solution: so many for each input of an output channel, between two
-# bounds, and at least the second number for each input. Beyond them positions are drawn at random, the same share of
-# each batch. Depthwise layers, with many numbers in their rows for few moments, get the fewest.
-LEAST_POSITIONS, MOST_POSITIONS = 8_192, 65_536
-ENOUGH_PER_INPUT, POSITIONS_PER_INPUT = 256, 24
-MOST_NUMBERS = 1 << 27
+# More input positions than these do not change a solution: so many for each input of an output channel, and at least
+# the first number. Beyond them positions are drawn at random, the same share of each batch.
+LEAST_POSITIONS, POSITIONS_PER_INPUT = 4_096, 64
 # in the same time a Gram of patches takes at least so many times as many positions (see patches.py)
 PATCHES_GAIN = 2
 # moments are summed over so many samples at a time (fewer where those take more than CHUNK_BYTES), whatever the batch
@@ -171,9 +168,7 @@ def _draw(given: LayerInput, store: Host, fewer: int) -> _Drawn:
 
 def enough_positions(kind: OpKind, fewer: int) -> int:
     """Return how many positions are enough for a layer; fewer: the number is divided by this."""
-    affordable = MOST_NUMBERS // (kind.inputs * kind.groups)
-    enough = min(affordable, MOST_POSITIONS, ENOUGH_PER_INPUT * kind.inputs)
-    return max(enough, LEAST_POSITIONS, POSITIONS_PER_INPUT * kind.inputs) // fewer
+    return max(LEAST_POSITIONS, POSITIONS_PER_INPUT * kind.inputs) // fewer
 
 
 def _kept_positions(layer: Layer, batch: Any, kept: Mask | None) -> Indices | None:

@@ -1,18 +1,19 @@
-"""Tell which stages need all samples: early layers see enough positions of a few.
+"""Tell how many samples each stage needs: early layers see enough positions of a few.
 
 A convolution over large pictures has thousands of positions in each sample, and its tensors are the largest of the
-model. Some samples, the leading ones, are enough for it. The others pass several such stages at once.
+model. The first samples are enough for it. The others pass several such stages at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from comq_onnx.arrays import spread_indices
 from comq_onnx.calibrate.layer_moments import enough_positions
 from comq_onnx.calibrate.segment import extract_segment
 from comq_onnx.calibrate.stages import Stage, join
@@ -20,29 +21,76 @@ from comq_onnx.errors import RuntimeFailure
 from comq_onnx.model.files import to_bytes_or_file
 from comq_onnx.plan.plan import Plan
 from comq_onnx.runtime.session import Session
+from comq_onnx.samples.dataset import Dataset
+from comq_onnx.samples.padding import Mask
 from comq_onnx.samples.samples import Samples
 
-# the number of leading samples, and how many times that many there must be to tell them from others
-LEADING, WORTHWHILE = 32, 1.5
-# the leading samples must have so many times the positions that are enough, since those of one sample are alike
-SPARE = 2
+# a stage gets the first so many samples, or all
+TIERS = (32, 64, 128)
+# samples that wait run in batches that are so many times smaller
+WAITING_SHARE = 4
+# the positions of those samples must be so many times as many as are enough, since those of one sample are alike
+SPARE = 1.5
 
 
-def leading_first(samples: Samples) -> tuple[Samples, int]:
-    """Return the samples with some, spread over all, at the front; and how many those are: all where there are few."""
+# one array for each batch, by the name of the value
+Tensors = dict[str, list[Any]]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Hold samples that take the same way through the stages.
+
+    start: how many samples are in the groups before
+    first: how many batches are
+    batches: the feeds
+    counts: how many samples each batch holds
+    masks: the positions of each batch that are no padding; None where all count
+    """
+
+    start: int
+    first: int
+    batches: Sequence[Mapping[str, Any]]
+    counts: Sequence[int]
+    masks: Sequence[Mask | None]
+
+    def inputs(self, names: Sequence[str]) -> Tensors:
+        """Return the tensors at the cut before the first stage; names: the inputs of the graph."""
+        return {name: [batch[name] for batch in self.batches] for name in names}
+
+
+def spread(samples: Samples) -> npt.NDArray[np.intp]:
+    """Return the samples' indices in an order in which the first ones, however many, come from everywhere."""
     unit = samples.fixed_batch or 1
-    batches, few = len(samples) // unit, max(1, LEADING // unit)
-    if samples.per_item or batches < few * WORTHWHILE:
-        return samples, len(samples)
-    first = spread_indices(batches, few)
-    order = np.concatenate([first, np.setdiff1d(np.arange(batches), first)])
-    return samples.take((order[:, None] * unit + np.arange(unit)).ravel()), len(first) * unit
+    batches = len(samples) // unit
+    digits = max(batches - 1, 1).bit_length()
+    # the binary digits of their places read backwards: van der Corput's sequence
+    keys = [int(f"{k:0{digits}b}"[::-1], 2) for k in range(batches)]
+    return np.asarray((np.argsort(keys)[:, None] * unit + np.arange(unit)).ravel())
 
 
-def needing_all(
-    plan: Plan, parts: Sequence[Stage], samples: Samples, leading: int, fewer: int, device: str, work: Path
-) -> set[int]:
-    """Return the indices of the stages whose layers need more than `leading` samples.
+def divide(data: Dataset, needed: Sequence[int], batch_size: int) -> tuple[list[Group], Samples]:
+    """Divide the samples into groups, so that each stage needs the first of them; and return how they are numbered.
+
+    needed: how many samples each stage needs
+    """
+    samples, groups = data.calibration, list[Group]()
+    ends = sorted({*needed, len(samples)})
+    order = spread(samples) if len(ends) > 1 else np.arange(len(samples))
+    for start, end in zip([0, *ends], ends, strict=False):
+        some = samples.take(order[start:end]) if len(ends) > 1 else samples
+        # later groups run many stages at once, which make many tensors
+        size = max(1, batch_size // WAITING_SHARE) if groups else batch_size
+        batches = list(some.batches(size))
+        first = sum(len(group.batches) for group in groups)
+        groups.append(Group(start, first, batches, some.batch_counts(size), [data.kept(batch) for batch in batches]))
+    return groups, replace(samples, numbers=tuple(samples.number(int(i)) for i in order))
+
+
+def samples_needed(
+    plan: Plan, parts: Sequence[Stage], samples: Samples, fewer: int, device: str, work: Path
+) -> list[int]:
+    """Return how many samples each stage needs: whole batches, a number of TIERS or all.
 
     parts: all stages
     samples: those that the model is calibrated on
@@ -50,27 +98,26 @@ def needing_all(
     device: where the model runs
     work: a directory for a model that is too large for one protobuf message
     """
-    everything = {stage.index for stage in parts}
-    if leading == len(samples) or not any(layer.kind.kernel for layer in plan.walked.layers):
-        return everything
-    unit = samples.fixed_batch or 1
-    shapes = _shapes(plan, parts, next(samples.batches(unit)), device, work)
+    unit, total = samples.fixed_batch or 1, len(samples)
+    tiers = [tier // unit * unit for tier in TIERS if unit <= tier < total]
+    shapes = None
+    if tiers and not samples.per_item and any(layer.kind.kernel for layer in plan.walked.layers):
+        shapes = _shapes(plan, parts, next(samples.batches(unit)), device, work)
     if shapes is None:
-        return everything
-    found = set()
+        return [total] * len(parts)
+    needed = [tiers[0]] * len(parts)
     for stage in parts:
-        nested = [x for x in plan.walked.layers if plan.probes.get(x.name) in stage.makes]
-        fed_back = [x for x in stage.layers if x.input in stage.makes]
-        if nested or fed_back:
-            # their rows are made in this stage alone
-            found |= {stage.index, stage.index + 1}
         for layer in stage.layers:
             like = np.broadcast_to(np.float32(0), shapes.get(layer.input, (0,)))
-            if like.ndim < 2 or layer.kind.positions(like) * leading // unit < SPARE * enough_positions(
-                layer.kind, fewer
-            ):
-                found.add(stage.index)
-    return found & everything
+            positions = layer.kind.positions(like) / unit if like.ndim > 1 else 0
+            enough = SPARE * enough_positions(layer.kind, fewer)
+            one = next((tier for tier in tiers if positions * tier >= enough), total)
+            needed[stage.index] = max(needed[stage.index], one)
+        nested = any(plan.probes.get(x.name) in stage.makes for x in plan.walked.layers)
+        if nested or any(x.input in stage.makes for x in stage.layers):
+            # their rows are made in this stage alone: no sample goes on from it without a stop
+            needed[stage.index : stage.index + 2] = [total] * len(needed[stage.index : stage.index + 2])
+    return needed
 
 
 def _shapes(

@@ -11,14 +11,11 @@ import numpy as np
 
 from comq_onnx import arrays
 from comq_onnx.calibrate.cut_tensors import Host
+from comq_onnx.calibrate.leading import Group, Tensors
 from comq_onnx.calibrate.segment import run_segment
 from comq_onnx.calibrate.stages import Stage
 from comq_onnx.plan.plan import Plan
 from comq_onnx.plan.solved import Solved
-from comq_onnx.samples.padding import Mask
-
-# one array for each batch, by the name of the value
-Tensors = dict[str, list[Any]]
 
 
 @dataclass(frozen=True)
@@ -43,23 +40,19 @@ class Way:
     tell: Callable[[int], None]
 
 
-@dataclass
+@dataclass(eq=False)
 class Passage:
     """Take some of the samples through the stages.
 
     way: what it has in common with others
-    counts: how many samples each of its batches holds
-    masks: the positions of each batch that are no padding; None where all count
-    first: the index of its first batch among those of all passages
+    group: the samples
     x: the tensors at the cut that the float model is at
     x_hat: those of the model quantized so far at the cut that it is at, the same or an earlier one
     leg: the stages between those two cuts; None where they are the same
     """
 
     way: Way
-    counts: Sequence[int]
-    masks: Sequence[Mask | None]
-    first: int
+    group: Group
     x: Tensors
     x_hat: Tensors
     leg: Stage | None = field(default=None, init=False)
@@ -76,7 +69,7 @@ class Passage:
         self._let_go(self.x, leg)
         for i, outputs in enumerate(self._run(leg, given, wanted, None)) if wanted else ():
             for name in wanted:
-                self.way.observe(name, outputs[name], self.first + i)
+                self.way.observe(name, outputs[name], self.group.first + i)
             for name in kept:
                 made[name].append(self.way.store.keep(outputs[name]))
         self.x.update((name, made[name]) for name in live)
@@ -133,9 +126,9 @@ class Passage:
         """Yield the outputs of a leg batch by batch, and let go of what it was given for each."""
         way = self.way
         outputs = run_segment(
-            way.plan, leg, given, len(self.counts), wanted, solved, way.store, way.device, way.work
+            way.plan, leg, given, len(self.group.counts), wanted, solved, way.store, way.device, way.work
         )  # fmt: skip
-        for i, (count, one) in enumerate(zip(self.counts, outputs, strict=True)):
+        for i, (count, one) in enumerate(zip(self.group.counts, outputs, strict=True)):
             yield one
             for batches in given.values():
                 batches[i] = None

@@ -20,9 +20,9 @@ from comq_onnx.calibrate import cut_tensors, stages
 from comq_onnx.calibrate.finite import out_of_range
 from comq_onnx.calibrate.layer_moments import LayerInput, in_groups, input_moments
 from comq_onnx.calibrate.layer_solver import LayerSolver, Observer
-from comq_onnx.calibrate.leading import leading_first, needing_all
+from comq_onnx.calibrate.leading import Tensors, divide, samples_needed
 from comq_onnx.calibrate.observed_ranges import ActivationRanges
-from comq_onnx.calibrate.passage import Passage, Tensors, Way
+from comq_onnx.calibrate.passage import Passage, Way
 from comq_onnx.calibrate.recurrent_rows import with_rows
 from comq_onnx.calibrate.stages import Stage
 from comq_onnx.context import Context
@@ -33,9 +33,6 @@ from comq_onnx.plan.plan import Plan
 from comq_onnx.plan.solved import Solved
 from comq_onnx.samples.dataset import Dataset
 from comq_onnx.solve.moments import Moments
-
-# waiting samples run in batches that are so many times smaller
-WAITING_SHARE = 4
 
 
 def walk(
@@ -71,33 +68,18 @@ class _Walk:
         plan = with_rows(plan)
         options = context.options
         self._plan, self._context, self._store, self._fewer = plan, context, store, fewer_positions
-        self._samples, leading = leading_first(data.calibration)
         self._layers = list(calibrated(plan.walked.layers))
         self._parts = stages.cut(plan.walked.model, self._layers)
-        self._all = needing_all(
-            plan, self._parts, self._samples, leading, fewer_positions, context.device, work
-        )  # fmt: skip
-        if len(self._all) == len(self._parts):
-            leading = len(self._samples)
-        groups = [(self._samples.take(range(leading)), options.batch_size)]
-        if leading < len(self._samples):
-            # a leg of many stages makes many tensors at once
-            rest = self._samples.take(range(leading, len(self._samples)))
-            groups.append((rest, max(1, options.batch_size // WAITING_SHARE)))
-        batches = [list(samples.batches(size)) for samples, size in groups]
-        masks = [[data.kept(batch) for batch in some] for some in batches]
+        self._needed = samples_needed(plan, self._parts, data.calibration, fewer_positions, context.device, work)
+        groups, self._samples = divide(data, self._needed, options.batch_size)
+        self._counts = [count for group in groups for count in group.counts]
+        self._masks = [mask for group in groups for mask in group.masks]
+        self._passed = 0
         self._solver = LayerSolver(plan, options.method, observer)
-        self._ranges = ActivationRanges(plan, [m for some in masks for m in some], options.seed, self._out_of_range)
+        self._ranges = ActivationRanges(plan, self._masks, options.seed, self._out_of_range)
         way = Way(plan, store, context.device, work, options.independent, self._ranges.observe, self._count_samples)
         inputs = [str(v.name) for v in plan.walked.model.graph.inputs]
-        self._passages: list[Passage] = []
-        for (samples, size), some, kept in zip(groups, batches, masks, strict=True):
-            cut: Tensors = {name: [batch[name] for batch in some] for name in inputs}
-            first = sum(len(p.counts) for p in self._passages)
-            counts = samples.batch_counts(size)
-            self._passages.append(Passage(way, counts, kept, first, cut, {k: list(v) for k, v in cut.items()}))
-        self._counts = [count for p in self._passages for count in p.counts]
-        self._passed = 0
+        self._passages = [Passage(way, group, group.inputs(inputs), group.inputs(inputs)) for group in groups]
 
     def run(self) -> Solved:
         """Solve one stage after the other."""
@@ -106,10 +88,10 @@ class _Walk:
         for passage in self._passages:
             for name, given in passage.x.items():
                 for i, array in enumerate(given):
-                    self._ranges.observe(name, array, passage.first + i)
+                    self._ranges.observe(name, array, passage.group.first + i)
         self._ranges.settle(name for name in self._passages[0].x if name in self._samples.arrays)
         for passage in self._passages[1:]:
-            if 0 not in self._all:
+            if passage not in self._at(0):
                 self._advance_float(passage, 0)
         for stage in self._parts:
             self._catch_up(stage)
@@ -120,13 +102,13 @@ class _Walk:
         self._solver.round_unreached()
         return self._solved()
 
-    def _at(self, stage: Stage) -> list[Passage]:
-        """Return the passages of the samples that a stage needs."""
-        return self._passages if stage.index in self._all else self._passages[:1]
+    def _at(self, stage: int) -> list[Passage]:
+        """Return the passages of the samples that a stage needs; stage: its index."""
+        return [passage for passage in self._passages if passage.group.start < self._needed[stage]]
 
     def _cuts(self, stage: Stage) -> tuple[Tensors, Tensors]:
         """Return the tensors at the cut before a stage, of all samples that it needs: x and x^."""
-        passages = self._at(stage)
+        passages = self._at(stage.index)
         return _joined([p.x for p in passages]), _joined([p.x_hat for p in passages])
 
     def _solved(self) -> Solved:
@@ -171,14 +153,12 @@ class _Walk:
         quantized = self._plan.is_integer(layer) and not options.independent
         nested = layer.name in self._plan.probes
         shared = all(a is b for a, b in zip(x, x_hat, strict=True))
-        counts = self._counts[: len(x)]
-        masks = [mask for passage in self._passages for mask in passage.masks][: len(x)]
         given = in_groups(
             LayerInput(
                 layer, x, x if shared else x_hat,
                 self._ranges.grids[layer.input] if quantized else None,
-                () if nested else counts,
-                () if nested else masks,
+                () if nested else self._counts[: len(x)],
+                () if nested else self._masks[: len(x)],
             ),
             self._store,
         )  # fmt: skip
@@ -197,7 +177,7 @@ class _Walk:
     def _catch_up(self, stage: Stage) -> None:
         """Bring the quantized model of all samples that a stage needs to the cut before it."""
         with self._context.journal.timed("calibrate"):
-            for passage in self._at(stage):
+            for passage in self._at(stage.index):
                 passage.advance_quantized(self._solved())
 
     def _advance(self, stage: Stage) -> None:
@@ -211,7 +191,7 @@ class _Walk:
         fed_back = [x for x in stage.layers if x.input in stage.makes]
         stacked = list(dict.fromkeys(probes[layer.name] for layer in inner))
         rows = list(dict.fromkeys([*stacked, *(layer.input for layer in fed_back)]))
-        passages = self._at(stage)
+        passages = self._at(stage.index)
         made = [self._advance_float(passage, stage.index, rows) for passage in passages]
         self._ranges.settle(name for name in stage.makes if name in self._plan.activations.values)
         if rows:
@@ -227,8 +207,7 @@ class _Walk:
 
         Returns the values `rows` that are made on the way."""
         following = range(start + 1, len(self._parts))
-        waits = passage is not self._passages[0]
-        end = next((k for k in following if not waits or k in self._all), len(self._parts))
+        end = next((k for k in following if passage in self._at(k)), len(self._parts))
         with self._context.journal.timed("calibrate"):
             return passage.advance_float(stages.join(self._parts[start:end]), rows)
 

@@ -177,7 +177,8 @@ def _move_pairs(few, near, count, tolerance):  # type: ignore[no-untyped-def]
     few: rows of scale * V, scale^2 H_ii, the code, its two bounds and, written, the change of the code; [6, codes]
     near: scale H scale among them, [codes, codes]
     """
-    few[5, :count] = 0
+    for a in range(count):
+        few[5, a] = 0
     any_moved = False
     for _ in range(4 * count):
         most, first, second = np.float32(0), -1, -1

@@ -21,7 +21,8 @@ import comq_onnx
 from comq_onnx import evaluate
 from comq_onnx.calibrate.layer_solver import LayerSolver
 from comq_onnx.plan import integer_gain as gains
-from comq_onnx.runtime import memory
+from comq_onnx.runtime import memory, session
+from comq_onnx.solve import parallel
 from comq_onnx.solve.moments import Moments
 from models import Arrays, samples_for, signature, worst_sqnr
 
@@ -40,6 +41,14 @@ def _no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
 def _quick_latency(monkeypatch: pytest.MonkeyPatch) -> None:
     """Time two runs in place of two seconds of them: no test here is about time."""
     monkeypatch.setattr(evaluate, "TIMED_SECONDS", 0.0)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compute in one thread unless a test asks for more: pytest's workers share the cores."""
+    made = session._session_options
+    monkeypatch.setattr(session, "_session_options", lambda device, threads, *rest: made(device, threads or 1, *rest))
+    monkeypatch.setattr(parallel.numba, "get_num_threads", lambda: 1)
 
 
 @pytest.fixture(autouse=True)

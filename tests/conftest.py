@@ -31,6 +31,12 @@ Kind = Callable[[Any], Any]
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Share the tests among all cores; where a file or words choose a few, workers would start longer than these run."""
+    chosen = config.option.keyword or any(".py" in str(argument) for argument in config.invocation_params.args)
+    return 0 if chosen else os.cpu_count() or 1
+
+
 @pytest.fixture(autouse=True)
 def _no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep the memory of the tests' process without the limit that the command line sets for its own."""
@@ -54,7 +60,7 @@ def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def _integers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run layers in integers or with packed weights wherever there is a kernel: those of tests are too small for it."""
-    if request.path.stem not in ("test_integer_gain", "test_golden"):
+    if request.path.stem not in ("test_integer_gain", "test_golden", "test_docs"):
         monkeypatch.setattr(gains, "unpacked", lambda _prepared, _shapes, _target: frozenset())
         monkeypatch.setattr(gains, "choose", lambda _prepared, layers, plan, _shapes, _costs: plan(layers))
 

@@ -32,7 +32,7 @@ HAS_TORCH = importlib.util.find_spec("torch") is not None
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Share the tests among all cores; where a file or words choose a few, workers would start longer than these run."""
+    """Share the tests among all cores; where a file or words choose a few, to start workers would take longer."""
     chosen = config.option.keyword or any(".py" in str(argument) for argument in config.invocation_params.args)
     return 0 if chosen else os.cpu_count() or 1
 

@@ -98,11 +98,7 @@ def search_codes(h, unit, optimum, start, zero, qmin, qmax, factors, codes, scal
                 _round(unit[g], optimum[g, :, c], s, low, high, gap, tried[f])
                 losses[f] = _loss(h[g], optimum[g, :, c], _refit(h[g], optimum[g, :, c], tried[f], s), tried[f])
             best = np.inf
-            for _ in range(min(FOLLOWED, factors.size)):
-                f = 0
-                for other in range(factors.size):
-                    f = other if losses[other] < losses[f] else f
-                losses[f] = np.inf
+            for f in np.argsort(losses)[:FOLLOWED]:
                 q, s = tried[f], np.float64(start[g, c]) * factors[f]
                 for _ in range(8):
                     s = _refit(h[g], optimum[g, :, c], q, s)

@@ -12,7 +12,7 @@ help:
 	@echo "make bench   measure the solver, and the models of ZOO where that folder is"
 
 test:
-	$(BIN)/pytest --numprocesses auto
+	$(BIN)/pytest
 
 lint:
 	$(BIN)/ruff check .

@@ -21,13 +21,20 @@ import comq_onnx
 from comq_onnx import evaluate
 from comq_onnx.calibrate.layer_solver import LayerSolver
 from comq_onnx.plan import integer_gain as gains
-from comq_onnx.runtime import memory
+from comq_onnx.runtime import memory, session
+from comq_onnx.solve import parallel
 from comq_onnx.solve.moments import Moments
 from models import Arrays, samples_for, signature, worst_sqnr
 
 ROOT = Path(__file__).parents[1]
 Kind = Callable[[Any], Any]
 HAS_TORCH = importlib.util.find_spec("torch") is not None
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Share the tests among all cores; where a file or words choose a few, to start workers would take longer."""
+    chosen = config.option.keyword or any(".py" in str(argument) for argument in config.invocation_params.args)
+    return 0 if chosen else os.cpu_count() or 1
 
 
 @pytest.fixture(autouse=True)
@@ -43,9 +50,17 @@ def _quick_latency(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
+def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compute in one thread unless a test asks for more: pytest's workers share the cores."""
+    made = session._session_options
+    monkeypatch.setattr(session, "_session_options", lambda device, threads, *rest: made(device, threads or 1, *rest))
+    monkeypatch.setattr(parallel.numba, "get_num_threads", lambda: 1)
+
+
+@pytest.fixture(autouse=True)
 def _integers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run layers in integers or with packed weights wherever there is a kernel: those of tests are too small for it."""
-    if request.path.stem not in ("test_integer_gain", "test_golden"):
+    if request.path.stem not in ("test_integer_gain", "test_golden", "test_docs"):
         monkeypatch.setattr(gains, "unpacked", lambda _prepared, _shapes, _target: frozenset())
         monkeypatch.setattr(gains, "choose", lambda _prepared, layers, plan, _shapes, _costs: plan(layers))
 

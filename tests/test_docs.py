@@ -19,8 +19,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import click
+import numpy as np
 import pytest
 import yaml
+from command import Said
+from script import run_command, run_script, run_text
 
 import comq_onnx
 from comq_onnx.cli import command as cli
@@ -37,6 +40,10 @@ BLOCK = re.compile(
     r"^(?:<!-- needs: (?P<need>\S+) -->\n+)?^(?P<indent> *)```(?P<language>\w*)\n(?P<text>.*?)^(?P=indent)```$",
     re.MULTILINE | re.DOTALL,
 )
+# the samples of each kind that commands find
+SAMPLES = 96
+# the pages whose commands run in processes of their own; those of others do so in the process of the tests
+FIRST = ("README.md", "CONTRIBUTING.md")
 # set-up has been done where tests run, and the tests are running
 SET_UP = (
     "pip install", "python -m pip", "python -m venv", "git clone", "source ", ". ", "cd ", "#", "pytest", "bash .ci",
@@ -88,17 +95,39 @@ def there(need: str) -> bool:
     return find_spec(need) is not None
 
 
-def run(page: Path, folder: Path, chosen: list[Block]) -> None:
-    """Run blocks in a folder with the repository's models and tools."""
+def run(page: Path, folder: Path, chosen: list[Block], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run blocks in a folder with the repository's models and tools, and fewer of its samples: no figure is checked."""
     for name in ("models", "tools"):
         shutil.copytree(ROOT / name, folder / name)
+    for path in (folder / "models").glob("*.npz"):
+        with np.load(path) as loaded:
+            fewer = {name: array[:SAMPLES] for name, array in loaded.items()}
+        np.savez(path, **fewer)
     if ZOO.is_dir():
         (folder / "zoo").symlink_to(ZOO)
+    monkeypatch.chdir(folder)
     for step in steps(chosen):
-        done = subprocess.run(
-            step, cwd=folder, env={**ENVIRONMENT, "TMPDIR": str(folder)}, capture_output=True, text=True, timeout=900
-        )
-        assert done.returncode == 0, f"{page.name}: {step[-1]}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+        said = (in_a_process if page.name in FIRST else here)(step)
+        assert said.code == 0, f"{page.name}: {step[-1]}\n{said.out[-2000:]}{said.err[-2000:]}"
+
+
+def in_a_process(step: list[str]) -> Said:
+    """Run a step as a user does."""
+    done = subprocess.run(step, env=ENVIRONMENT, capture_output=True, text=True, timeout=900)
+    return Said(done.returncode, done.stdout, done.stderr)
+
+
+def here(step: list[str]) -> Said:
+    """Run Python code, `comq-onnx ...` and `python FILE ...` in the process of the tests, all else as a user does."""
+    if step[0] == "python":
+        return run_text(step[-1])
+    name, *arguments = shlex.split(step[-1])
+    if not set(step[-1]) & set("|&;<>$`*"):
+        if name == "comq-onnx":
+            return run_command(*arguments)
+        if name == "python" and arguments[0].endswith(".py"):
+            return run_script(Path(arguments[0]).resolve(), *arguments[1:])
+    return in_a_process(step)
 
 
 def test_the_commands_of_a_block_are_found() -> None:
@@ -127,23 +156,34 @@ def test_every_fence_is_seen(page: Path) -> None:
     assert len(re.findall(r"^ *```", page.read_text(), re.MULTILINE)) == 2 * len(blocks(page))
 
 
+def running(page: Path) -> list[Block]:
+    """Return the blocks of a page that need nothing but modules which are there: those go on from the plain ones."""
+    return [b for b in blocks(page) if b.need is None or (there(b.need) and not b.need.startswith("zoo/"))]
+
+
 RUNNING = [page for page in PAGES if steps(b for b in blocks(page) if b.need is None)]
 
 
 @pytest.mark.parametrize("page", RUNNING, ids=lambda page: page.name)
-def test_every_block_runs(tmp_path: Path, page: Path) -> None:
-    run(page, tmp_path, [block for block in blocks(page) if block.need is None])
+def test_every_block_runs(tmp_path: Path, page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(page, tmp_path, running(page), monkeypatch)
 
 
 NEEDS = [(page, need) for page in PAGES for need in dict.fromkeys(b.need for b in blocks(page)) if need is not None]
 
 
 @pytest.mark.parametrize(("page", "need"), NEEDS, ids=[f"{page.name}-{need}" for page, need in NEEDS])
-def test_every_block_that_needs_something_runs_where_that_is(tmp_path: Path, page: Path, need: str) -> None:
+def test_every_block_that_needs_something_runs_where_that_is(
+    tmp_path: Path, page: Path, need: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if not there(need):
         pytest.skip(f"{need} is not here" + (": python tools/zoo/export.py zoo" if need.startswith("zoo/") else ""))
-    # a module's blocks go on from the plain ones
-    run(page, tmp_path, [b for b in blocks(page) if b.need == need or (b.need is None and not need.startswith("zoo/"))])
+    needing = [block for block in blocks(page) if block.need == need]
+    if need.startswith("zoo/"):
+        run(page, tmp_path, needing, monkeypatch)
+    else:  # these have run with the plain ones of the page
+        assert page in RUNNING
+        assert all(block in running(page) for block in needing)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

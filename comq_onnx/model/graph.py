@@ -33,7 +33,7 @@ def add_initializer(graph: ir.Graph, name: str, array: np.ndarray[Any, Any]) -> 
     while unique in graph.initializers:
         unique, count = f"{name}_{count}", count + 1
     # ascontiguousarray would make a scalar rank 1, and a rank-1 scale fails to load or runs in float
-    tensor = ir.tensor(array if array.ndim == 0 else np.ascontiguousarray(array), name=unique)
+    tensor = ir.Tensor(array if array.ndim == 0 else np.ascontiguousarray(array), name=unique)
     value = ir.Value(name=unique, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
     graph.register_initializer(value)
     return value

@@ -15,6 +15,7 @@ because clipping changes only a few positions.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -280,12 +281,14 @@ def choose(
     """
     low, high = ends = min(low, 0.0), max(high, 0.0)
     best = fit_range(low, high, dtype, bounds)
-    widest, least = best, objective.cost(best)
+    # ranges that differ may have the same grid, and a sweep that finds no better one is not to be repeated
+    cost_of = functools.cache(objective.cost)
+    widest, least = best, cost_of(best)
     seen = least
     for sweep in range(SWEEPS):
         for pair in _narrower(*ends, FINER if sweep else COARSE):
             grid = fit_range(*pair, dtype, bounds)
-            cost = objective.cost(grid)
+            cost = cost_of(grid)
             if cost < least:
                 best, least, ends = grid, cost, pair
     return best if least < seen * WORTH else widest

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.io import wavfile
-from scipy.signal import resample_poly
 
 from comq_onnx.errors import OptionError, SamplesError
 from comq_onnx.options.samples import SampleOptions
@@ -101,6 +99,8 @@ def read_wave(path: Path, rate: int | None) -> tuple[int, AnyArray]:
     Channels are averaged, integers brought to -1..1, and points resampled to `rate` where that is given. Raises
     SamplesError.
     """
+    from scipy.io import wavfile  # not at the top, nor is scipy.signal: only runs with sound wait for them
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", wavfile.WavFileWarning)  # of chunks that hold no sound
@@ -117,6 +117,8 @@ def read_wave(path: Path, rate: int | None) -> tuple[int, AnyArray]:
     if not len(points) or not np.isfinite(points).all():
         raise SamplesError(f"{path}: holds {'NaN or Inf' if len(points) else 'no sound'}")
     if rate is not None and found != rate:
+        from scipy.signal import resample_poly
+
         common = gcd(int(found), rate)
         points = resample_poly(points, rate // common, int(found) // common)
     return int(rate or found), points

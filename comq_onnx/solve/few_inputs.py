@@ -84,8 +84,13 @@ def search_codes(h, unit, optimum, start, zero, qmin, qmax, factors, codes, scal
     """
     groups, n, columns = optimum.shape
     for g in range(groups):
-        gap, kept, v = np.empty(n), np.empty(n), np.empty(n)
-        tried, losses = np.empty((factors.size, n)), np.empty(factors.size)
+        # one array: numba compiles each way to make one
+        room = np.zeros((7, n), np.float64)
+        gap, kept, v, reach, work = room[0], room[1], room[2], room[3], room[4:]
+        tried, losses = np.zeros((factors.size, n), np.float64), np.zeros((1, factors.size), np.float64)[0]
+        for i in range(n):
+            for k in range(n):
+                reach[i] = max(reach[i], abs(h[g, i, k])) if k != i else reach[i]
         for c in range(columns):
             low, high = qmin - zero[g, c], qmax - zero[g, c]
             for f in range(factors.size):
@@ -97,13 +102,14 @@ def search_codes(h, unit, optimum, start, zero, qmin, qmax, factors, codes, scal
                 q, s = tried[f], np.float64(start[g, c]) * factors[f]
                 for _ in range(8):
                     s = _refit(h[g], optimum[g, :, c], q, s)
-                    if not _move_codes(h[g], optimum[g, :, c], s, low, high, q, v):
+                    if not _move_codes(h[g], reach, optimum[g, :, c], s, low, high, q, v, work):
                         break
                 loss = _loss(h[g], optimum[g, :, c], s, q)
                 if loss < best:
                     best = loss
                     scale[g, c] = s
-                    kept[:] = q
+                    for i in range(n):
+                        kept[i] = q[i]
             for i in range(n):
                 codes[g, i, c] = kept[i]
 
@@ -142,33 +148,55 @@ def _loss(h, optimum, s, q):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _move_codes(h, optimum, s, low, high, q, v):  # type: ignore[no-untyped-def]
+def _move_codes(h, reach, optimum, s, low, high, q, v, work):  # type: ignore[no-untyped-def]
     """Move one code or two by one each, the best move first, until none lowers the objective; tell whether any did.
 
+    reach: the largest |H_ik| of each input i, k != i, [n]
     q, v: codes and gradient of one channel [n]; q changes in place, v is written.
+    work: room for the gains and costs of moves, [3, n]
     """
     n = q.size
     for i in range(n):
         v[i] = 0.0
         for k in range(n):
             v[i] += h[i, k] * (optimum[k] - q[k] * s)
+    # what a code gains by a step down and by one up, and what either costs
+    down, up, cost = work
+    for i in range(n):
+        cost[i] = h[i, i] * s * s
     any_moved = False
     for _ in range(16 * n):
+        top = -np.inf
+        for i in range(n):
+            down[i] = -np.inf if q[i] - 1 < low else -2 * s * v[i]
+            up[i] = -np.inf if q[i] + 1 > high else 2 * s * v[i]
+            larger = (down[i] if down[i] > up[i] else up[i]) - cost[i]
+            top = larger if larger > top else top
         best, at, other, first, second = 0.0, -1, -1, 0.0, 0.0
         for i in range(n):
             for d in (-1.0, 1.0):
-                if q[i] + d < low or q[i] + d > high:
+                own = (down[i] if d < 0 else up[i]) - cost[i]
+                if own == -np.inf:
                     continue
-                own = 2 * d * s * v[i] - h[i, i] * s * s
                 if own > best:
                     best, at, other, first, second = own, i, -1, d, 0.0
+                # no second code makes it better; sums of a few numbers in float64 are off by less than 1e-9
+                bend = 2 * d * s * s
+                widest = abs(bend) * reach[i]
+                if own + top + widest + 1e-9 * (abs(own) + abs(top) + widest) <= best:
+                    continue
+                most = -np.inf
                 for k in range(i):
-                    for e in (-1.0, 1.0):
-                        if q[k] + e < low or q[k] + e > high:
-                            continue
-                        both = own + 2 * e * s * v[k] - h[k, k] * s * s - 2 * d * e * s * s * h[i, k]
-                        if both > best:
-                            best, at, other, first, second = both, i, k, d, e
+                    lower, higher = own + down[k] - cost[k] + bend * h[i, k], own + up[k] - cost[k] - bend * h[i, k]
+                    larger = lower if lower > higher else higher
+                    most = larger if larger > most else most
+                if most > best:
+                    for k in range(i - 1, -1, -1):
+                        if own + up[k] - cost[k] - bend * h[i, k] == most:
+                            other, second = k, 1.0
+                        if own + down[k] - cost[k] + bend * h[i, k] == most:
+                            other, second = k, -1.0
+                    best, at, first = most, i, d
         if at < 0 or best <= 1e-6 * h[at, at] * s * s:
             break
         any_moved = True

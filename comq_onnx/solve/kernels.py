@@ -34,9 +34,9 @@ def babai_block(whole, target, unit, scale, zero, block, qmin, qmax, root, codes
     for tile in range((columns + TILE - 1) // TILE):
         first = tile * TILE
         width = min(TILE, columns - first)
-        taken = np.zeros((rows, TILE), np.float32)  # wq, contiguous
-        t = np.zeros(TILE, np.float32)
-        loss, cross, norm = np.zeros(TILE, np.float32), np.zeros(TILE, np.float32), np.zeros(TILE, np.float32)
+        # one array: numba compiles each way to make one
+        room = np.zeros((rows + 4, TILE), np.float32)
+        t, loss, cross, norm, taken = room[0], room[1], room[2], room[3], room[4:]  # taken: wq, contiguous
         for i in range(rows):
             for c in range(width):
                 t[c] = target[i, first + c]
@@ -127,11 +127,11 @@ def move_best_first(v, h, scale, zero, block, qmin, qmax, codes, tolerance, pair
     pairs: how many codes, those that cost least to move, are tried two at a time
     """
     columns, rows = v.shape
-    step, own, gain = np.empty(rows, np.float32), np.empty(rows, np.float32), np.empty(rows, np.float32)
-    # what a step up or down costs where there is no code to go to
-    above, below = np.empty(rows, np.float32), np.empty(rows, np.float32)
-    best, at = np.empty(pairs + 1, np.float32), np.empty(pairs + 1, np.intp)
-    few, near = np.empty((6, pairs + 1), np.float32), np.empty((pairs + 1, pairs + 1), np.float32)
+    room = np.zeros((5, rows), np.float32)
+    # above, below: what a step up or down costs where there is no code to go to
+    step, own, gain, above, below = room[0], room[1], room[2], room[3], room[4]
+    few, near = np.zeros((7, pairs + 1), np.float32), np.zeros((pairs + 1, pairs + 1), np.float32)
+    best, at = few[6], np.empty(pairs + 1, np.intp)
     for c in range(columns):
         slope, q = v[c], codes[c]
         for i in range(rows):
@@ -177,7 +177,8 @@ def _move_pairs(few, near, count, tolerance):  # type: ignore[no-untyped-def]
     few: rows of scale * V, scale^2 H_ii, the code, its two bounds and, written, the change of the code; [6, codes]
     near: scale H scale among them, [codes, codes]
     """
-    few[5, :count] = 0
+    for a in range(count):
+        few[5, a] = 0
     any_moved = False
     for _ in range(4 * count):
         most, first, second = np.float32(0), -1, -1

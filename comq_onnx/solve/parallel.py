@@ -15,6 +15,8 @@ from threadpoolctl import ThreadpoolController
 
 # channels that are solved together: wide enough for matrix products at full speed, narrow enough for several threads
 PART = 192
+# in how many shares a thread does its tasks: those that end early take over some of the others
+SHARES = 8
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -32,8 +34,12 @@ def map_in_threads(function: Callable[[T], R], tasks: Iterable[T]) -> list[R]:
     with single_threaded_blas():
         if threads < 2:
             return [function(task) for task in todo]
+        # several at once: the groups of a depthwise convolution are many, and quick
+        size = -(-len(todo) // (SHARES * threads))
+        shares = [todo[start : start + size] for start in range(0, len(todo), size)]
         with ThreadPoolExecutor(threads) as pool:
-            return list(pool.map(function, todo))
+            done = pool.map(lambda share: [function(task) for task in share], shares)
+            return [found for share in done for found in share]
 
 
 def single_threaded_blas() -> Any:

@@ -120,19 +120,60 @@ def test_outputs_that_are_no_numbers_leave_the_layers_own_errors(tmp_path: Path)
 # Whole runs ---------------------------------------------------------------------------------------------------------
 
 
-def quantized(tmp_path: Path, name: str = "fashion_cnn", **options: Any) -> Report:
+def quantize_trained(out: Path, **options: Any) -> Report:
     """Quantize a trained model on 64 samples with the least effort."""
     return comq_onnx.quantize(
-        MODELS / f"{name}.onnx", tmp_path / "q.onnx", MODELS / "fashion_calib.npz",
-        **{"effort": "fast", "max_samples": 64, "device": "cpu"} | options,
+        MODELS / "fashion_cnn.onnx", out, MODELS / "fashion_calib.npz",
+        effort="fast", max_samples=64, device="cpu", **options,
     )  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def kept() -> dict[str, Any]:
+    """Keep what several tests look at, once one of them has made it: the fixtures that make it are those of a test."""
+    return {}
+
+
+@pytest.fixture
+def _one_survey(kept: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Survey the trained model once for each kind of activations: no other option of these runs changes a survey."""
+    real = choose.survey
+
+    def found(plan: Plan, data: Any, context: Any, widths: Any) -> Sensitivity:
+        kind = context.options.activations
+        if kind not in kept:
+            kept[kind] = real(plan, data, context)
+        assert set(widths) <= set(BITS)
+        return kept[kind]
+
+    monkeypatch.setattr(choose, "survey", found)
+
+
+@pytest.fixture
+def at_a_fifth(kept: dict[str, Any], tmp_path: Path) -> tuple[Report, bytes]:
+    """Quantize the trained model to a fifth of its size; return the report and the file."""
+    if "fifth" not in kept:
+        out = tmp_path / "fifth.onnx"
+        kept["fifth"] = quantize_trained(out, bits="auto", size="20%"), out.read_bytes()
+        out.unlink()
+    return kept["fifth"]
+
+
+def quantized(tmp_path: Path, **options: Any) -> Report:
+    """Quantize the trained model to q.onnx."""
+    return quantize_trained(tmp_path / "q.onnx", **options)
+
+
+@pytest.mark.usefixtures("_one_survey")
 @pytest.mark.parametrize("size", ["20%", "120kB"])
-def test_a_size_is_kept_and_used(tmp_path: Path, size: str) -> None:
-    report = quantized(tmp_path, bits="auto", size=size)
-    budget = report.size["before"] // 5 if size == "20%" else 120_000
-    assert (tmp_path / "q.onnx").stat().st_size == report.size["after"] <= budget
+def test_a_size_is_kept_and_used(tmp_path: Path, at_a_fifth: tuple[Report, bytes], size: str) -> None:
+    if size == "20%":
+        report, written = at_a_fifth
+        budget = report.size["before"] // 5
+    else:
+        report, budget = quantized(tmp_path, bits="auto", size=size), 120_000
+        written = (tmp_path / "q.onnx").read_bytes()
+    assert len(written) == report.size["after"] <= budget
     # the bytes left over are too few to give any layer another bit
     assert report.size["after"] > 0.97 * budget
     assert len({layer.bits for layer in report.layers}) > 1
@@ -140,6 +181,7 @@ def test_a_size_is_kept_and_used(tmp_path: Path, size: str) -> None:
     assert abs(chosen.size - report.size["after"]) <= 64
 
 
+@pytest.mark.usefixtures("_one_survey")
 def test_chosen_bits_beat_equal_ones_at_the_same_size(tmp_path: Path) -> None:
     same = quantized(tmp_path, bits=3, uniform=True, activations="none")
     chosen = quantized(tmp_path, bits="auto", size=str(same.size["after"]), activations="none")
@@ -147,6 +189,7 @@ def test_chosen_bits_beat_equal_ones_at_the_same_size(tmp_path: Path) -> None:
     assert chosen.outputs[0].sqnr_db > same.outputs[0].sqnr_db + 1
 
 
+@pytest.mark.usefixtures("_one_survey")
 def test_at_a_number_of_bits_some_layers_get_more(tmp_path: Path) -> None:
     same, more = quantized(tmp_path, bits=4, uniform=True), quantized(tmp_path, bits=4)
     assert {layer.bits for layer in same.layers} == {4}
@@ -170,6 +213,7 @@ def test_embeddings_and_layers_told_keep_their_bits(tmp_path: Path) -> None:
     assert {x.bits for x in report.layers if x.op == "Gather"} != {8}
 
 
+@pytest.mark.usefixtures("_one_survey")
 def test_mean_bits_are_those_of_the_weights(tmp_path: Path) -> None:
     report = quantized(tmp_path, bits=3.5, activations="none")
     counts = [np.prod(layer.weight_shape) for layer in report.layers]
@@ -178,6 +222,7 @@ def test_mean_bits_are_those_of_the_weights(tmp_path: Path) -> None:
     assert report.bits == 3.5
 
 
+@pytest.mark.usefixtures("_one_survey")
 def test_a_drop_is_kept_by_the_fewest_bits_tried(tmp_path: Path) -> None:
     report = quantized(tmp_path, bits="auto", max_drop="26dB")
     assert report.outputs[0].sqnr_db >= 26
@@ -192,6 +237,7 @@ def test_a_drop_is_kept_by_the_fewest_bits_tried(tmp_path: Path) -> None:
     assert points.outputs[0].top1_agreement >= 0.95
 
 
+@pytest.mark.usefixtures("_one_survey")
 def test_a_drop_that_cannot_be_kept_is_refused_with_the_best_and_nothing_is_written(tmp_path: Path) -> None:
     with pytest.raises(OptionError) as refused:
         quantized(tmp_path, bits="auto", max_drop="90dB")
@@ -202,6 +248,7 @@ def test_a_drop_that_cannot_be_kept_is_refused_with_the_best_and_nothing_is_writ
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("_one_survey")
 def test_a_prediction_that_is_off_is_corrected_by_what_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -222,23 +269,23 @@ def test_a_prediction_that_is_off_is_corrected_by_what_is_measured(
         assert report.size["after"] < 0.25 * report.size["before"]
 
 
-def test_the_same_inputs_give_the_same_bytes(tmp_path: Path) -> None:
-    made = []
-    for _ in range(2):
-        quantized(tmp_path, bits="auto", size="21%")
-        made.append((tmp_path / "q.onnx").read_bytes())
-    assert made[0] == made[1]
+def test_the_same_inputs_give_the_same_bytes(tmp_path: Path, at_a_fifth: tuple[Report, bytes]) -> None:
+    quantized(tmp_path, bits="auto", size="20%")
+    assert (tmp_path / "q.onnx").read_bytes() == at_a_fifth[1]
 
 
-def test_a_plan_shows_the_frontier_and_writes_nothing(tmp_path: Path) -> None:
+def test_a_plan_shows_the_frontier_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_a_fifth: tuple[Report, bytes]
+) -> None:
+    monkeypatch.chdir(tmp_path)
     report = comq_onnx.plan(
         MODELS / "fashion_cnn.onnx", MODELS / "fashion_calib.npz", bits="auto", size="20%", max_samples=64
     )
+    assert list(tmp_path.iterdir()) == []
     said = json.loads(report.to_json())["frontier"]
     assert [point["size"] for point in said] == sorted(point["size"] for point in said)
     assert sum(point["chosen"] for point in said) == 1
-    done = quantized(tmp_path, bits="auto", size="20%", effort="default")
-    assert [layer.bits for layer in done.layers] == [layer.bits for layer in report.layers]
+    assert [layer.bits for layer in at_a_fifth[0].layers] == [layer.bits for layer in report.layers]
 
 
 def test_a_plan_without_samples_shows_equal_bits_and_says_so() -> None:

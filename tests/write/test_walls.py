@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +19,15 @@ from comq_onnx.runtime.session import Session
 from models import build, normal, weight
 
 
-def in_float(path: Path, level: int) -> Mapping[str, str]:
-    """Return the layers that do not become an integer kernel at a level of optimization, and what they become."""
-    kernels = executed_kernels(path, level=level)
-    assert kernels.float_behind_dequantize == 0, kernels.counts
-    return {layer: op for layer, op in kernels.of_layer.items() if op not in INTEGER_PRODUCTS}
-
-
 def check(path: Path, count: int) -> None:
     """Assert that all `count` products have an integer kernel at every level that has one."""
     for level in (2, 99):
-        assert in_float(path, level) == {}
-        counts = executed_kernels(path, level=level).counts
-        assert sum(n for op, n in counts.items() if op in INTEGER_PRODUCTS) == count
-        assert not FLOAT_PRODUCTS & set(counts)
+        kernels = executed_kernels(path, level=level)
+        assert kernels.float_behind_dequantize == 0, kernels.counts
+        in_float = {layer: op for layer, op in kernels.of_layer.items() if op not in INTEGER_PRODUCTS}
+        assert in_float == {}
+        assert sum(n for op, n in kernels.counts.items() if op in INTEGER_PRODUCTS) == count
+        assert not FLOAT_PRODUCTS & set(kernels.counts)
 
 
 # with comq a product without a bias gets one; rounding alone leaves it without

@@ -84,19 +84,12 @@ def copy_all(  # type: ignore[no-untyped-def]
                     high = max(low, min(out_x, (columns - 1 - j * along + before) // stride_x + 1))
                     shift = j * along - before
                     for v in range(out_y):
-                        to = found[c, i * width + j, (n * out_y + v) * out_x : (n * out_y + v + 1) * out_x]
-                        y = v * stride_y + i * down - above
-                        if y < 0 or y >= rows:
-                            to[:] = 0
-                            continue
-                        line = x[n, c, y]
-                        to[:low] = 0
-                        to[high:] = 0
-                        if stride_x == 1:
-                            to[low:high] = line[low + shift : high + shift]
-                        else:
+                        y, at = v * stride_y + i * down - above, (n * out_y + v) * out_x
+                        for u in range(out_x):
+                            found[c, i * width + j, at + u] = 0
+                        if 0 <= y < rows:
                             for u in range(low, high):
-                                to[u] = line[u * stride_x + shift]
+                                found[c, i * width + j, at + u] = x[n, c, y, u * stride_x + shift]
 
 
 @compiled

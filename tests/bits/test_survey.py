@@ -263,10 +263,10 @@ def test_a_prediction_that_is_off_is_corrected_by_what_is_measured(
 
     for factor in (0.1, 10.0):
         monkeypatch.setattr(choose, "survey", far_off(factor))
-        report = quantized(tmp_path, bits="auto", max_drop="25dB", activations="none")
-        assert report.outputs[0].sqnr_db >= 25
+        report = quantized(tmp_path, bits="auto", max_drop="26dB", activations="none")
+        assert report.outputs[0].sqnr_db >= 26
         assert len([note for note in report.notes if note.startswith("tried ")]) > 1
-        assert report.size["after"] < 0.25 * report.size["before"]
+        assert report.size["after"] < 0.3 * report.size["before"]
 
 
 def test_the_same_inputs_give_the_same_bytes(tmp_path: Path, at_a_fifth: tuple[Report, bytes]) -> None:

@@ -4,6 +4,8 @@ walk: go through the stages and solve the layers of each
 stages: divide a graph into stages
 segment: run the nodes of one stage
 recurrent_rows: add the rows of recurrent layers to the model that is walked
+leading: how many samples each stage needs, and their groups
+passage: take a group of samples from cut to cut, in float and quantized
 cut_tensors: keep the tensors between two stages
 layer_moments: sum the moments of a layer's input
 layer_solver: solve the layers of a stage, each weight once

@@ -10,6 +10,8 @@ ridge: choose the ridge on halves of the samples
 few_inputs: solve problems of few inputs near-exactly
 bitsplit: refine codes bit plane by bit plane
 paper: the method of the authors of COMQ
+grams: sums of rows and of their products
+windows: take windows of a convolution out of its input
 grid: the codes that a weight may take, and rounding to them
 moments: the second moments of a layer's input, and the sums that make them
 patches: Gram matrices of convolutions without their patches

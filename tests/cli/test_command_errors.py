@@ -9,6 +9,7 @@ import errno
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -428,5 +429,27 @@ def test_a_signal_leaves_nothing_behind(files: Path, number: int) -> None:
     assert err.strip().splitlines() == [
         f"comq-onnx: {'interrupted' if number == signal.SIGINT else 'stopped'}; nothing was written"
     ]
-    assert not any((files / "tmp").iterdir())
+    assert list((files / "tmp").iterdir()) == []
     assert not (files / "q.onnx").exists()
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="other signals here")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_waits_until_a_temporary_directory_is_found(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    ended = []
+
+    def find() -> str:
+        signal.raise_signal(number)
+        ended.append(True)
+        return "found"
+
+    monkeypatch.setattr(tempfile, "gettempdir", find)
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)
+    assert stopped.value.code == 128 + number
+    assert ended == [True]

@@ -1,0 +1,163 @@
+"""Measure the whole command beside static quantization by ONNX Runtime: CPU seconds, peak memory, and the limit.
+
+    python tools/zoo/export.py zoo --only efficientnet_lite0 --only minilm
+    python tools/bench/whole.py zoo efficientnet_lite0 minilm
+
+Every run is a process of its own with one thread, in turn with the others, and each figure is the median of the rounds.
+The limit is what no calibration can do without: two passes of the float model over all samples by ONNX Runtime, and the
+products of the Gram matrices and of the solver at the rate of a large float32 product measured in the same run. CPU seconds on a busy machine grow with what else runs; ratios to static quantization hold.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from comq_onnx.runtime.session import Session
+from comq_onnx.samples.load import load_samples
+from comq_onnx.samples.samples import Samples
+
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
+# of each layer: x^ x^T and x^ e^T over its positions, the Gram half; and the solver's share of sweeps and roundings
+GRAMS, SOLVER = 1.5, 8
+# moments are made of so many positions for each input of a layer, at most
+POSITIONS_PER_INPUT = 64
+BATCH = 16
+
+
+@dataclass(frozen=True)
+class Run:
+    """Hold what a process took.
+
+    seconds: CPU seconds of the process and of its children
+    megabytes: its peak memory
+    stages: the wall seconds of each of its stages, where it tells them
+    """
+
+    seconds: float
+    megabytes: float
+    stages: dict[str, float]
+
+
+def measure(command: list[str], report: Path | None = None) -> Run:
+    """Run a command in a process of its own, with one thread."""
+    process = subprocess.Popen(command, env={**os.environ, **ONE_THREAD}, stdout=subprocess.DEVNULL)
+    _, status, used = os.wait4(process.pid, 0)
+    if status:
+        raise click.ClickException(f"{' '.join(command)}: ended with {os.waitstatus_to_exitcode(status)}")
+    stages = json.loads(report.read_text())["seconds"] if report is not None else {}
+    return Run(used.ru_utime + used.ru_stime, used.ru_maxrss / 1024, stages)
+
+
+def quantize_static(folder: Path, out: Path) -> None:
+    """Quantize with onnxruntime.quantization: QDQ, 8 bits, a scale per channel, minmax."""
+    from onnxruntime.quantization import CalibrationDataReader, QuantType, quant_pre_process
+    from onnxruntime.quantization import quantize_static as quantize
+
+    class Reader(CalibrationDataReader):
+        def __init__(self, samples: Samples) -> None:
+            self._batches: Iterator[Any] = samples.batches(BATCH)
+
+        def get_next(self) -> Any:
+            return next(self._batches, None)
+
+    session = Session(folder / "model.onnx")
+    prepared = out.with_name("prepared.onnx")
+    quant_pre_process(folder / "model.onnx", prepared, skip_symbolic_shape=True)
+    quantize(
+        prepared, out, Reader(load_samples(folder / "calib.npz", session.inputs)), per_channel=True,
+        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+    )  # fmt: skip
+
+
+def sgemm_rate() -> float:
+    """Return the flops a second of a large float32 product."""
+    a = np.ones((1536, 1536), np.float32)
+    a @ a
+    return 2 * len(a) ** 3 / _least_time(lambda: a @ a)
+
+
+def limit(folder: Path, layers: list[dict[str, Any]]) -> float:
+    """Return the CPU seconds that no calibration can do without; layers: those of a report."""
+    session = Session(folder / "model.onnx", threads=1)
+    samples = load_samples(folder / "calib.npz", session.inputs)
+    start = time.process_time()
+    for feeds in samples.batches(BATCH):
+        session.run(feeds)
+    passes = 2 * (time.process_time() - start)
+    flops = 0.0
+    for layer in layers:
+        out, *rest = layer["shape"]
+        inputs = int(np.prod(rest)) if len(rest) else 1
+        flops += GRAMS * 2 * POSITIONS_PER_INPUT * inputs**3 + SOLVER * 2 * out * inputs**2
+    return passes + flops / sgemm_rate()
+
+
+def _least_time(function: Callable[[], Any]) -> float:
+    times = []
+    for _ in range(5):
+        start = time.process_time()
+        function()
+        times.append(time.process_time() - start)
+    return min(times)
+
+
+@click.command(help=__doc__.split("\n")[0] if __doc__ else None)
+@click.argument("zoo", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("models", nargs=-1, required=True)
+@click.option("--bits", multiple=True, type=int, default=(8, 4), show_default=True, help="Numbers of bits.")
+@click.option("--rounds", default=3, show_default=True, help="How often each is run.")
+def main(zoo: Path, models: tuple[str, ...], bits: tuple[int, ...], rounds: int) -> None:
+    for name in models:
+        folder = zoo / name
+        with tempfile.TemporaryDirectory() as work:
+            out, report = Path(work) / "q.onnx", Path(work) / "report.json"
+            script = "import sys, pathlib, whole; whole.quantize_static(*map(pathlib.Path, sys.argv[1:]))"
+            commands: dict[str, tuple[list[str], Path | None]] = {
+                "onnxruntime static, 8 bits": ([sys.executable, "-c", script, str(folder), str(out)], None)
+            }
+            for count in bits:
+                commands[f"comq-onnx, {count} bits"] = (
+                    [
+                        sys.executable, "-m", "comq_onnx", str(folder / "model.onnx"), "--calib",
+                        str(folder / "calib.npz"), "--bits", str(count), "-o", str(out), "--json", str(report), "-q",
+                    ],
+                    report,
+                )  # fmt: skip
+            os.environ["PYTHONPATH"] = os.pathsep.join(
+                filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")])
+            )
+            runs: dict[str, list[Run]] = {what: [] for what in commands}
+            for _ in range(rounds):
+                for what, (command, its) in commands.items():
+                    runs[what].append(measure(command, its))
+            _print(name, runs, limit(folder, json.loads(report.read_text())["layers"]))
+
+
+def _print(name: str, runs: dict[str, list[Run]], least: float) -> None:
+    """Print the table of a model; least: its limit."""
+    medians = {what: statistics.median(run.seconds for run in given) for what, given in runs.items()}
+    static = next(iter(medians.values()))
+    click.echo(f"{name}: {sum(len(given) for given in runs.values())} runs, limit {least:.1f} CPU s")
+    click.echo(f"{'':28} {'CPU s':>8} {'ratio':>7} {'of limit':>9} {'peak MB':>8}  wall s by stage")
+    for what, given in runs.items():
+        peak = statistics.median(run.megabytes for run in given)
+        stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in given[-1].stages.items())
+        seconds = medians[what]
+        click.echo(f"{what:28} {seconds:8.1f} {seconds / static:7.2f} {seconds / least:9.2f} {peak:8.0f}  {stages}")
+
+
+if __name__ == "__main__":
+    main()

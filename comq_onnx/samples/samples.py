@@ -33,11 +33,21 @@ class ModelInput(Protocol):
 
 
 @dataclass(frozen=True)
+class AnyInput:
+    """Describe an input by more than the model itself says of it; see ModelInput."""
+
+    name: str
+    dtype: np.dtype[Any]
+    dims: tuple[int | None, ...] | None
+
+
+@dataclass(frozen=True)
 class Clues:
     """Hold what a model tells about the samples it wants; None where it cannot tell.
 
     folder: where the model lies, and perhaps configurations of its preprocessing and its tokenizer.json
     token_limits: the number of rows of the embedding, for each input that indexes one
+    cache_shapes: the heads and the width of each input that is a past of keys or values, each None where unknown
     step_axes: for each input that gives lengths of sequences, the input that gives their steps, and which of its axes
         these are
     channels_last: whether pictures are NHWC, for each input where the graph shows it
@@ -50,6 +60,7 @@ class Clues:
 
     folder: Path | None = None
     token_limits: Mapping[str, int] = field(default_factory=dict)
+    cache_shapes: Mapping[str, tuple[int | None, int | None]] = field(default_factory=dict)
     step_axes: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     channels_last: Mapping[str, bool] = field(default_factory=dict)
     run: Callable[[Feeds], Feeds] | None = None

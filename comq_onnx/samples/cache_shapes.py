@@ -1,7 +1,7 @@
 """Find how many heads a past of keys or values has, and how wide each is, where the model's inputs leave that free.
 
-ONNX Runtime GenAI's model builder gives the width of a past a name (`kv_cache_dim`), no number. The graph tells it by the
-operator that reads the past; else a configuration beside the model does.
+ONNX Runtime GenAI's model builder names the width of a past `kv_cache_dim` and gives no number. The operator that reads
+the past tells it; else a configuration beside the model does.
 """
 
 from __future__ import annotations

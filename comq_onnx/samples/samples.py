@@ -75,6 +75,8 @@ class Samples:
     arrays: one array for each input [samples, ...]
     source: where they come from, for messages and reports
     per_item: inputs whose samples are complete tensors (the array has one axis more than the input), fed one at a time
+    shared: inputs without an axis of samples that are the same for all (a number that says how to run the model): each
+        sample holds them whole, and a batch gets them once
     fixed_batch: the only batch size that the model takes, or None where it takes any
     notes: what was found or decided while reading them without the caller asking for it
     warnings: why a model that is calibrated on them may be worse than it could be
@@ -84,6 +86,7 @@ class Samples:
     arrays: dict[str, AnyArray]
     source: str
     per_item: frozenset[str] = frozenset()
+    shared: frozenset[str] = frozenset()
     fixed_batch: int | None = None
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -123,11 +126,11 @@ class Samples:
 
     def batches(self, size: int) -> Iterator[dict[str, AnyArray]]:
         """Yield feeds of up to `size` samples."""
-        start = 0
+        start, whole = 0, self.per_item | self.shared
         for count in self.batch_counts(size):
             yield {
                 # asarray: an item of a one-dimensional array is a scalar, not an array of rank 0
-                name: np.asarray(a[start]) if name in self.per_item else a[start : start + count]
+                name: np.asarray(a[start]) if name in whole else a[start : start + count]
                 for name, a in self.arrays.items()
             }
             start += count

@@ -12,11 +12,12 @@ import numpy as np
 
 from comq_onnx.errors import ComqError
 from comq_onnx.options.samples import PICTURE_OPTIONS, SampleOptions
+from comq_onnx.samples.fit import fit_to_inputs
 from comq_onnx.samples.images.drawing import draw_pictures, one_over_f
 from comq_onnx.samples.images.guess import guess_preprocess, to_grey
 from comq_onnx.samples.images.pixels import channels_last, geometry, to_input
 from comq_onnx.samples.images.preprocess import Preprocess, find_preprocess
-from comq_onnx.samples.language_inputs import complete, role_of, token_inputs
+from comq_onnx.samples.language_inputs import complete, lacks_samples, role_of, token_inputs
 from comq_onnx.samples.model_folder import find_beside
 from comq_onnx.samples.samples import AnyArray, Clues, Feeds, ModelInput
 from comq_onnx.samples.text import texts_wanted, tokenize
@@ -71,8 +72,9 @@ def synthesize(
         arrays, found = tokenize(page_texts(texts_wanted(inputs, count), seed), inputs, options, clues, count)
         return arrays, found, [TEXT_WARNING]
     made: dict[str, AnyArray] = {}
-    batched = all(i.dims is not None and len(i.dims) > 0 and i.dims[0] in (None, 1) for i in inputs)
-    language = {"mask", "segments", "positions", "past"} if tokens else set()
+    language = {"mask", "segments", "positions", "past", "flag", "logits"} if tokens else set()
+    apart = [i for i in inputs if not (tokens and lacks_samples(i) and role_of(i.name) in language)]
+    batched = all(i.dims is not None and len(i.dims) > 0 and i.dims[0] in (None, 1) for i in apart)
     for info in inputs:
         dims = _guess_dims(info, options)
         shape = (count, *dims[1:]) if batched else (count, *dims)
@@ -163,8 +165,12 @@ def _fill_tokens(
         given |= {i.name: ids.astype(i.dtype) for i in tokens}
         return complete(given, inputs, ids, np.ones(ids.shape, np.int64), np.zeros(ids.shape, np.int64))
 
+    def run(arrays: Feeds) -> Feeds:
+        assert clues.run is not None
+        return clues.run(next(fit_to_inputs(arrays, inputs, "synthetic").batches(len(ids))))
+
     ids = made[tokens[0].name]
-    drawn = _draw_tokens(clues.run, fill, ids[:MOST_TEXTS], rng) if clues.run is not None else None
+    drawn = _draw_tokens(run, fill, ids[:MOST_TEXTS], rng) if clues.run is not None else None
     return fill(ids if drawn is None else drawn), drawn is not None
 
 

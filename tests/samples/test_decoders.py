@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
@@ -12,9 +13,12 @@ from decoders import GROUPS, HEAD, genai
 from texts import LINES, a_tokenizer
 
 import comq_onnx
+from comq_onnx.runtime.session import Session
 from comq_onnx.samples.cache_shapes import cache_shapes
+from comq_onnx.samples.load import load_samples
 from models import build
 
+KEYS = ("key", "value")
 FREE = "float[batch, heads, past, width]"
 
 
@@ -120,3 +124,57 @@ def test_a_graph_of_the_model_builder_is_quantized_from_a_text(folder: Path, tie
 def test_without_samples_the_past_is_empty_too() -> None:
     report = comq_onnx.plan(genai(), max_samples=8, device="cpu")
     assert {x.name: x.shape for x in report.inputs}["past_key_values.1.value"] == (GROUPS, 0, HEAD)
+
+
+KEEPING = ("num_logits_to_keep", "cache_position", "use_cache_branch")
+
+
+def feeds(count: int, tokens: int = 12) -> dict[str, np.ndarray]:
+    """Draw samples for `genai(keeping=True)`, the inputs without an axis of samples as one call has them."""
+    ids = np.random.default_rng(1).integers(0, 60, (count, tokens))
+    past = {f"past_key_values.{i}.{kv}": np.zeros((count, GROUPS, 0, HEAD), np.float32) for i in (0, 1) for kv in KEYS}
+    return {
+        "input_ids": ids,
+        "attention_mask": np.ones_like(ids),
+        **past,
+        "num_logits_to_keep": np.array(0),
+        "cache_position": np.arange(tokens),
+        "use_cache_branch": np.array([False]),
+    }
+
+
+def test_numbers_that_say_how_to_run_a_decoder_are_made(folder: Path) -> None:
+    onnx.save(genai(keeping=True), folder / "model.onnx")
+    for source in (folder / "lines.txt", None):
+        found = comq_onnx.inspect_samples(folder / "model.onnx", source, max_samples=16, device="cpu")
+        shapes = {x.name: x.shape for x in (*found.inputs, *found.outputs)}
+        samples, tokens = shapes["input_ids"]
+        assert [shapes[name] for name in KEEPING] == [(samples,), (samples, tokens), (samples, 1)]
+        assert shapes["logits"][1:] == (tokens, 60)
+        assert shapes["logits"][0] > 1, "a batch is more than one sample"
+
+
+def test_a_decoder_draws_its_own_tokens_also_where_numbers_say_how_to_run_it() -> None:
+    notes = comq_onnx.inspect_samples(genai(keeping=True), max_samples=16, device="cpu").notes
+    assert "synthetic tokens drawn from the model's own predictions of the next one" in notes
+
+
+def test_arrays_without_samples_are_those_of_all(tmp_path: Path) -> None:
+    model = genai(keeping=True)
+    np.savez(tmp_path / "a.npz", **feeds(20))
+    np.savez(tmp_path / "b.npz", **feeds(12))
+    inputs = Session(model.SerializeToString(), "cpu").inputs
+    for source in (str(tmp_path / "*.npz"), feeds(32), iter([feeds(20), feeds(12)])):
+        found = load_samples(source, inputs, count=32)
+        assert len(found) == 32
+        assert found.shared == set(KEEPING)
+        assert found.batch_counts(8) == [8] * 4
+        batch = next(found.batches(8))
+        assert [batch[name].shape for name in KEEPING] == [(), (12,), (1,)]
+
+
+def test_numbers_that_differ_from_sample_to_sample_are_fed_one_by_one() -> None:
+    inputs = Session(genai(keeping=True).SerializeToString(), "cpu").inputs
+    found = load_samples({**feeds(6), "num_logits_to_keep": np.arange(6)}, inputs)
+    assert found.shared == {"cache_position", "use_cache_branch"}
+    assert found.batch_counts(8) == [1] * 6

@@ -10,10 +10,12 @@ from models import Arrays, build, normal, weight
 # tokens of the vocabulary; the width of the state, of a head, of a feed-forward block; heads of queries and of keys
 VOCABULARY, STATE, HEAD, INNER, HEADS, GROUPS = 60, 32, 16, 48, 2, 1
 # the positions that rotary angles are stored for
-POSITIONS = 64
+POSITIONS = 160
 
 
-def genai(layers: int = 2, tied: bool = True, width: int | str = "kv_cache_dim", half: bool = False) -> onnx.ModelProto:
+def genai(
+    layers: int = 2, tied: bool = True, width: int | str = "kv_cache_dim", half: bool = False, keeping: bool = False
+) -> onnx.ModelProto:
     """Build a decoder with a cache: GroupQueryAttention with rotary positions inside, one product for q, k and v.
 
     input_ids [batch, seq], attention_mask [batch, total], past [batch, 1, past, width] -> logits [batch, seq, 60],
@@ -22,17 +24,28 @@ def genai(layers: int = 2, tied: bool = True, width: int | str = "kv_cache_dim",
     tied: the embedding is the head, transposed; else it has a table of its own
     width: of the past as the inputs declare it; the builder gives it a name
     half: float16 throughout, as the builder writes it for GPUs
+    keeping: with the number of last positions that get logits as an input of rank 0, and the positions of the call
     """
     number = "float16" if half else "float"
     pasts = [(i, kind) for i in range(layers) for kind in ("key", "value")]
     given = "".join(f', {number}[batch, 1, past, {width}] "past_key_values.{i}.{kind}"' for i, kind in pasts)
     made = "".join(f', {number}[batch, 1, total, {width}] "present.{i}.{kind}"' for i, kind in pasts)
     lookup = "table = Transpose (head)" if tied else ""
+    hidden, more, kept = f"h{2 * layers}", "", ""
+    if keeping:
+        more = ", int64 num_logits_to_keep, int64[seq] cache_position, bool[1] use_cache_branch"
+        kept = f"""at = Neg (num_logits_to_keep)
+            starts = Unsqueeze (at, zero)
+            kept = Slice (h{2 * layers}, starts, ends, one)
+            place = Cast <to = {10 if half else 1}> (cache_position)
+            least = ReduceMin <keepdims = 0> (place)
+            moved = Add (kept, least)"""
+        hidden = "moved"
     blocks = "".join(_block(i) for i in range(layers))
     return build(
-        f"""genai (int64[batch, seq] input_ids, int64[batch, total] attention_mask{given})
+        f"""genai (int64[batch, seq] input_ids, int64[batch, total] attention_mask{given}{more})
             => ({number}[batch, seq, {VOCABULARY}] logits{made})
-        <int64[1] one = {{1}}, int64 second = {{1}}> {{
+        <int64[1] one = {{1}}, int64[1] zero = {{0}}, int64[1] ends = {{9999}}, int64 second = {{1}}> {{
             lengths = ReduceSum (attention_mask, one)
             last = Sub (lengths, one)
             seqlens = Cast <to = 6> (last)
@@ -43,7 +56,8 @@ def genai(layers: int = 2, tied: bool = True, width: int | str = "kv_cache_dim",
             [embed] x0 = Gather (table, input_ids)
             h0 = SimplifiedLayerNormalization <axis = -1, epsilon = 0.00001> (x0, norm0)
             {blocks}
-            [lm_head] logits = MatMul (h{2 * layers}, head)
+            {kept}
+            [lm_head] logits = MatMul ({hidden}, head)
         }}""",
         {name: array.astype(np.float16) if half else array for name, array in _weights(layers, tied).items()},
         opset=22, ir_version=10, domains=["com.microsoft"],

@@ -139,7 +139,7 @@ def _read_files(
             return read_sounds(files, inputs, options, clues, count, seed)
         case "text":
             options.only(TEXT_OPTIONS, f"text ({source})")
-            lines = read_lines(files, options.text_field, texts_wanted(inputs, count), seed)
+            lines = read_lines(files, options.text_field, texts_wanted(inputs, count, clues), seed)
             return tokenize(lines, inputs, options, clues, count)
         case _:
             options.only((), f"tensors ({source})")

@@ -97,7 +97,7 @@ def read_python(
         options.only((), "tensors from Python")
         return _join(_gather_feeds(items, inputs, what, count), inputs, what), []
     is_text = isinstance(_take_content(first, field, what), str)
-    wanted = texts_wanted(inputs, count) if is_text else count
+    wanted = texts_wanted(inputs, count, clues) if is_text else count
     contents = [_take_content(item, field, what) for item in islice(items, wanted)]
     if is_text:
         options.only(TEXT_OPTIONS, "text")

@@ -13,10 +13,15 @@ from decoders import GROUPS, HEAD, genai
 from texts import LINES, a_tokenizer
 
 import comq_onnx
+from comq_onnx.context import Context
+from comq_onnx.model.float_model import open_model
+from comq_onnx.options.options import Options
 from comq_onnx.runtime.session import Session
 from comq_onnx.samples.cache_shapes import cache_shapes
+from comq_onnx.samples.clues import read_clues
 from comq_onnx.samples.load import load_samples
-from models import build
+from comq_onnx.samples.padding import find_mask
+from models import build, encoder, normal, weight
 
 KEYS = ("key", "value")
 FREE = "float[batch, heads, past, width]"
@@ -178,3 +183,50 @@ def test_numbers_that_differ_from_sample_to_sample_are_fed_one_by_one() -> None:
     found = load_samples({**feeds(6), "num_logits_to_keep": np.arange(6)}, inputs)
     assert found.shared == {"cache_position", "use_cache_branch"}
     assert found.batch_counts(8) == [1] * 6
+
+
+# Padding
+
+
+def padded(count: int = 40, longest: int = 12) -> dict[str, np.ndarray]:
+    """Draw samples for `genai` of which some end in padding."""
+    ids = np.random.default_rng(2).integers(4, 60, (count, longest))
+    mask = (np.arange(longest) < np.random.default_rng(3).integers(3, longest + 1, (count, 1))).astype(np.int64)
+    past = {f"past_key_values.{i}.{kv}": np.zeros((count, GROUPS, 0, HEAD), np.float32) for i in (0, 1) for kv in KEYS}
+    return {"input_ids": np.where(mask, ids, 2), "attention_mask": mask, **past}
+
+
+def test_padding_is_found_where_a_model_returns_its_cache() -> None:
+    report = comq_onnx.plan(genai(), padded(), device="cpu", uniform=True)
+    assert any("of the positions are padding (attention_mask): not calibrated on" in note for note in report.notes)
+
+
+def test_a_mask_of_past_and_present_is_no_mask_of_positions() -> None:
+    given = {"input_ids": np.ones((4, 3), np.int64), "attention_mask": np.repeat([[0, 0, 1, 1, 1]], 4, axis=0)}
+    assert find_mask(given) is None
+    assert find_mask({**given, "past": np.zeros((4, 5))}) == "attention_mask"
+
+
+# Whole windows of text
+
+
+def test_a_model_that_predicts_the_next_token_gets_samples_without_padding(folder: Path, tmp_path: Path) -> None:
+    for name, make, joined in (("genai", genai, True), ("encoder", encoder, False), ("causal", causal, True)):
+        onnx.save(make(), tmp_path / f"{name}.onnx")
+        source = open_model(tmp_path / f"{name}.onnx", Context.of(Options(device="cpu")))
+        clues = read_clues(source.model, source.path, source.session, "cpu")
+        made = load_samples(folder / "lines.txt", source.session.inputs, clues=clues).arrays["attention_mask"]
+        assert bool(made.all()) is joined, name
+
+
+def causal() -> onnx.ModelProto:
+    """Build a decoder without a cache: logits [batch, seq, 40] of the running sum of the tokens' embeddings."""
+    return build(
+        """causal (int64[batch, seq] input_ids, int64[batch, seq] attention_mask) => (float[batch, seq, 40] logits)
+        <int64 along = {1}> {
+            words = Gather (table, input_ids)
+            sums = CumSum (words, along)
+            [head] logits = MatMul (sums, head)
+        }""",
+        {"table": normal(40, 32), "head": weight(32, 40)},
+    )

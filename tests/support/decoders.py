@@ -14,7 +14,12 @@ POSITIONS = 160
 
 
 def genai(
-    layers: int = 2, tied: bool = True, width: int | str = "kv_cache_dim", half: bool = False, keeping: bool = False
+    layers: int = 2,
+    tied: bool = True,
+    width: int | str = "kv_cache_dim",
+    half: bool = False,
+    keeping: bool = False,
+    vocabulary: int = VOCABULARY,
 ) -> onnx.ModelProto:
     """Build a decoder with a cache: GroupQueryAttention with rotary positions inside, one product for q, k and v.
 
@@ -24,6 +29,7 @@ def genai(
     tied: the embedding is the head, transposed; else it has a table of its own
     width: of the past as the inputs declare it; the builder gives it a name
     half: float16 throughout, as the builder writes it for GPUs
+    vocabulary: the number of tokens; tables of 2^16 numbers and more are looked up, smaller ones unpacked
     keeping: with the number of last positions that get logits as an input of rank 0, and the positions of the call
     """
     number = "float16" if half else "float"
@@ -42,9 +48,10 @@ def genai(
             moved = Add (kept, least)"""
         hidden = "moved"
     blocks = "".join(_block(i) for i in range(layers))
+    weights = _weights(layers, tied, vocabulary)
     return build(
         f"""genai (int64[batch, seq] input_ids, int64[batch, total] attention_mask{given}{more})
-            => ({number}[batch, seq, {VOCABULARY}] logits{made})
+            => ({number}[batch, seq, {vocabulary}] logits{made})
         <int64[1] one = {{1}}, int64[1] zero = {{0}}, int64[1] ends = {{9999}}, int64 second = {{1}}> {{
             lengths = ReduceSum (attention_mask, one)
             last = Sub (lengths, one)
@@ -59,7 +66,7 @@ def genai(
             {kept}
             [lm_head] logits = MatMul ({hidden}, head)
         }}""",
-        {name: array.astype(np.float16) if half else array for name, array in _weights(layers, tied).items()},
+        {name: array.astype(np.float16) if half else array for name, array in weights.items()},
         opset=22, ir_version=10, domains=["com.microsoft"],
     )  # fmt: skip
 
@@ -83,10 +90,10 @@ def _block(i: int) -> str:
             h{2 * i + 2}, n{i}, z{i}, x{2 * i + 2} = {skip} (x{2 * i + 1}, d{i}, norm{2 * i + 2})"""
 
 
-def _weights(layers: int, tied: bool) -> Arrays:
+def _weights(layers: int, tied: bool, vocabulary: int) -> Arrays:
     angles = np.arange(POSITIONS)[:, None] * 100.0 ** (-np.arange(HEAD // 2) / (HEAD // 2))
     found = {
-        "head": weight(STATE, VOCABULARY, seed=9),
+        "head": weight(STATE, vocabulary, seed=9),
         "cos": np.cos(angles).astype(np.float32),
         "sin": np.sin(angles).astype(np.float32),
         **{f"norm{i}": 1 + normal(STATE, seed=i, scale=0.1) for i in range(2 * layers + 1)},
@@ -97,4 +104,4 @@ def _weights(layers: int, tied: bool) -> Arrays:
         found[f"gate{i}"] = weight(STATE, INNER, seed=30 + i)
         found[f"up{i}"] = weight(STATE, INNER, seed=40 + i)
         found[f"down{i}"] = weight(INNER, STATE, seed=50 + i)
-    return found if tied else {**found, "table": normal(VOCABULARY, STATE, seed=8)}
+    return found if tied else {**found, "table": normal(vocabulary, STATE, seed=8)}

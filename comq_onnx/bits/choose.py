@@ -237,10 +237,11 @@ def _within_drop(
 
 def _not_reached(mean: float, check: DropCheck, data: Dataset, context: Context) -> OptionError:
     """Return the error for an accuracy that even the most bits do not keep; mean: their mean over all weights."""
+    wider = [x for x in ("16", "none") if x != context.options.activations]
+    others = "" if context.options.activations == "none" else f"--activations {' or '.join(wider)}, or "
     return OptionError(
         f"--max-drop {context.options.max_drop}: not reached. At {mean:.1f} bits in the mean {check.said} on "
-        f"{len(data.held_back)} samples held back; allow more, or try --activations 16 or none, or more "
-        "calibration samples"
+        f"{len(data.held_back)} samples held back; allow more, or try {others}more calibration samples"
     )
 
 

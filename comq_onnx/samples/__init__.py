@@ -14,6 +14,7 @@ audio: read windows of .wav files
 readers: take samples from Python code
 synthetic: make samples where there are none
 clues: find out what a model tells about its samples
+decoding: make the feeds of one step of decoding
 padding: find the positions that an attention mask hides
 inspection: describe samples for a person
 model_folder: find configurations beside a model

@@ -18,9 +18,9 @@ TRIED_TOKENS = 8  # of the two samples that show whether a model looks ahead
 def predicts_next(inputs: Sequence[ModelInput], clues: Clues) -> bool:
     """Tell whether a model predicts the next token: it keeps a past, or no logits depend on later tokens when tried."""
     tokens, run = token_inputs(inputs), runner(inputs, clues)
-    if any(role_of(i.name) == "past" for i in inputs):
-        return True
-    if not tokens or run is None:
+    if not tokens or any(role_of(i.name) == "past" for i in inputs):
+        return bool(tokens)
+    if run is None:
         return False
     limit = clues.token_limits.get(tokens[0].name, 2 * TRIED_TOKENS)
     width = (tokens[0].dims or (None, None))[1] or TRIED_TOKENS

@@ -192,3 +192,13 @@ def test_a_cache_of_float16_is_never_cast(tmp_path: Path) -> None:
     assert types == {onnx.TensorProto.FLOAT16}
     # the products in between are float32
     assert not any(x.data_type == onnx.TensorProto.FLOAT16 for x in graph.initializer if len(x.dims) == 1)
+
+
+def test_a_decoder_that_cannot_go_on_with_its_cache_is_quantized_all_the_same(tmp_path: Path) -> None:
+    model = genai()
+    # the mask is as long as the tokens only where there is no past
+    model.graph.node.append(onnx.helper.make_node("Concat", ["input_ids", "attention_mask"], ["both"], axis=0))
+    model.graph.output.append(onnx.helper.make_tensor_value_info("both", onnx.TensorProto.INT64, ["pairs", "seq"]))
+    report = comq_onnx.quantize(model, tmp_path / "q.onnx", max_samples=16, device="cpu", uniform=True)
+    assert report.decoding_ms == {}
+    assert any("the speed of one token is not measured" in note for note in report.notes)

@@ -99,6 +99,6 @@ def _error(prepared: Prepared, table: Layer, weight: QuantizedWeight) -> float:
     matrix, lost, energy = _matrix(prepared, table), 0.0, 0.0
     for start in range(0, len(matrix), ROWS):
         rows = matrix[start : start + ROWS].astype(np.float64)
-        found = weight.part(0, slice(start, start + ROWS)).dequantize()[0]
+        found = weight.part(slice(0, 1), slice(start, start + ROWS)).dequantize()[0]
         lost, energy = lost + float(((found - rows) ** 2).sum()), energy + float((rows**2).sum())
     return lost / max(energy, np.finfo(np.float64).tiny)

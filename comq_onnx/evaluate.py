@@ -173,8 +173,7 @@ def evaluate(source: FloatModel, prepared: Prepared, path: Path, data: Dataset, 
     matches = match_outputs(
         source.session, session, data.held_back, context.options.batch_size, prepared.judged.selected
     )
-    first = next(data.held_back.batches(1))
-    step = _step_of_decoding(source, first, context) if data.is_of_decoder else None
+    step = _step_of_decoding(source, next(data.held_back.batches(1)), context) if data.is_of_decoder else None
     source.session.close()
     source.file.check()
     _warn_of_noise(outputs, data, context)
@@ -186,7 +185,7 @@ def evaluate(source: FloatModel, prepared: Prepared, path: Path, data: Dataset, 
         )
         return Evaluation(outputs, matches, {}, None)
     sessions = [Session(x, device, threads=1) for x in (source.reference, path)]
-    spent = [time_in_turn(sessions, x, TIMED_SECONDS) for x in (first, step) if x]
+    spent = [latency(sessions, data.held_back), *([time_in_turn(sessions, step, TIMED_SECONDS)] if step else [])]
     times = [dict(zip(("before", "after"), x, strict=True)) for x in spent]
     _warn_of_speed(times[-1], context)
     return Evaluation(outputs, matches, times[0], executed_kernels(path, device), times[1] if step else {})

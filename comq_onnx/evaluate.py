@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,15 @@ from comq_onnx.errors import ModelError, RuntimeFailure
 from comq_onnx.metrics import ComparisonSums, OutputComparison, OutputMatch, add_matches, match_rows, match_values
 from comq_onnx.model.files import private_directory
 from comq_onnx.model.float_model import FloatModel
-from comq_onnx.model.judged import Judged, judged
+from comq_onnx.model.judged import Judged, judged, without_caches
 from comq_onnx.model.judged_session import JudgedSession
 from comq_onnx.model.layers import Prepared
 from comq_onnx.model.source import as_path, load_source, read_model
 from comq_onnx.options.samples import SampleOptions
 from comq_onnx.runtime import device as devices
-from comq_onnx.runtime.session import Session, has_device
+from comq_onnx.runtime.session import Session, has_device, time_in_turn
 from comq_onnx.samples.dataset import Dataset
+from comq_onnx.samples.decoding import decoding_feeds
 from comq_onnx.samples.load import load_samples
 from comq_onnx.samples.samples import Samples
 from comq_onnx.solve.grid import MAX_BITS
@@ -91,6 +91,7 @@ class Evaluation:
     outputs: how near each output is, and each value that it is judged by
     matches: the outputs of whole numbers, and those whose rows depend on the data
     latency_ms: the median milliseconds of both, before and after; empty where ONNX Runtime lacks the target's device
+    decoding_ms: likewise for one token behind a cache that is full of a sample; empty for what is no decoder with one
     kernels: the operators that run on the target's device; None where ONNX Runtime lacks that device
     """
 
@@ -98,6 +99,7 @@ class Evaluation:
     matches: list[OutputMatch]
     latency_ms: dict[str, float]
     kernels: Kernels | None
+    decoding_ms: dict[str, float] = field(default_factory=dict)
 
 
 def compare(
@@ -171,6 +173,7 @@ def evaluate(source: FloatModel, prepared: Prepared, path: Path, data: Dataset, 
     matches = match_outputs(
         source.session, session, data.held_back, context.options.batch_size, prepared.judged.selected
     )
+    step = _step_of_decoding(source, next(data.held_back.batches(1)), context) if data.is_of_decoder else None
     source.session.close()
     source.file.check()
     _warn_of_noise(outputs, data, context)
@@ -181,19 +184,36 @@ def evaluate(source: FloatModel, prepared: Prepared, path: Path, data: Dataset, 
             "speed there"
         )
         return Evaluation(outputs, matches, {}, None)
-    before, after = latency([Session(x, device, threads=1) for x in (source.reference, path)], data.held_back)
-    if after > SLOWER * before:
+    sessions = [Session(x, device, threads=1) for x in (source.reference, path)]
+    spent = [latency(sessions, data.held_back), *([time_in_turn(sessions, step, TIMED_SECONDS)] if step else [])]
+    times = [dict(zip(("before", "after"), x, strict=True)) for x in spent]
+    _warn_of_speed(times[-1], context)
+    return Evaluation(outputs, matches, times[0], executed_kernels(path, device), times[1] if step else {})
+
+
+def _step_of_decoding(source: FloatModel, feeds: Mapping[str, Any], context: Context) -> dict[str, Any] | None:
+    """Return the feeds of the token behind a sample; None where the float model does not go on with its own cache."""
+    step = decoding_feeds(source.session.inputs, feeds, source.session.run(feeds))
+    try:
+        return step if step is None or source.session.run(step) else None
+    except RuntimeFailure as error:
+        context.journal.notes.append(f"the speed of one token is not measured: the float model fails there: {error}")
+        return None
+
+
+def _warn_of_speed(times: Mapping[str, float], context: Context) -> None:
+    """Warn where the quantized model is slower than its source; times: the milliseconds of both."""
+    if times["after"] > SLOWER * times["before"]:
         other = "auto" if context.options.activations == "none" else "none"
-        journal.warnings.append(
-            f"the quantized model is slower than its source ({after:.3g} against {before:.3g} ms): "
+        context.journal.warnings.append(
+            f"the quantized model is slower than its source ({times['after']:.3g} against {times['before']:.3g} ms): "
             f"try --activations {other}, or --exclude the layers of least weight"
         )
-    return Evaluation(outputs, matches, {"before": before, "after": after}, executed_kernels(path, device))
 
 
 def _warn_of_noise(outputs: Sequence[OutputComparison], data: Dataset, context: Context) -> None:
     """Warn where an output is mostly noise."""
-    lost = [f"{o.name} {o.sqnr_db:.1f} dB" for o in outputs if not o.sqnr_db >= LEAST_DB]
+    lost = [f"{o.name} {o.sqnr_db:.1f} dB" for o in without_caches(outputs) if not o.sqnr_db >= LEAST_DB]
     if lost:
         context.journal.warnings.append(
             f"the quantized model's outputs are far from its source's (SQNR {', '.join(lost)}): "
@@ -309,7 +329,7 @@ def _compare_levels(
 
 def _apart(written: Sequence[OutputComparison], default: Sequence[OutputComparison]) -> str:
     """Name the outputs whose SQNR is another as written than by default, with both figures; "" where there are none."""
-    pairs = list(zip(written, default, strict=True))
+    pairs = list(zip(without_caches(written), without_caches(default), strict=True))
     return ", ".join(
         f"{one.name} {one.sqnr_db:.1f} dB as written, {other.sqnr_db:.1f} dB by default"
         for one, other in pairs
@@ -355,21 +375,10 @@ def latency(
 ) -> list[float]:
     """Return the median milliseconds of each model for one sample (or one batch of fixed size).
 
-    The models run in turn.
-
     seconds: for about how long; None for TIMED_SECONDS
     most: how often each model runs at most
     """
-    seconds = TIMED_SECONDS if seconds is None else seconds
-    feeds = next(samples.batches(1))
-    for session in sessions:
-        session.run(feeds)
-    times: list[list[float]] = [[] for _ in sessions]
-    end = time.perf_counter() + seconds
-    while len(times[0]) < 3 or (time.perf_counter() < end and len(times[0]) < most):
-        for session, spent in zip(sessions, times, strict=True):
-            spent.append(session.milliseconds(feeds))
-    return [float(np.median(t)) for t in times]
+    return time_in_turn(sessions, next(samples.batches(1)), TIMED_SECONDS if seconds is None else seconds, most)
 
 
 # the index of the weight's scale among the inputs of an integer product

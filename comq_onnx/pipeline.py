@@ -23,7 +23,7 @@ from comq_onnx.model.source import as_path
 from comq_onnx.options.keywords import OptionKeywords
 from comq_onnx.options.options import Options
 from comq_onnx.options.spelling import command_line, differing
-from comq_onnx.plan.faithful import prepare_faithfully
+from comq_onnx.plan.faithful import BLOCKS_OPSET, prepare_faithfully
 from comq_onnx.plan.make import make_plan
 from comq_onnx.plan.plan import Plan
 from comq_onnx.report.build import build_plan_report, build_report
@@ -112,21 +112,38 @@ def inspect_samples(model: Model, samples: SampleSource = None, **options: Unpac
     return describe(data.calibration, len(data.held_back), data.first_outputs, notes, warnings)
 
 
-def _planned(path: Path, samples: SampleSource, context: Context) -> tuple[FloatModel, Dataset, Plan]:
-    """Open the model at `path` and its samples, and plan how it is written."""
+def _planned(path: Path, samples: SampleSource, context: Context) -> tuple[FloatModel, Dataset, Plan, Context]:
+    """Open the model at `path` and its samples, and plan how it is written; the context has what suits the model."""
     source = open_model(path, context)
     data = load_dataset(source, samples, context)
-    planned = make_plan(source, prepare_faithfully(source, data, context), data, context)
+    asked = context.options
+    if data.is_of_decoder:
+        context = replace(context, options=_for_decoder(context))
+    prepared = prepare_faithfully(source, data, context)
+    if prepared.opset < BLOCKS_OPSET and asked.granularity is None:
+        context = replace(context, options=replace(context.options, granularity=None))
+    planned = make_plan(source, prepared, data, context)
     planned = without_lossy_integers(planned, data, context)
     warn_of_source(planned.written.model, context)
-    return source, data, planned
+    return source, data, planned, context
+
+
+def _for_decoder(context: Context) -> Options:
+    """Return the options of a run with what suits a decoder, and note what that is."""
+    chosen = context.options.for_decoder()
+    if chosen != context.options:
+        context.journal.notes.append(
+            "the model predicts the next token: chosen for speed one token at a time, --activations "
+            f"{chosen.activations} --granularity {chosen.granularity or 'channel'}"
+        )
+    return chosen
 
 
 def _run(path: Path, out: Path, samples: SampleSource, context: Context) -> Report:
     """Quantize the model at `path` to `out`, one stage after the other."""
     context.progress("prepare", 0, 1)
     with context.journal.timed("load"):
-        source, data, planned = _planned(path, samples, context)
+        source, data, planned, context = _planned(path, samples, context)
     context.progress("prepare", 1, 1)
     quantized = choose_and_solve(planned, source, data, context)
     # a file that does not load or run never gets the name of the output
@@ -139,7 +156,7 @@ def _run(path: Path, out: Path, samples: SampleSource, context: Context) -> Repo
 def _plan(path: Path, samples: SampleSource, context: Context) -> Report:
     """Plan the quantization of the model at `path`."""
     with context.journal.timed("load"):
-        source, data, planned = _planned(path, samples, context)
+        source, data, planned, context = _planned(path, samples, context)
     options = context.options
     if samples is None and options.fixed_bits is not None and not options.sensitivity:
         if has_choice(planned, context):

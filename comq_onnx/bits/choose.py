@@ -27,6 +27,7 @@ from comq_onnx.plan.activation_grid import ActivationGrid
 from comq_onnx.plan.initial_bits import REFERENCE_BITS, has_explicit_bits
 from comq_onnx.plan.plan import Bits, Plan
 from comq_onnx.plan.solved import Solved
+from comq_onnx.plan.tied import with_tied
 from comq_onnx.samples.dataset import Dataset
 from comq_onnx.solve.grid import MAX_BITS, Grid, check_codes
 from comq_onnx.solve.layer import blank
@@ -97,7 +98,7 @@ def choose_bits(plan: Plan, tradeoff: Tradeoff | None, source: FloatModel, conte
 
 def _solve(chosen: Chosen, source: FloatModel, data: Dataset, context: Context) -> Quantized:
     """Calibrate and solve a plan, make the model and check it against the plan."""
-    solved = walk(chosen.plan, data, context)
+    solved = with_tied(walk(chosen.plan, data, context))
     for solution in solved.solutions.values():
         check_codes(solution.weight)
     with context.journal.timed("emit"):
@@ -149,7 +150,7 @@ def _widths(plan: Plan, name: str, members: Sequence[str], context: Context) -> 
     fixed = context.options.fixed_bits is not None
     layer = next(x for x in plan.layers if x.name == name)
     explicit = any(has_explicit_bits(member, context.options) for member in members)
-    if explicit or plan.is_unseen(layer) or (fixed and layer.kind.is_lookup):
+    if explicit or name in plan.tied_layers or plan.is_unseen(layer) or (fixed and layer.kind.is_lookup):
         return (plan.bits[name],)
     return _distinct(plan, layer, [bits for bits in BITS if not fixed or bits >= plan.bits[name]], context)
 
@@ -236,10 +237,11 @@ def _within_drop(
 
 def _not_reached(mean: float, check: DropCheck, data: Dataset, context: Context) -> OptionError:
     """Return the error for an accuracy that even the most bits do not keep; mean: their mean over all weights."""
+    wider = [x for x in ("16", "none") if x != context.options.activations]
+    others = "" if context.options.activations == "none" else f"--activations {' or '.join(wider)}, or "
     return OptionError(
         f"--max-drop {context.options.max_drop}: not reached. At {mean:.1f} bits in the mean {check.said} on "
-        f"{len(data.held_back)} samples held back; allow more, or try --activations 16 or none, or more "
-        "calibration samples"
+        f"{len(data.held_back)} samples held back; allow more, or try {others}more calibration samples"
     )
 
 

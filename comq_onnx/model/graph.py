@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -76,6 +77,17 @@ def walk_values(model: ir.Model) -> Iterator[ir.Value]:
         yield from graph.initializers.values()
         for node in graph:
             yield from node.outputs
+
+
+def find_readers(value: ir.Value, through: set[str] | frozenset[str]) -> Iterator[tuple[ir.Node, int]]:
+    """Yield (node, index of its input) for the nodes that read a value, also behind nodes of the types in `through`."""
+    pending, seen = deque([value]), set()
+    while pending:
+        for node, index in pending.popleft().uses():
+            yield node, index
+            if node.op_type in through and node not in seen:
+                seen.add(node)
+                pending.append(node.outputs[0])
 
 
 def with_outputs(model: ir.Model, names: Iterable[str]) -> ir.Model:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
+
 import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
@@ -9,28 +11,43 @@ import onnx_ir.passes.common as passes
 from comq_onnx.model import graph as graphs
 from comq_onnx.model.graph import HALF
 from comq_onnx.model.layers import reaches_layer
+from comq_onnx.model.unfuse.maker import MICROSOFT
 
+# attention that ONNX Runtime computes on float16 caches, on CPUs too
+_CACHED = frozenset({"GroupQueryAttention"})
+# the places of its inputs that are whole numbers: lengths and positions
+_COUNTS = (5, 6, 9)
 # the attributes that name a type to compute in or to return; the last two are of DequantizeLinear and QuantizeLinear
 _TYPES = ("to", "dtype", "output_dtype", "precision")
 
 
 def upcast(model: ir.Model) -> bool:
-    """Make float16 and bfloat16 arithmetic float32, keep the types of inputs and outputs, and tell if there was any."""
+    """Make float16 and bfloat16 arithmetic float32, keep the types of inputs and outputs, and tell if there was any.
+
+    Attention over a float16 cache stays as it is, between Casts of one call's queries, keys and values: else each token
+    would cast the whole cache.
+    """
     if not any(value.dtype in HALF for value in graphs.walk_values(model)):
         return False
     graph = model.graph
+    left = _keep_caches(graph)
     for value in list(graph.initializers.values()):
-        _upcast_initializer(graph, value)
+        if value.dtype in HALF and any(node in left for node, _ in value.uses()):
+            _read_as_float(graph, value, left)
+        else:
+            _upcast_initializer(graph, value)
     for inner in (graph, *graph.subgraphs()):
         for node in inner:
-            _upcast_attributes(node)
+            if node not in left:
+                _upcast_attributes(node)
     for value in graph.inputs:
         if value.dtype in HALF and value.uses():
-            _read_as_float(graph, value)
+            _read_as_float(graph, value, left)
     for i, value in enumerate(list(graph.outputs)):
-        if value.dtype in HALF and value.producer() is not None:
+        if value.dtype in HALF and value.producer() is not None and value.producer() not in left:
             graph.outputs[i] = _written_as_half(graph, value)
-    kept = {id(v) for v in (*graph.inputs, *graph.outputs, *graph.initializers.values())}
+    made = [value for node in left for value in node.outputs]
+    kept = {id(v) for v in (*graph.inputs, *graph.outputs, *graph.initializers.values(), *made)}
     for value in graphs.walk_values(model):
         if value.dtype in HALF and id(value) not in kept:
             value.type = ir.TensorType(ir.DataType.FLOAT)
@@ -38,11 +55,43 @@ def upcast(model: ir.Model) -> bool:
     return True
 
 
-def _read_as_float(graph: ir.Graph, value: ir.Value) -> None:
-    """Put a Cast to float32 between an input or initializer of the main graph and all its readers."""
-    users = list(value.uses())
-    cast = ir.node("Cast", [value], {"to": ir.DataType.FLOAT})
-    _rename(cast.outputs[0], f"{value.name}_float32", ir.DataType.FLOAT)
+def _keep_caches(graph: ir.Graph) -> set[ir.Node]:
+    """Put Casts around attention that reads a float16 cache, and return the nodes whose numbers stay float16."""
+    left: set[ir.Node] = set()
+    for node in [n for n in graph if n.op_type in _CACHED and n.domain == MICROSOFT]:
+        if not any(v is not None and v.is_graph_input() and v.dtype == ir.DataType.FLOAT16 for v in node.inputs):
+            continue
+        left.add(node)
+        for index, value in enumerate(node.inputs):
+            if value is not None and value.producer() is not None and index not in _COUNTS:
+                cast = _cast(value, f"{value.name}_float16", ir.DataType.FLOAT16)
+                graph.insert_before(node, cast)
+                node.replace_input_with(index, cast.outputs[0])
+                left.add(cast)
+        for value in node.outputs:
+            users = list(value.uses())
+            if users:
+                cast = _cast(value, f"{value.name}_float32", ir.DataType.FLOAT)
+                graph.insert_after(node, cast)
+                for user, index in users:
+                    user.replace_input_with(index, cast.outputs[0])
+    return left
+
+
+def _cast(value: ir.Value, name: str, dtype: ir.DataType) -> ir.Node:
+    """Make a Cast of a value, whose output has this name."""
+    cast = ir.node("Cast", [value], {"to": dtype})
+    _rename(cast.outputs[0], name, dtype)
+    cast.outputs[0].shape = value.shape
+    return cast
+
+
+def _read_as_float(graph: ir.Graph, value: ir.Value, left: Set[ir.Node] = frozenset()) -> None:
+    """Put a Cast to float32 between an input or initializer of the main graph and all its readers but those `left`."""
+    users = [(user, index) for user, index in value.uses() if user not in left]
+    if not users:
+        return
+    cast = _cast(value, f"{value.name}_float32", ir.DataType.FLOAT)
     graph.insert_before(next(iter(graph)), cast)
     for user, index in users:
         user.replace_input_with(index, cast.outputs[0])
@@ -53,9 +102,7 @@ def _written_as_half(graph: ir.Graph, value: ir.Value) -> ir.Value:
     name, dtype = value.name, value.dtype
     assert dtype is not None
     _rename(value, f"{name}_float32", ir.DataType.FLOAT)
-    cast = ir.node("Cast", [value], {"to": dtype})
-    _rename(cast.outputs[0], str(name), dtype)
-    cast.outputs[0].shape = value.shape
+    cast = _cast(value, str(name), dtype)
     graph.append(cast)
     return cast.outputs[0]
 

@@ -9,8 +9,9 @@ that crosses a threshold moves all rows behind it. Such an output is judged by t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import onnx_ir as ir
 
@@ -25,7 +26,17 @@ FIXED_SELECTORS = frozenset({"TopK"})
 CARRIERS = frozenset({"Identity", "Reshape", "Transpose", "Cast", "Squeeze", "Unsqueeze", "Flatten"})
 # an output of more parts is judged as a whole
 MOST_PARTS = 16
+# the beginnings of the names of outputs that are keys and values for the next call
+CACHES = ("present", "past_key", "past_value", "key_cache", "value_cache", "updated_key", "updated_value")
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
+
+
+class _Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+NamedT = TypeVar("NamedT", bound=_Named)
 
 
 @dataclass(frozen=True)
@@ -55,6 +66,16 @@ class Judged:
         return len(self.whole) == len(self.values)
 
 
+def is_cache(output: str) -> bool:
+    """Tell by its name whether an output holds keys or values for the next call of a decoder."""
+    return output.lower().startswith(CACHES)
+
+
+def without_caches(outputs: Sequence[NamedT]) -> list[NamedT]:
+    """Return what is known of outputs without those that are caches; all, where there are no others."""
+    return [o for o in outputs if not is_cache(o.name)] or list(outputs)
+
+
 def judged(model: ir.Model) -> Judged:
     """Choose the values by which the outputs of a model are judged."""
     values: dict[str, tuple[str, ...]] = {}
@@ -66,7 +87,8 @@ def judged(model: ir.Model) -> Judged:
             selected.add(name)
             values[name] = tuple(dict.fromkeys(str(v.name) for v in before))
         else:
-            parts = [str(v.name) for v in _parts(output)]
+            # what a cache holds already is no noise of the model
+            parts = [] if is_cache(name) else [str(v.name) for v in _parts(output)]
             values[name] = tuple(dict.fromkeys(parts)) if 1 < len(parts) <= MOST_PARTS else (name,)
     return Judged(values, frozenset(selected))
 

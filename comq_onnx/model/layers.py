@@ -33,6 +33,9 @@ _ELEMENTWISE = frozenset(
     }
 )  # fmt: skip
 
+# operators whose large constants are no weights: the cosines and sines of rotary positions
+_ROTARY = frozenset({"GroupQueryAttention", "RotaryEmbedding", "SparseAttention", "PagedAttention"})
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -330,7 +333,7 @@ def _idle_weight(node: ir.Node) -> int:
         and value.const_value.dtype in (ir.DataType.FLOAT, ir.DataType.DOUBLE, *HALF)
         and len(value.const_value.shape) >= 2
     ]
-    return max(sizes, default=0) if node.op_type not in _ELEMENTWISE else 0
+    return max(sizes, default=0) if node.op_type not in _ELEMENTWISE | _ROTARY else 0
 
 
 def _matcher(patterns: Sequence[str], layers: Sequence[Layer], option: str) -> Callable[[str], bool]:

@@ -53,6 +53,7 @@ def prepare_model(
     _clean(model)
     names, declared = _layer_names(model), tuple(value.shape for value in model.graph.outputs)
     if fold:
+        _turn_shared(model)
         kept = {str(node.name) for node in nodes_of_quantized_weights(model)}
         try:
             optimizer.optimize_ir(model, should_fold=lambda node: _should_fold(node, kept), onnx_shape_inference=True)
@@ -242,6 +243,24 @@ def _should_fold(node: ir.Node, kept: Set[str]) -> bool | None:
     # the library does not fold these, nor then any Pad whose amounts an exporter computed from shapes
     shape = graphs.constant(node.inputs[0]) if node.op_type == "ConstantOfShape" else None
     return True if shape is not None and int(np.prod(shape)) <= 1024 else None
+
+
+def _turn_shared(model: ir.Model) -> None:
+    """Transpose the weights of layers that other nodes read too: the library folds no large constant of two readers.
+
+    The turned weight is a view of the other one: it takes no memory.
+    """
+    for node in list(model.graph):
+        value = node.inputs[0] if node.op_type == "Transpose" and node.domain == "" else None
+        if value is None or value.const_value is None or not graphs.is_constant(value) or len(value.uses()) < 2:
+            continue
+        if reaches_layer(node.outputs[0]) and not node.outputs[0].is_graph_output():
+            turned = value.const_value.numpy().transpose(node.attributes.get_ints("perm"))
+            tensor = ir.tensor(turned, name=str(node.outputs[0].name))
+            made = ir.Value(name=tensor.name, type=value.type, shape=ir.Shape(turned.shape), const_value=tensor)
+            node.outputs[0].replace_all_uses_with(made)
+            model.graph.remove(node, safe=True)
+            model.graph.register_initializer(made)
 
 
 def _drop_axes(model: ir.Model) -> None:

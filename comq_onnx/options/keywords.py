@@ -56,9 +56,9 @@ class OptionKeywords(TypedDict, total=False):
     exclude: tuple[str, ...]
     """Not the layers whose name matches; may be repeated."""
     activations: str
-    """Bits of activations; auto: 8 where integers are faster; none: weight-only."""
-    granularity: str
-    """What shares a weight scale."""
+    """Bits of activations; auto: 8 where integers are faster, in decoders none; none: weight-only."""
+    granularity: str | None
+    """What shares a weight scale. [default: channel; of decoders 32 inputs]"""
     symmetric: bool
     """Whether weights have zero point 0."""
     target: str

@@ -6,7 +6,7 @@ The command line (cli/parameters.py), the configuration file, the option referen
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,8 @@ from comq_onnx.targets.catalog import TARGETS
 
 DEFAULT_SAMPLES = 256
 LEAST_BLOCK = 16
+# the inputs that share a scale in decoders: what kernels that decode fast are made for
+DECODER_BLOCK = 32
 
 
 def _check_bits(bits: Any) -> None:
@@ -85,12 +87,13 @@ class Options(SampleOptions):
         (), QUANTIZATION, "Not the layers whose name matches; may be repeated.", metavar="RE"
     )
     activations: str = declare(
-        "auto", QUANTIZATION, "Bits of activations; auto: 8 where integers are faster; none: weight-only.",
+        "auto", QUANTIZATION,
+        "Bits of activations; auto: 8 where integers are faster, in decoders none; none: weight-only.",
         choices=("auto", "none", "8", "16"),
     )  # fmt: skip
-    granularity: str = declare(
-        "channel", QUANTIZATION, "What shares a weight scale.", metavar="channel|tensor|BLOCK",
-        check=_check_granularity,
+    granularity: str | None = declare(
+        None, QUANTIZATION, f"What shares a weight scale.  [default: channel; of decoders {DECODER_BLOCK} inputs]",
+        metavar="channel|tensor|BLOCK", check=_check_granularity,
     )  # fmt: skip
     symmetric: bool = declare(True, QUANTIZATION, "Whether weights have zero point 0.", off="asymmetric")
     target: str = declare(
@@ -174,6 +177,12 @@ class Options(SampleOptions):
         if not (self.symmetric or target.weight_zero_points):
             raise OptionError(f"--asymmetric: {self.target} takes only weights of zero point 0; leave it out")
 
+    def for_decoder(self) -> Options:
+        """Return these options with what suits a decoder where they leave it open: float activations, small blocks."""
+        activations = "none" if self.activations == "auto" else self.activations
+        granularity = str(DECODER_BLOCK) if activations == "none" else None
+        return replace(self, activations=activations, granularity=self.granularity or granularity)
+
     @property
     def fixed_bits(self) -> int | None:
         """Return the whole number of bits that layers get, some perhaps more; None where a budget decides."""
@@ -182,7 +191,7 @@ class Options(SampleOptions):
     @property
     def block_size(self) -> int | None:
         """Return how many inputs share a scale; None where a whole channel or tensor does."""
-        return int(self.granularity) if self.granularity.isdigit() else None
+        return int(self.granularity) if self.granularity is not None and self.granularity.isdigit() else None
 
     @property
     def method(self) -> Method:

@@ -4,6 +4,7 @@ plan: define the plan, one frozen value that goes from stage to stage
 make: make the plan of a prepared model
 faithful: prepare the source model, and check that its outputs stay as they were
 subgraphs: make the layers inside If, Loop and Scan reachable for calibration
+tied: find embeddings that are the weight of a product too, and store both once
 activations: choose the activations that are quantized, and the layers that run in integers
 integer_gain: predict times, and leave the layers that integers would make slower in floats
 initial_bits: give each layer its bits before any survey

@@ -7,6 +7,7 @@ from comq_onnx.errors import OptionError
 from comq_onnx.model.layers import Layer, compile_pattern, no_match
 from comq_onnx.options.options import Options
 from comq_onnx.plan.plan import Bits, Plan
+from comq_onnx.plan.tied import tied_bits
 from comq_onnx.solve.grid import MAX_BITS
 
 EMBEDDING_BITS = 8
@@ -25,13 +26,17 @@ def initial_bits(plan: Plan, options: Options) -> Bits:
         if not matching:
             raise OptionError(no_match("--bits-for", f"{pattern}={number}", pattern, list(bits)))
         bits.update(dict.fromkeys(matching, number))
-    return bits
+    return bits | tied_bits(plan.tied, options)
 
 
 def _usual_bits(plan: Plan, layer: Layer, options: Options) -> int:
     if plan.is_unseen(layer):
         return UNSEEN_BITS
-    return EMBEDDING_BITS if layer.kind.is_lookup else options.fixed_bits or REFERENCE_BITS
+    return (
+        EMBEDDING_BITS
+        if layer.kind.is_lookup or layer.name in plan.tied_layers
+        else options.fixed_bits or REFERENCE_BITS
+    )
 
 
 def has_explicit_bits(name: str, options: Options) -> bool:
@@ -49,7 +54,8 @@ def fill_containers(plan: Plan, bits: Bits, context: Context) -> Bits:
         sharing.setdefault(layer.weight, []).append(layer)
     filled = dict(bits)
     for layers in sharing.values():
-        if not any(has_explicit_bits(x.name, context.options) or x.kind.is_lookup for x in layers):
+        kept = {x.name for x in layers if x.kind.is_lookup or has_explicit_bits(x.name, context.options)}
+        if not kept and not any(x.name in plan.tied_layers for x in layers):
             most = min(most_bits_in_container(plan, layer, bits[layer.name]) for layer in layers)
             filled.update({layer.name: max(most, bits[layer.name]) for layer in layers})
     more = [name for name in bits if filled[name] > bits[name]]

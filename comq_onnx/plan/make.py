@@ -18,6 +18,7 @@ from comq_onnx.plan.faithful import BLOCKS_OPSET
 from comq_onnx.plan.initial_bits import fill_containers, initial_bits
 from comq_onnx.plan.plan import Bits, Plan
 from comq_onnx.plan.subgraphs import Specialized, specialize
+from comq_onnx.plan.tied import tie
 from comq_onnx.samples.dataset import Dataset
 
 # the number of samples that show how large the channels of activations are, and how many of them run at once
@@ -38,6 +39,7 @@ def make_plan(source: FloatModel, prepared: Prepared, data: Dataset, context: Co
     _check_opset(prepared, dtype, context)
     plan = Plan(prepared, specialized.prepared, specialized.probes, ActivationPlan("float32"), context.target)
     plan = _choose_activations(plan, dtype, data, context)
+    plan = tie(plan, context)
     bits = initial_bits(plan, context.options)
     _tell_unreached(plan, specialized.unreached, bits, context)
     if context.options.fixed_bits is not None and not context.options.uniform:

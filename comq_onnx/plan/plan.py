@@ -40,6 +40,7 @@ class Plan:
     slower: the names of layers that are weight-only because integers would make them slower
     unpacked: the names of weight-only products and tables that are unpacked to floats at load because packed weights
         would make them slower
+    tied: the name of the embedding whose codes a product has too, transposed, by the name of the product
     """
 
     written: Prepared
@@ -51,6 +52,7 @@ class Plan:
     grids: Mapping[str, Grid] = field(default_factory=dict)
     slower: frozenset[str] = frozenset()
     unpacked: frozenset[str] = frozenset()
+    tied: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def layers(self) -> Sequence[Layer]:
@@ -94,11 +96,15 @@ class Plan:
 
     def container(self, layer: Layer, bits: int) -> tuple[str, tuple[int, ...]]:
         """Return the container of a layer's codes, and the widths of bit planes in its place (see `container_of`)."""
-        return container_of(layer, self.form(layer), bits, self.target, self.opset)
+        product = self._product_of.get(layer.name, layer)
+        return container_of(product, self.form(product), bits, self.target, self.opset)
 
     def code_bytes(self, layer: Layer, bits: int) -> int:
-        """Return the bytes that the codes of a layer take in the file at `bits` bits."""
-        return code_bytes(layer, self.form(layer), bits, self.target, self.opset)
+        """Return the bytes that the codes of a layer take in the file at `bits` bits; 0 where a table is both."""
+        if layer.name in self.tied:
+            return 0
+        product = self._product_of.get(layer.name, layer)
+        return code_bytes(product, self.form(product), bits, self.target, self.opset)
 
     def with_bits(self, bits: Bits, options: Options) -> Plan:
         """Return the plan with other bits by the name of the layer, and the grids that the options give for them."""
@@ -110,9 +116,21 @@ class Plan:
 
         Unless all CPUs that matter have VNNI, its codes have at most as many bits as are safe without.
         """
+        if layer.name in self.tied or layer.name in self._product_of:
+            return Grid(bits, symmetric=True)
         if options.cpu == "any" and layer.weight in self.narrow:
             bits = min(bits, self.target.safe_bits)
         return supported_grid(layer, self.form(layer), options.grid(bits), self.target)
+
+    @property
+    def tied_layers(self) -> frozenset[str]:
+        """Return the names of the embeddings and the products that share their codes."""
+        return frozenset({*self.tied, *self.tied.values()})
+
+    @cached_property
+    def _product_of(self) -> Mapping[str, Layer]:
+        """Return the product whose codes an embedding has, by the name of the embedding."""
+        return {self.tied[x.name]: x for x in self.layers if x.name in self.tied}
 
     @cached_property
     def narrow(self) -> frozenset[str]:

@@ -10,6 +10,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from comq_onnx.evaluate import ENOUGH_SAMPLES, remedies
+from comq_onnx.model.judged import without_caches
 
 if TYPE_CHECKING:
     from comq_onnx.report.report import LayerReport, Report
@@ -40,9 +41,10 @@ def advise(report: Report) -> list[Advice]:
 
 
 def _advise_on_outputs(report: Report) -> Advice | None:
-    agreements = [o.top1_agreement for o in report.outputs if o.top1_agreement is not None]
+    outputs = without_caches(report.outputs)
+    agreements = [o.top1_agreement for o in outputs if o.top1_agreement is not None]
     # outputs of class scores are judged by their classes
-    worst = min((o.sqnr_db for o in report.outputs if o.top1_agreement is None), default=math.inf)
+    worst = min((o.sqnr_db for o in outputs if o.top1_agreement is None), default=math.inf)
     if agreements and min(agreements) < LOW_AGREEMENT:
         what = f"top-1 agreement {min(agreements):.1%}"
     elif worst < LOW_SQNR_DB:

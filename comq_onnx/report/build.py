@@ -89,6 +89,7 @@ def build_report(
         outputs=evaluation.outputs,
         matches=evaluation.matches,
         latency_ms=evaluation.latency_ms,
+        decoding_ms=evaluation.decoding_ms,
         kernels={} if kernels is None else kernels.integer,
         float_kernels={} if kernels is None else kernels.floating,
     )

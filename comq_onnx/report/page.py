@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from comq_onnx.evaluate import FLOAT_PRODUCTS
+from comq_onnx.model.judged import without_caches
 from comq_onnx.report import plots
 from comq_onnx.report.advice import advise
 from comq_onnx.targets.catalog import TARGETS
@@ -91,16 +92,20 @@ def _size_tiles(report: Report) -> list[tuple[str, str, str]]:
     if report.latency_ms:
         slow, fast = report.latency_ms["before"], report.latency_ms["after"]
         tiles.append(("speed", f"{slow / fast:.2f}x", f"{slow:,.2f} ms to {fast:,.2f} ms, one sample, one thread"))
+    if report.decoding_ms:
+        slow, fast = report.decoding_ms["before"], report.decoding_ms["after"]
+        tiles.append(("decoding", f"{slow / fast:.2f}x", f"{slow:,.2f} ms to {fast:,.2f} ms a token, one thread"))
     return tiles
 
 
 def _output_tiles(report: Report) -> list[tuple[str, str, str]]:
     if not report.outputs:
         return []
-    worst = min(report.outputs, key=lambda o: o.sqnr_db)
-    which = f"of {worst.name}" + (f", the worst of {len(report.outputs)}" if len(report.outputs) > 1 else "")
+    outputs = without_caches(report.outputs)
+    worst = min(outputs, key=lambda o: o.sqnr_db)
+    which = f"of {worst.name}" + (f", the worst of {len(outputs)}" if len(outputs) > 1 else "")
     tiles = [("SQNR", f"{worst.sqnr_db:.1f} dB", f"{which}; cosine {worst.cosine:.4f}")]
-    agreements = [(o.top1_agreement, o.name) for o in report.outputs if o.top1_agreement is not None]
+    agreements = [(o.top1_agreement, o.name) for o in outputs if o.top1_agreement is not None]
     if agreements:
         agreement, name = min(agreements)
         tiles.append(("agreement", f"{agreement:.1%}", f"same top-1 class in {name}"))

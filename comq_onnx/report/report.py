@@ -119,6 +119,7 @@ class Report:
     outputs: how each output compares with that of the source, on samples held back; and each part that it is judged by
     matches: how many rows or whole numbers of an output are those of the source, where noise tells nothing
     latency_ms: of one sample in one thread, before and after
+    decoding_ms: of one token behind a cache that holds a sample, likewise; empty for what is no decoder with a cache
     kernels, float_kernels: how many operators of each type ONNX Runtime runs in integers, and how many in float
     activations: the quantized ones, in graph order
     inputs: the samples, described
@@ -145,6 +146,7 @@ class Report:
     outputs: list[OutputComparison] = field(default_factory=list)
     matches: list[OutputMatch] = field(default_factory=list)
     latency_ms: dict[str, float] = field(default_factory=dict)
+    decoding_ms: dict[str, float] = field(default_factory=dict)
     kernels: dict[str, int] = field(default_factory=dict)
     float_kernels: dict[str, int] = field(default_factory=dict)
     activations: list[ActivationReport] = field(default_factory=list)

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from comq_onnx.bits.tradeoff import FrontierPoint
 from comq_onnx.metrics import OutputComparison, OutputMatch
+from comq_onnx.model.judged import without_caches
 from comq_onnx.report.advice import advise
 
 if TYPE_CHECKING:
@@ -110,9 +111,14 @@ def _output_table(outputs: list[OutputComparison]) -> Table:
     table.add_column("output", overflow="fold", max_width=46)
     for name in ("SQNR dB", "cosine", "top-1 agreement"):
         table.add_column(name, justify="right")
-    for output in outputs:
+    shown = without_caches(outputs)
+    for output in shown:
         agreement = "" if output.top1_agreement is None else f"{output.top1_agreement:.1%}"
         table.add_row(Text(output.name), f"{output.sqnr_db:.1f}", f"{output.cosine:.4f}", agreement)
+    caches = [o for o in outputs if o not in shown]
+    if caches:
+        worst, cosine = min(o.sqnr_db for o in caches), min(o.cosine for o in caches)
+        table.add_row(f"{len(caches)} caches, the worst", f"{worst:.1f}", f"{cosine:.4f}", "")
     return table
 
 
@@ -136,6 +142,9 @@ def _gains_text(report: Report) -> str:
     if report.latency_ms:
         slow, fast = report.latency_ms["before"], report.latency_ms["after"]
         text += f"\nlatency  {slow:.2f} ms -> {fast:.2f} ms ({slow / fast:.2f}x, one sample, one thread)"
+    if report.decoding_ms:
+        slow, fast = report.decoding_ms["before"], report.decoding_ms["after"]
+        text += f"\ndecoding {slow:.2f} ms -> {fast:.2f} ms a token ({slow / fast:.2f}x, behind one sample, one thread)"
     if report.kernels:
         text += "\ninteger  " + ", ".join(f"{n} {op}" for op, n in report.kernels.items())
     if report.seconds:

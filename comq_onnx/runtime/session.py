@@ -292,6 +292,22 @@ class Session:
         return outputs.pop()
 
 
+def time_in_turn(sessions: Sequence[Session], feeds: Feeds, seconds: float, most: int = 200) -> list[float]:
+    """Return the median milliseconds of each model on the same feeds; they run in turn.
+
+    seconds: for about how long
+    most: how often each model runs at most
+    """
+    for session in sessions:
+        session.run(feeds)
+    times: list[list[float]] = [[] for _ in sessions]
+    end = time.perf_counter() + seconds
+    while len(times[0]) < 3 or (time.perf_counter() < end and len(times[0]) < most):
+        for session, spent in zip(sessions, times, strict=True):
+            spent.append(session.milliseconds(feeds))
+    return [float(np.median(t)) for t in times]
+
+
 def is_memory(error: BaseException) -> bool:
     """Tell whether an error says that there is too little memory, on the computer or on a GPU."""
     return isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)) is not None

@@ -8,10 +8,13 @@ arrays: read .npz and .npy files, and the test data of ONNX models
 images: read pictures, or draw them (a package)
 text: read lines of text through a tokenizer
 language_inputs: make the inputs that language models have beside their tokens
+next_token: tell whether a model predicts the next token
+cache_shapes: find how many heads a past has and how wide each is, where the inputs of the model leave that free
 audio: read windows of .wav files
 readers: take samples from Python code
 synthetic: make samples where there are none
 clues: find out what a model tells about its samples
+decoding: make the feeds of one step of decoding
 padding: find the positions that an attention mask hides
 inspection: describe samples for a person
 model_folder: find configurations beside a model

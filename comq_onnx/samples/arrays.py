@@ -17,6 +17,7 @@ from onnx import numpy_helper
 
 from comq_onnx.errors import SamplesError
 from comq_onnx.runtime import memory
+from comq_onnx.samples.fit import spread_shared
 from comq_onnx.samples.samples import AnyArray, ModelInput, names_of
 
 
@@ -25,7 +26,7 @@ def read_arrays(paths: Sequence[Path], inputs: Sequence[ModelInput]) -> dict[str
 
     Nothing is ever unpickled. Raises SamplesError.
     """
-    return _join([(path, _read_file(path, inputs)) for path in paths])
+    return _join([(path, spread_shared(_read_file(path, inputs), inputs)) for path in paths])
 
 
 def _read_file(path: Path, inputs: Sequence[ModelInput]) -> dict[str, AnyArray]:
@@ -100,6 +101,8 @@ def _join(parts: list[tuple[Path, dict[str, AnyArray]]]) -> dict[str, AnyArray]:
         if set(part) != set(first):
             raise SamplesError(f"{path}: has arrays {sorted(part)}, {parts[0][0].name} has {sorted(first)}")
         for name in first:
+            if part[name].ndim == 0:
+                raise SamplesError(f"{path}: {name!r} is a single number; give an array with an axis of samples")
             if part[name].shape[1:] != first[name].shape[1:]:
                 raise SamplesError(
                     f"{path}: {name!r} has samples of {part[name].shape[1:]}, {parts[0][0].name} of "

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +10,12 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from comq_onnx.errors import ComqError
+from comq_onnx.model.graph import find_readers
 from comq_onnx.model.operators import kinds_of
 from comq_onnx.model.probe import probe
 from comq_onnx.model.recurrent import LENGTHS
 from comq_onnx.runtime.session import Session
+from comq_onnx.samples.cache_shapes import cache_shapes
 from comq_onnx.samples.samples import Clues, Feeds
 
 Floats = npt.NDArray[np.float64]
@@ -36,6 +37,7 @@ def read_clues(model: ir.Model, path: Path, session: Session, device: str) -> Cl
     return Clues(
         folder=path.parent,
         token_limits=token_limits(model),
+        cache_shapes=cache_shapes(model, path.parent),
         step_axes=step_axes(model),
         channels_last=channels_last(model),
         run=session.run,
@@ -66,7 +68,7 @@ def token_limits(model: ir.Model) -> dict[str, int]:
     """Return the number of rows of the embedding, for each input that indexes one."""
     limits: dict[str, int] = {}
     for value in model.graph.inputs:
-        for node, index in _find_readers(value, {"Cast", "Identity"}):
+        for node, index in find_readers(value, {"Cast", "Identity"}):
             table = _table(node, index)
             if table is not None and table.const_value is not None:
                 rows = int(table.const_value.shape.numpy()[0])
@@ -82,7 +84,7 @@ def step_axes(model: ir.Model) -> dict[str, tuple[str, int]]:
     inputs = {str(value.name) for value in model.graph.inputs}
     found: dict[str, tuple[str, int]] = {}
     for value in model.graph.inputs:
-        for node, index in _find_readers(value, {"Cast", "Identity"}):
+        for node, index in find_readers(value, {"Cast", "Identity"}):
             x = node.inputs[0]
             if ".R" not in kinds_of(node) or index != LENGTHS or x is None:
                 continue
@@ -104,23 +106,12 @@ def channels_last(model: ir.Model) -> dict[str, bool]:
     """Tell whether an input is NHWC (transposed before the first convolution), for each input that reaches one."""
     found: dict[str, bool] = {}
     for value in model.graph.inputs:
-        for node, index in _find_readers(value, ELEMENTWISE):
+        for node, index in find_readers(value, ELEMENTWISE):
             if node.op_type == "Transpose" and list(node.attributes.get_ints("perm", [])) == [0, 3, 1, 2]:
                 found.setdefault(str(value.name), True)
             elif node.op_type == "Conv" and index == 0:
                 found.setdefault(str(value.name), False)
     return found
-
-
-def _find_readers(value: ir.Value, through: set[str] | frozenset[str]) -> Iterator[tuple[ir.Node, int]]:
-    """Yield (node, index of its input) for the nodes that read a value, also behind nodes of the types in `through`."""
-    pending, seen = deque([value]), set()
-    while pending:
-        for node, index in pending.popleft().uses():
-            yield node, index
-            if node.op_type in through and node not in seen:
-                seen.add(node)
-                pending.append(node.outputs[0])
 
 
 # The first layers

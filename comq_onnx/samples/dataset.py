@@ -13,6 +13,7 @@ from comq_onnx.model.float_model import FloatModel
 from comq_onnx.samples import padding
 from comq_onnx.samples.clues import read_clues, suspicious_statistics
 from comq_onnx.samples.load import load_samples
+from comq_onnx.samples.next_token import predicts_next
 from comq_onnx.samples.samples import AnyArray, Clues, Samples
 
 # one in so many samples is held back, and never more than the second number
@@ -30,6 +31,7 @@ class Dataset:
     first_feeds: the first batch of `calibration`, by the name of the input
     first_outputs: the outputs of the float model for it, by name
     mask: the input whose zeros mark positions that the model ignores; None where there is none
+    is_of_decoder: whether the model predicts the next token
     """
 
     calibration: Samples
@@ -37,6 +39,7 @@ class Dataset:
     first_feeds: Mapping[str, AnyArray]
     first_outputs: Mapping[str, Any]
     mask: str | None
+    is_of_decoder: bool = False
 
     @property
     def is_synthetic(self) -> bool:
@@ -68,7 +71,8 @@ def load_dataset(source: FloatModel, samples: Any, context: Context) -> Dataset:
     outputs = _first_outputs(source, feeds, everything.source)
     if everything.source != "synthetic":  # made-up samples show nothing that has a class
         _warn_of_first_batch(feeds, outputs, clues, journal)
-    return Dataset(calibration, held_back, feeds, outputs, find_mask(source, calibration, context))
+    mask, is_of_decoder = find_mask(source, calibration, context), predicts_next(source.session.inputs, clues)
+    return Dataset(calibration, held_back, feeds, outputs, mask, is_of_decoder)
 
 
 def split(everything: Samples, wanted: int, seed: int, journal: Journal) -> tuple[Samples, Samples]:

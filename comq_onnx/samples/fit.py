@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from comq_onnx.errors import SamplesError
+from comq_onnx.samples.language_inputs import lacks_samples
 from comq_onnx.samples.samples import AnyArray, ModelInput, Samples, names_of
 
 
@@ -30,17 +31,34 @@ def fit_to_inputs(
             f"{source}: arrays {names_of(arrays)}; the model has inputs {names_of(i.name for i in inputs)}: name each "
             "array like its input"
         )
+    arrays = spread_shared(arrays, inputs)
     fitted = {info.name: _fit_array(arrays[info.name], info, source) for info in inputs}
     counts = {name: len(array) for name, array in fitted.items()}
     if len(set(counts.values())) > 1:
         raise SamplesError(f"{source}: the arrays hold different numbers of samples: {counts}")
-    per_item = frozenset(i.name for i in inputs if _is_per_item(fitted[i.name], i))
-    batches = {i.dims[0] for i in inputs if i.dims and i.name not in per_item and i.dims[0] is not None}
+    whole = frozenset(i.name for i in inputs if _is_per_item(fitted[i.name], i))
+    shared = frozenset(i.name for i in inputs if i.name in whole and lacks_samples(i) and _is_one(fitted[i.name]))
+    batches = {i.dims[0] for i in inputs if i.dims and i.name not in whole and i.dims[0] is not None}
     if len(batches) > 1:
         raise SamplesError(
             f"{source}: the inputs fix different batch sizes {sorted(batches)}; give complete tensors instead"
         )
-    return Samples(fitted, source, per_item, next(iter(batches), None), tuple(notes), tuple(warnings))
+    return Samples(
+        fitted, source, whole - shared, shared, next(iter(batches), None), tuple(notes), tuple(warnings)
+    )  # fmt: skip
+
+
+def spread_shared(arrays: Mapping[str, AnyArray], inputs: Sequence[ModelInput]) -> dict[str, AnyArray]:
+    """Give each sample its own copy of the arrays that were given once, for inputs without an axis of samples."""
+    ranks = {i.name: len(i.dims or ()) for i in inputs if lacks_samples(i)}
+    once = {name for name, array in arrays.items() if array.ndim == ranks.get(name)}
+    count = max((len(a) for name, a in arrays.items() if name not in once and a.ndim), default=1)
+    return {n: np.broadcast_to(a, (count, *a.shape)) if n in once else a for n, a in arrays.items()}
+
+
+def _is_one(array: AnyArray) -> bool:
+    """Tell whether all samples of an array are the same."""
+    return bool((array == array[:1]).all())
 
 
 def _fit_array(array: AnyArray, info: ModelInput, source: str) -> AnyArray:

@@ -24,7 +24,8 @@ def complete(
 ) -> dict[str, AnyArray]:
     """Add to `arrays` those of the other inputs that language models have, and return them.
 
-    These are masks, segments, positions, and an empty past where the model keeps keys and values.
+    These are masks, segments, positions, an empty past where the model keeps keys and values, and numbers that say how
+    to run it: without a past, with the logits of all positions.
 
     arrays: what is known already, by input name
     ids, mask, segments: the tokens and what is told of each [samples, tokens]
@@ -41,11 +42,14 @@ def complete(
                 made: Any = np.pad(mask, ((0, 0), (past, 0)))
             case "segments":
                 made = segments
+            case "positions" if info.dims is not None and len(info.dims) == 1:
+                made = np.broadcast_to(past + np.arange(ids.shape[1]), ids.shape)
             case "positions":
                 made = past + np.maximum(mask.cumsum(axis=1) - 1, 0)
             case "past":
                 made = _empty_past(info, len(ids))
-            case "flag":
+            case "flag" | "logits":
+                # 0 logits to keep are all of them
                 made = np.zeros((len(ids), *(d or 1 for d in info.dims or ())))
             case _:
                 raise SamplesError(
@@ -55,10 +59,18 @@ def complete(
     return arrays
 
 
+def lacks_samples(info: ModelInput) -> bool:
+    """Tell whether an input has no axis of samples: a number, or what is said of all positions or of the whole call."""
+    if info.dims is None or len(info.dims) > 1:
+        return False
+    return not info.dims or role_of(info.name) in ("flag", "logits") or "cache_position" in info.name.lower()
+
+
 def role_of(name: str) -> str:
     """Tell what an input of a language model is for, by the names that exporters give; `other` for other names."""
     name = name.lower()
     for role, words in (
+        ("logits", ("logits_to_keep",)),
         ("past", ("past", "cache_k", "cache_v", "key_cache", "value_cache")),
         ("flag", ("use_cache",)),
         ("mask", ("mask",)),

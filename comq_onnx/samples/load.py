@@ -20,6 +20,7 @@ from comq_onnx.errors import SamplesError
 from comq_onnx.options.samples import PICTURE_OPTIONS, TEXT_OPTIONS, SampleOptions
 from comq_onnx.samples.arrays import read_arrays, read_test_data
 from comq_onnx.samples.audio import AUDIO_SUFFIXES, read_sounds
+from comq_onnx.samples.cache_shapes import with_cache_shapes
 from comq_onnx.samples.fit import fit_to_inputs
 from comq_onnx.samples.images.read import IMAGE_SUFFIXES, read_images
 from comq_onnx.samples.readers import is_reader, load_reader, read_python
@@ -62,6 +63,7 @@ def load_samples(
     Raises SamplesError, and OptionError where the options do not suit the source.
     """
     options, clues = options or SampleOptions(), clues or Clues()
+    inputs = with_cache_shapes(inputs, clues.cache_shapes)
     if isinstance(source, Samples):
         source = source.arrays
     arrays: Mapping[str, AnyArray]
@@ -137,7 +139,7 @@ def _read_files(
             return read_sounds(files, inputs, options, clues, count, seed)
         case "text":
             options.only(TEXT_OPTIONS, f"text ({source})")
-            lines = read_lines(files, options.text_field, texts_wanted(inputs, count), seed)
+            lines = read_lines(files, options.text_field, texts_wanted(inputs, count, clues), seed)
             return tokenize(lines, inputs, options, clues, count)
         case _:
             options.only((), f"tensors ({source})")

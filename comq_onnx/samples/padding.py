@@ -23,6 +23,8 @@ def find_mask(arrays: Arrays) -> str | None:
     """Return the name of the input that masks positions: `mask` in its name, rank 2, only zeros and ones, and both."""
     for name, array in arrays.items():
         if "mask" in name.lower() and isinstance(array, np.ndarray) and array.ndim == 2 and array.dtype != object:
+            if not any(has_positions(other, array) for other in arrays.values() if other is not array):
+                continue  # of a past too, whose positions no other input has
             ones = array == 1
             if ones.any() and not ones.all() and (ones | (array == 0)).all():
                 return name
@@ -47,7 +49,18 @@ def is_ignored(run: Callable[[Arrays], Arrays], feeds: Arrays, mask: str, seed: 
     if all(np.array_equal(changed[name], array) for name, array in feeds.items()):
         return False
     before, after = run(feeds), run(changed)
-    return all(_same(take_kept(before[name], kept), take_kept(after[name], kept)) for name in before)
+    return all(_same_where_kept(before[name], after[name], kept) for name in before)
+
+
+def _same_where_kept(before: Any, after: Any, kept: Mask) -> bool:
+    """Tell whether two outputs are the same at the positions that are not masked.
+
+    Keys and values of a cache [samples, heads, positions, width] have them on their third axis.
+    """
+    pairs = [(before, after)]
+    if all(isinstance(a, np.ndarray) and a.ndim == 4 and a.shape[::2][:2] == kept.shape for a in (before, after)):
+        pairs.append((before.swapaxes(1, 2), after.swapaxes(1, 2)))
+    return any(_same(take_kept(a, kept), take_kept(b, kept)) for a, b in pairs)
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -21,7 +21,9 @@ from PIL import Image
 from comq_onnx.errors import SamplesError
 from comq_onnx.options.samples import PICTURE_OPTIONS, TEXT_OPTIONS, SampleOptions
 from comq_onnx.samples.arrays import stack_feeds
+from comq_onnx.samples.fit import spread_shared
 from comq_onnx.samples.images.read import read_images
+from comq_onnx.samples.language_inputs import lacks_samples
 from comq_onnx.samples.samples import AnyArray, Clues, ModelInput, names_of
 from comq_onnx.samples.text import texts_wanted, tokenize
 
@@ -95,7 +97,7 @@ def read_python(
         options.only((), "tensors from Python")
         return _join(_gather_feeds(items, inputs, what, count), inputs, what), []
     is_text = isinstance(_take_content(first, field, what), str)
-    wanted = texts_wanted(inputs, count) if is_text else count
+    wanted = texts_wanted(inputs, count, clues) if is_text else count
     contents = [_take_content(item, field, what) for item in islice(items, wanted)]
     if is_text:
         options.only(TEXT_OPTIONS, "text")
@@ -209,25 +211,27 @@ def _as_array(value: Any, name: str, what: str) -> AnyArray:
 
 def _is_single_sample(feed: dict[str, AnyArray], inputs: Sequence[ModelInput]) -> bool:
     """Tell whether a feed is one sample without its batch axis."""
-    return all(i.dims is not None and feed[i.name].ndim == len(i.dims) - 1 for i in inputs)
+    own = [i for i in inputs if not lacks_samples(i)]
+    return all(i.dims is not None and feed[i.name].ndim == len(i.dims) - 1 for i in own)
 
 
 def _is_batch(feed: dict[str, AnyArray], inputs: Sequence[ModelInput]) -> bool:
-    """Tell whether the first axis of every array of a feed is the batch."""
-    counts = {feed[i.name].shape[:1] for i in inputs}
+    """Tell whether the first axis of every array of a feed is the batch, where an input has one."""
+    counts = {feed[i.name].shape[:1] for i in inputs if not lacks_samples(i)}
     return len(counts) == 1 and () not in counts
 
 
 def _count_samples(feed: dict[str, AnyArray], inputs: Sequence[ModelInput]) -> int:
     if _is_single_sample(feed, inputs) or not _is_batch(feed, inputs):
         return 1
-    return len(feed[inputs[0].name])
+    return next(len(feed[i.name]) for i in inputs if not lacks_samples(i))
 
 
 def _join(feeds: list[dict[str, AnyArray]], inputs: Sequence[ModelInput], what: str) -> dict[str, AnyArray]:
     """Join feeds along their batch axis, or stack them where they are single samples or complete feeds."""
     if _is_single_sample(feeds[0], inputs) or not _is_batch(feeds[0], inputs):
         return stack_feeds(feeds, [f"{what}, item {i}" for i in range(len(feeds))])
+    feeds = [spread_shared(feed, inputs) for feed in feeds]
     for i, feed in enumerate(feeds):
         for name, array in feed.items():
             if array.shape[1:] != feeds[0][name].shape[1:]:

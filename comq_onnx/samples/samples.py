@@ -33,11 +33,21 @@ class ModelInput(Protocol):
 
 
 @dataclass(frozen=True)
+class AnyInput:
+    """Describe an input by more than the model itself says of it; see ModelInput."""
+
+    name: str
+    dtype: np.dtype[Any]
+    dims: tuple[int | None, ...] | None
+
+
+@dataclass(frozen=True)
 class Clues:
     """Hold what a model tells about the samples it wants; None where it cannot tell.
 
     folder: where the model lies, and perhaps configurations of its preprocessing and its tokenizer.json
     token_limits: the number of rows of the embedding, for each input that indexes one
+    cache_shapes: the heads and the width of each input that is a past of keys or values, each None where unknown
     step_axes: for each input that gives lengths of sequences, the input that gives their steps, and which of its axes
         these are
     channels_last: whether pictures are NHWC, for each input where the graph shows it
@@ -50,6 +60,7 @@ class Clues:
 
     folder: Path | None = None
     token_limits: Mapping[str, int] = field(default_factory=dict)
+    cache_shapes: Mapping[str, tuple[int | None, int | None]] = field(default_factory=dict)
     step_axes: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     channels_last: Mapping[str, bool] = field(default_factory=dict)
     run: Callable[[Feeds], Feeds] | None = None
@@ -64,6 +75,8 @@ class Samples:
     arrays: one array for each input [samples, ...]
     source: where they come from, for messages and reports
     per_item: inputs whose samples are complete tensors (the array has one axis more than the input), fed one at a time
+    shared: inputs without an axis of samples that are the same for all (a number that says how to run the model): each
+        sample holds them whole, and a batch gets them once
     fixed_batch: the only batch size that the model takes, or None where it takes any
     notes: what was found or decided while reading them without the caller asking for it
     warnings: why a model that is calibrated on them may be worse than it could be
@@ -73,6 +86,7 @@ class Samples:
     arrays: dict[str, AnyArray]
     source: str
     per_item: frozenset[str] = frozenset()
+    shared: frozenset[str] = frozenset()
     fixed_batch: int | None = None
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -112,11 +126,11 @@ class Samples:
 
     def batches(self, size: int) -> Iterator[dict[str, AnyArray]]:
         """Yield feeds of up to `size` samples."""
-        start = 0
+        start, whole = 0, self.per_item | self.shared
         for count in self.batch_counts(size):
             yield {
                 # asarray: an item of a one-dimensional array is a scalar, not an array of rank 0
-                name: np.asarray(a[start]) if name in self.per_item else a[start : start + count]
+                name: np.asarray(a[start]) if name in whole else a[start : start + count]
                 for name, a in self.arrays.items()
             }
             start += count

@@ -16,8 +16,9 @@ from comq_onnx.samples.images.drawing import draw_pictures, one_over_f
 from comq_onnx.samples.images.guess import guess_preprocess, to_grey
 from comq_onnx.samples.images.pixels import channels_last, geometry, to_input
 from comq_onnx.samples.images.preprocess import Preprocess, find_preprocess
-from comq_onnx.samples.language_inputs import complete, role_of, token_inputs
+from comq_onnx.samples.language_inputs import complete, lacks_samples, role_of, token_inputs
 from comq_onnx.samples.model_folder import find_beside
+from comq_onnx.samples.next_token import find_logits, runner
 from comq_onnx.samples.samples import AnyArray, Clues, Feeds, ModelInput
 from comq_onnx.samples.text import texts_wanted, tokenize
 
@@ -25,7 +26,6 @@ from comq_onnx.samples.text import texts_wanted, tokenize
 SIDE, FREE_TOKENS = 224, 32
 MOST_DRAWN = 512  # pictures; beyond these they are used again
 MOST_TEXTS = 72  # drawn from a model: each takes as many runs as it has tokens
-LEAST_VOCABULARY = 32  # outputs of fewer scores are not logits over tokens
 # the figures of tools/bench/synthetic.py: EfficientNet-Lite0 and MiniLM, 128 samples of each kind, measured on real
 # ones; of SmolLM2: effort fast, 24 samples of 32 tokens, measured on 8 texts of 64
 TELL = "the comparison is made on them too; give real samples with --calib"
@@ -68,11 +68,12 @@ def synthesize(
     notes: list[str] = []
     rng = np.random.default_rng(seed)
     if tokens and not pictures and _has_tokenizer(options, clues):
-        arrays, found = tokenize(page_texts(texts_wanted(inputs, count), seed), inputs, options, clues, count)
+        arrays, found = tokenize(page_texts(texts_wanted(inputs, count, clues), seed), inputs, options, clues, count)
         return arrays, found, [TEXT_WARNING]
     made: dict[str, AnyArray] = {}
-    batched = all(i.dims is not None and len(i.dims) > 0 and i.dims[0] in (None, 1) for i in inputs)
-    language = {"mask", "segments", "positions", "past"} if tokens else set()
+    language = {"mask", "segments", "positions", "past", "flag", "logits"} if tokens else set()
+    apart = [i for i in inputs if not (tokens and lacks_samples(i) and role_of(i.name) in language)]
+    batched = all(i.dims is not None and len(i.dims) > 0 and i.dims[0] in (None, 1) for i in apart)
     for info in inputs:
         dims = _guess_dims(info, options)
         shape = (count, *dims[1:]) if batched else (count, *dims)
@@ -163,8 +164,8 @@ def _fill_tokens(
         given |= {i.name: ids.astype(i.dtype) for i in tokens}
         return complete(given, inputs, ids, np.ones(ids.shape, np.int64), np.zeros(ids.shape, np.int64))
 
-    ids = made[tokens[0].name]
-    drawn = _draw_tokens(clues.run, fill, ids[:MOST_TEXTS], rng) if clues.run is not None else None
+    ids, run = made[tokens[0].name], runner(inputs, clues)
+    drawn = _draw_tokens(run, fill, ids[:MOST_TEXTS], rng) if run is not None else None
     return fill(ids if drawn is None else drawn), drawn is not None
 
 
@@ -179,7 +180,7 @@ def _draw_tokens(
         the model for those before it
     """
     try:
-        name = _find_logits(run, fill, ids[:2])
+        name = find_logits(run, fill, ids[:2])
         if name is None:
             return None
         ids = ids.copy()
@@ -192,19 +193,6 @@ def _draw_tokens(
     except ComqError:  # the model takes other feeds than these
         return None
     return ids
-
-
-def _find_logits(run: Callable[[Feeds], Feeds], fill: Callable[[AnyArray], Feeds], ids: AnyArray) -> str | None:
-    """Find the output of logits over the vocabulary that does not depend on later tokens; None where there is none."""
-    changed = ids.copy()
-    changed[:, -1] = ids[:, 0]
-    before, after = run(fill(ids)), run(fill(changed))
-    for name, output in before.items():
-        if isinstance(output, np.ndarray) and output.shape[:2] == ids.shape and output.ndim == 3:
-            large_enough = output.shape[-1] > ids.max() and output.shape[-1] >= LEAST_VOCABULARY
-            if large_enough and np.allclose(output[:, :-1], after[name][:, :-1], rtol=1e-3, atol=1e-4):
-                return name
-    return None
 
 
 def _has_tokenizer(options: SampleOptions, clues: Clues) -> bool:

@@ -12,6 +12,7 @@ from comq_onnx.errors import OptionError, SamplesError
 from comq_onnx.options.samples import SampleOptions
 from comq_onnx.samples.language_inputs import complete, role_of, token_inputs
 from comq_onnx.samples.model_folder import find_beside, parse_json
+from comq_onnx.samples.next_token import predicts_next
 from comq_onnx.samples.samples import AnyArray, Clues, ModelInput, names_of
 
 TEXT_SUFFIXES = frozenset({".txt", ".jsonl"})
@@ -70,9 +71,14 @@ def _take_field(line: str, field: str) -> str:
     return str(value[field])
 
 
-def texts_wanted(inputs: Sequence[ModelInput], count: int) -> int:
+def texts_wanted(inputs: Sequence[ModelInput], count: int, clues: Clues) -> int:
     """Return how many texts to read for `count` samples: more where they are joined, for one sample takes several."""
-    return count if any(role_of(i.name) == "mask" for i in inputs) or not token_inputs(inputs) else 16 * count
+    return 16 * count if token_inputs(inputs) and _are_joined(inputs, clues) else count
+
+
+def _are_joined(inputs: Sequence[ModelInput], clues: Clues) -> bool:
+    """Tell whether texts fill samples one after another: no mask tells padding from text, or the model writes texts."""
+    return not any(role_of(i.name) == "mask" for i in inputs) or predicts_next(inputs, clues)
 
 
 def tokenize(
@@ -80,9 +86,9 @@ def tokenize(
 ) -> tuple[dict[str, AnyArray], list[str]]:
     """Turn texts into at most `count` samples: (arrays by input name, notes of what was decided).
 
-    With a mask among the inputs each text is a sample, padded to the longest; without one, texts are joined and cut
-    into samples of one length, since the model could not tell padding from text. Raises SamplesError, and OptionError
-    for a --length that the model does not take.
+    With a mask among the inputs each text is a sample, padded to the longest. Without one the model could not tell
+    padding from text: texts are joined and cut into samples of one length. So they are for a model that predicts the
+    next token. Raises SamplesError, and OptionError for a --length that the model does not take.
     """
     if [i for i in inputs if i.dtype == object]:
         return _as_strings(texts, inputs), []
@@ -96,11 +102,10 @@ def tokenize(
     notes = [] if options.tokenizer else [f"text tokenized with {path.name} beside the model"]
     info = ids_inputs[0]
     fixed = info.dims[1] if info.dims is not None else None
-    masked = any(role_of(i.name) == "mask" for i in inputs)
     longest = fixed or min(options.length or DEFAULT_LENGTH, (tokenizer.truncation or {}).get("max_length", 1 << 30))
     if options.length is not None and fixed is not None and options.length != fixed:
         raise OptionError(f"--length {options.length}: {info.name!r} has {fixed} tokens, always")
-    encode = _pad_texts if masked else _join_texts
+    encode = _join_texts if _are_joined(inputs, clues) else _pad_texts
     ids, mask, segments = (a[:count] for a in encode(tokenizer, texts, longest, fixed))
     _check_vocabulary(ids, ids_inputs, clues, path)
     return complete({i.name: ids for i in ids_inputs}, inputs, ids, mask, segments), notes

@@ -30,7 +30,7 @@ MOST_NAMED = 3
 INTEGERS = (ir.DataType.INT8, ir.DataType.INT4, ir.DataType.INT2)
 # the nodes that may stand between the codes of a weight and its layer: they unpack constants
 _UNPACKING = frozenset(
-    {"Cast", "DequantizeLinear", "Mul", "Sub", "Gather", "Reshape", "Slice", "BitwiseOr", "Transpose"}
+    {"Cast", "DequantizeLinear", "Mul", "Sub", "Gather", "Reshape", "Slice", "BitwiseOr", "Transpose", "Expand"}
 )
 
 
@@ -92,7 +92,9 @@ def _fault(node: ir.Node, layer: Layer, solved: Solved) -> str:
     weight = node.inputs[index]
     solution = solved.solutions[layer.name].weight
     container, planes = solved.plan.container(layer, solved.plan.bits[layer.name])
-    codes = [v for v in _constants_behind(weight) if str(v.name).startswith(f"{layer.weight}.codes")]
+    table = solved.table_of(layer)
+    stored_as = layer if table is None else table
+    codes = [v for v in _constants_behind(weight) if str(v.name).startswith(f"{stored_as.weight}.codes")]
     types = {v.dtype for v in codes}
     wanted = ir.DataType.UINT8 if planes else ir.DataType[container]
     if len(codes) != max(1, len(planes)) or types != {wanted}:
@@ -102,7 +104,9 @@ def _fault(node: ir.Node, layer: Layer, solved: Solved) -> str:
     if form in (WeightForm.INTEGER, WeightForm.BLOCKED) and (last is None or last.op_type != "DequantizeLinear"):
         return "does not read its weight from a DequantizeLinear"
     numbers = graphs.constant(codes[0])
-    if not planes and (numbers is None or not _same_codes(numbers, last, layer, form, solution)):
+    if not planes and (
+        numbers is None or not _same_codes(numbers, last, stored_as, solved.plan.form(stored_as), solution)
+    ):
         return "reads other codes than were solved for"
     if form is WeightForm.INTEGER and not _dequantized(node.inputs[layer.kind.input_index]):
         return "reads an input that is not quantized"

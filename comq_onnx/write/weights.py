@@ -160,6 +160,9 @@ def _dequantize_blocks(
     The one scale of a channel is repeated for every block: the same weight, in the form that becomes MatMulNBits. Where
     the opset or the target has no blocks, there is a scale per channel.
     """
+    table = solved.table_of(layer)
+    if table is not None:
+        return _dequantize_table(model, node, layer, table, weight, solved)
     inputs, grid = weight.codes.shape[-1], weight.grid
     block = grid.block_size or solved.plan.target.block_of(inputs, grid.bits)
     stored = _codes(model, layer, weight.codes[0].T, solved)
@@ -180,6 +183,37 @@ def _dequantize_blocks(
         parts.append(_block_part(model, node, layer, stored, "zero_point", pack(zero, container)))
     attributes = {"axis": 0, "block_size": block}
     return graphs.insert(node, "DequantizeLinear", parts, attributes, f"{layer.name}.weight")
+
+
+def _dequantize_table(
+    model: ir.Model, node: ir.Node, layer: Layer, table: Layer, weight: QuantizedWeight, solved: Solved
+) -> ir.Value:
+    """Write the weight [in, out] of a weight-only MatMul from the codes of an embedding, [out, in], and its scales.
+
+    ONNX Runtime transposes them when it loads the model, and makes the same MatMulNBits of the result.
+    """
+    graph, (outputs, inputs) = model.graph, weight.codes.shape[1:]
+    block = solved.plan.target.block_of(inputs, weight.grid.bits)
+    assert block is not None
+    codes = _codes(model, table, weight.codes[0], solved)
+    packed = codes.dtype == ir.DataType.INT4
+    if packed:
+        codes = graphs.insert(node, "Cast", [codes], {"to": ir.DataType.INT8}, f"{layer.name}.int8")
+    codes = graphs.insert(
+        node, "Transpose", [codes], {"perm": [1, 0]}, f"{layer.name}.turned" if packed else f"{layer.name}.codes"
+    )
+    if packed:
+        codes = graphs.insert(node, "Cast", [codes], {"to": ir.DataType.INT4}, f"{layer.name}.codes")
+    codes.type, codes.shape = (
+        ir.TensorType(ir.DataType.INT4 if packed else ir.DataType.INT8),
+        ir.Shape((inputs, outputs)),
+    )
+    row = shared_constant(graph, f"{table.name}.scale", weight.scale[0])
+    row = graphs.insert(node, "Transpose", [row], {"perm": [1, 0]}, f"{layer.name}.row_scale")
+    shape = graphs.add_initializer(graph, f"{layer.name}.scale_shape", np.array([-(-inputs // block), outputs]))
+    scale = graphs.insert(node, "Expand", [row, shape], {}, f"{layer.name}.scale")
+    attributes = {"axis": 0, "block_size": block}
+    return graphs.insert(node, "DequantizeLinear", [codes, scale], attributes, f"{layer.name}.weight")
 
 
 def _block_part(model: ir.Model, node: ir.Node, layer: Layer, codes: ir.Value, part: str, numbers: Numbers) -> ir.Value:
@@ -271,7 +305,7 @@ def _emit_gather(model: ir.Model, node: ir.Node, layer: Layer, weight: Quantized
     """Replace an embedding by Gathers of codes, zero points and scales, and their product."""
     indices = node.inputs[1]
     codes = _codes(model, layer, weight.codes[0], solved)
-    scale = graphs.add_initializer(model.graph, f"{layer.name}.scale", weight.scale[0])
+    scale = shared_constant(model.graph, f"{layer.name}.scale", weight.scale[0])
     attributes = {"axis": 0}
     if solved.plan.target.unpack != "Cast":
         table = _as_float(model, node, codes, solved.plan.target.unpack, f"{layer.name}.float")

@@ -188,6 +188,7 @@ CASES: list[tuple[Setup, Sequence[str], int, str]] = [
      "d/b.npz: 'x' has samples of (31,), a.npz of (32,); pad them to one shape"),
     (samples(y=X), RUN, 4, "s.npz: arrays 'y'; the model has inputs 'x': name each array like its input"),
     (samples(x=X[:0]), RUN, 4, "s.npz: 'x' holds no samples"),
+    (samples(x=np.float32(1)), RUN, 4, "s.npz: 'x' is a single number; give an array with an axis of samples"),
     (samples(x=normal(20)), RUN, 4, "s.npz: 'x' has shape (20,); expected [n, 32] or [n, ?, 32], samples first"),
     (samples(x=normal(20, 31)), RUN, 4,
      "s.npz: 'x' has shape (20, 31); expected [n, 32] or [n, ?, 32], samples first"),

@@ -175,6 +175,8 @@ CASES: list[tuple[str, Act]] = [
     ("~/a.npz: cannot be read as numpy arrays without pickles (...)", file("a.npz", b"no", VECTOR)),
     ("~/a.npy: one array for 2 inputs (a, b); use an .npz with these names", file("a.npy", normal(8, 4), TWO)),
     ("~/a.npz: ... GB of arrays when unpacked, and ... GB of memory are free; give fewer samples", unpacking_to_much),
+    ("~/a.npz: 'x' is a single number; give an array with an axis of samples",
+     file("a.npz", {"x": np.float32(1)}, VECTOR)),
     ("~/b.npz: has arrays ['y'], a.npz has ['x']",
      files(VECTOR, a_npz={"x": normal(4, 32)}, b_npz={"y": normal(4, 32)})),
     ("~/b.npy: 'x' has samples of (31,), a.npy of (32,); pad them to one shape",

@@ -99,7 +99,8 @@ def test_feeds_whose_batch_is_anywhere_are_complete_feeds() -> None:
     inputs = [an_input(None, 4, name="a"), an_input(2, None, 3, name="state"), an_input(name="rate", dtype=np.int64)]
     feeds = [{"a": normal(1, 4), "state": normal(2, 1, 3), "rate": np.int64(8000)} for _ in range(6)]
     made = load_samples(feeds, inputs)
-    assert made.per_item == {"a", "state", "rate"}
+    assert made.per_item == {"a", "state"}
+    assert made.shared == {"rate"}
     assert made.arrays["state"].shape == (6, 2, 1, 3)
 
 

@@ -37,8 +37,9 @@ from comq_onnx.write.emit import emit
 from comq_onnx.write.expose import expose, exposed
 
 # the most samples that give the moments, and the most others on which layers are quantized one by one: of all samples
-# no more than one in PERTURBED_SHARE
-SURVEYED, PERTURBED, PERTURBED_SHARE = 64, 8, 8
+# no more than one in PERTURBED_SHARE, and no more than LEAST_PERTURBED where all layers on them would take longer than
+# two passes of all samples
+SURVEYED, PERTURBED, PERTURBED_SHARE, LEAST_PERTURBED = 64, 8, 8, 4
 # one in so many positions gives moments: they only serve to compare errors
 FEWER_POSITIONS = 4
 # the number of channels of a layer, and of rows of an embedding, whose errors are measured
@@ -117,7 +118,7 @@ def survey(plan: Plan, data: Dataset, context: Context, widths: Sequence[int] = 
     widths: the numbers of bits at which errors are measured, REFERENCE_BITS among them
     """
     plan = plan.with_bits({layer.name: REFERENCE_BITS for layer in plan.layers}, context.options)
-    surveyed, perturbed = _split(data.calibration)
+    surveyed, perturbed = _split(data.calibration, len(_groups(plan)))
     try:
         solved, sampled = _own_errors(plan, replace(data, calibration=surveyed), context, widths)
     except SamplesError:  # these samples may not take every branch that some sample takes
@@ -294,11 +295,15 @@ def _floats(outputs: Tensors) -> Tensors:
     return {name: x for name, x in outputs.items() if isinstance(x, np.ndarray) and x.dtype.kind == "f"}
 
 
-def _split(samples: Samples) -> tuple[Samples, Samples]:
-    """Split samples into those for the moments and those for the perturbations, each evenly spread."""
+def _split(samples: Samples, groups: int) -> tuple[Samples, Samples]:
+    """Split samples into those for the moments and those for the perturbations, each evenly spread.
+
+    groups: how many perturbations there are
+    """
     unit = samples.fixed_batch or 1
     batches = len(samples) // unit
-    few = max(1, min(PERTURBED // unit, batches // PERTURBED_SHARE))
+    most = min(PERTURBED, max(LEAST_PERTURBED, 2 * len(samples) // max(groups, 1)))
+    few = max(1, min(most // unit, batches // PERTURBED_SHARE))
     picked = spread_indices(batches, few)
     rest = np.setdiff1d(np.arange(batches), picked)
     # a single batch is used for both

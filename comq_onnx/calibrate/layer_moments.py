@@ -20,9 +20,11 @@ from comq_onnx.samples.padding import Mask, has_positions
 from comq_onnx.solve import moments
 from comq_onnx.solve.moments import Moments, MomentSums, chunks, halves
 
-# More input positions than these do not change a solution: so many for each input of an output channel, and at least
-# the first number. Beyond them positions are drawn at random, the same share of each batch.
-LEAST_POSITIONS, POSITIONS_PER_INPUT = 4_096, 64
+# More input positions than these do not change a solution: so many for each input of an output channel, between two
+# bounds, and at least the second number for each input. Beyond them positions are drawn at random, the same share of
+# each batch.
+LEAST_POSITIONS, MOST_POSITIONS = 4_096, 16_384
+ENOUGH_PER_INPUT, POSITIONS_PER_INPUT = 64, 12
 # in the same time a Gram of patches takes at least so many times as many positions (see patches.py)
 PATCHES_GAIN = 2
 # moments are summed over so many samples at a time (fewer where those take more than CHUNK_BYTES), whatever the batch
@@ -168,7 +170,8 @@ def _draw(given: LayerInput, store: Host, fewer: int) -> _Drawn:
 
 def enough_positions(kind: OpKind, fewer: int) -> int:
     """Return how many positions are enough for a layer; fewer: the number is divided by this."""
-    return max(LEAST_POSITIONS, POSITIONS_PER_INPUT * kind.inputs) // fewer
+    enough = min(ENOUGH_PER_INPUT * kind.inputs, MOST_POSITIONS)
+    return max(enough, LEAST_POSITIONS, POSITIONS_PER_INPUT * kind.inputs) // fewer
 
 
 def _kept_positions(layer: Layer, batch: Any, kept: Mask | None) -> Indices | None:

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import io
 import os
+import os
 import re
 import threading
 import time
@@ -349,6 +350,11 @@ def _product() -> bytes:
     return bytes(onnx.parser.parse_model(text).SerializeToString())
 
 
+def cores() -> int:
+    """Count the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _session_options(
     device: str,
     threads: int,
@@ -361,7 +367,10 @@ def _session_options(
     runtime = require()
     options = runtime.SessionOptions()
     options.log_severity_level = 4
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = threads or cores()
+    if threads == 0:
+        # threads that wait for work in a loop take the time of those that have some
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # the arena would keep what the largest segment needed until the session ends
     options.enable_cpu_mem_arena = False
     if float_matmul_nbits:

@@ -165,7 +165,8 @@ def test_an_image_is_never_in_both_halves(tmp_path: Path, monkeypatch: pytest.Mo
 def test_beyond_a_number_of_positions_they_are_drawn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, solved: Solved
 ) -> None:
-    monkeypatch.setattr(layer_moments, "LEAST_POSITIONS", 100)
+    for limit in ("LEAST_POSITIONS", "MOST_POSITIONS"):
+        monkeypatch.setattr(layer_moments, limit, 100)
     monkeypatch.setattr(layer_moments, "POSITIONS_PER_INPUT", 1)
     quantize(attention(), tmp_path / "q.onnx")
     for statistics in solved.on.values():

@@ -47,6 +47,7 @@ def test_the_batch_size_changes_no_byte(
 ) -> None:
     if limit == "LEAST_POSITIONS":  # positions are drawn, too
         monkeypatch.setattr(layer_moments, "LEAST_POSITIONS", 100)
+        monkeypatch.setattr(layer_moments, "MOST_POSITIONS", 100)
         monkeypatch.setattr(layer_moments, "POSITIONS_PER_INPUT", 1)
     if limit == "CHUNK_BYTES":  # a few samples at a time are summed over
         monkeypatch.setattr(moments, "CHUNK_BYTES", 4000)

@@ -319,7 +319,8 @@ def test_leaving_out_padding_is_better_for_what_counts(tmp_path: Path, monkeypat
 def test_positions_are_drawn_among_those_that_are_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, solved: Solved
 ) -> None:
-    monkeypatch.setattr(calibrate, "LEAST_POSITIONS", 64)
+    for limit in ("LEAST_POSITIONS", "MOST_POSITIONS"):
+        monkeypatch.setattr(calibrate, limit, 64)
     monkeypatch.setattr(calibrate, "POSITIONS_PER_INPUT", 1)
     model, samples = with_garbage(tokens()), sentences(pad=GARBAGE)
     report = quantize(model, tmp_path / "q.onnx", samples)

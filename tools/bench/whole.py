@@ -5,7 +5,8 @@
 
 Every run is a process of its own with one thread, in turn with the others, and each figure is the median of the rounds.
 The limit is what no calibration can do without: two passes of the float model over all samples by ONNX Runtime, and the
-products of the Gram matrices and of the solver at the rate of a large float32 product measured in the same run. CPU seconds on a busy machine grow with what else runs; ratios to static quantization hold.
+products of the Gram matrices and of the solver at the rate of a large float32 product measured in the same run. CPU
+seconds on a busy machine grow with what else runs; ratios to static quantization hold.
 """
 
 from __future__ import annotations
@@ -30,10 +31,9 @@ from comq_onnx.samples.load import load_samples
 from comq_onnx.samples.samples import Samples
 
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
-# of each layer: x^ x^T and x^ e^T over its positions, the Gram half; and the solver's share of sweeps and roundings
-GRAMS, SOLVER = 1.5, 8
-# moments are made of so many positions for each input of a layer, at most
-POSITIONS_PER_INPUT = 64
+# of each layer: x^ x^T, half of which is enough, and x^ e^T; sweeps and roundings of the solver; and the fewest positions
+# for each input with which a Gram matrix can have full rank and some to spare
+GRAMS, SOLVER, POSITIONS_PER_INPUT = 1.5, 8, 4
 BATCH = 16
 
 
@@ -99,9 +99,9 @@ def limit(folder: Path, layers: list[dict[str, Any]]) -> float:
     passes = 2 * (time.process_time() - start)
     flops = 0.0
     for layer in layers:
-        out, *rest = layer["shape"]
-        inputs = int(np.prod(rest)) if len(rest) else 1
-        flops += GRAMS * 2 * POSITIONS_PER_INPUT * inputs**3 + SOLVER * 2 * out * inputs**2
+        shape = layer["weight_shape"]
+        inputs = shape[0] if layer["op"] == "MatMul" else int(np.prod(shape[1:]))
+        flops += GRAMS * 2 * POSITIONS_PER_INPUT * inputs**3 + SOLVER * 2 * int(np.prod(shape)) * inputs
     return passes + flops / sgemm_rate()
 
 

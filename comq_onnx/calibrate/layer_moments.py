@@ -23,7 +23,7 @@ from comq_onnx.solve.moments import Moments, MomentSums, chunks, halves
 # More input positions than these do not change a solution: so many for each input of an output channel, between two
 # bounds, and at least the second number for each input. Beyond them positions are drawn at random, the same share of
 # each batch.
-LEAST_POSITIONS, MOST_POSITIONS = 4_096, 16_384
+LEAST_POSITIONS, MOST_POSITIONS = 2_048, 16_384
 ENOUGH_PER_INPUT, POSITIONS_PER_INPUT = 64, 12
 # in the same time a Gram of patches takes at least so many times as many positions (see patches.py)
 PATCHES_GAIN = 2

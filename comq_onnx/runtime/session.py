@@ -6,7 +6,6 @@ import contextlib
 import functools
 import io
 import os
-import os
 import re
 import threading
 import time

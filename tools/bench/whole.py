@@ -3,7 +3,7 @@
     python tools/zoo/export.py zoo --only efficientnet_lite0 --only minilm
     python tools/bench/whole.py zoo efficientnet_lite0 minilm
 
-Every run is a process of its own with one thread, in turn with the others, and each figure is the median of the rounds.
+Every run is a process of its own on one core, in turn with the others, and each figure is the median of the rounds.
 The limit is what no calibration can do without: two passes of the float model over all samples by ONNX Runtime, and the
 products of the Gram matrices and of the solver at the rate of a large float32 product measured in the same run. CPU
 seconds on a busy machine grow with what else runs; ratios to static quantization hold.
@@ -31,8 +31,8 @@ from comq_onnx.samples.load import load_samples
 from comq_onnx.samples.samples import Samples
 
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
-# of each layer: x^ x^T, half of which is enough, and x^ e^T; sweeps and roundings of the solver; and the fewest positions
-# for each input with which a Gram matrix can have full rank and some to spare
+# of each layer: x^ x^T, half of which is enough, and x^ e^T; sweeps and roundings of the solver; and the positions for
+# each input with which a Gram matrix has full rank and some to spare
 GRAMS, SOLVER, POSITIONS_PER_INPUT = 1.5, 8, 4
 BATCH = 16
 
@@ -52,8 +52,12 @@ class Run:
 
 
 def measure(command: list[str], report: Path | None = None) -> Run:
-    """Run a command in a process of its own, with one thread."""
-    process = subprocess.Popen(command, env={**os.environ, **ONE_THREAD}, stdout=subprocess.DEVNULL)
+    """Run a command in a process of its own, on one core."""
+    process = subprocess.Popen(
+        command, env={**os.environ, **ONE_THREAD}, stdout=subprocess.DEVNULL,
+        # ONNX Runtime asks for the cores, not for the environment
+        preexec_fn=lambda: os.sched_setaffinity(0, {0}),
+    )  # fmt: skip
     _, status, used = os.wait4(process.pid, 0)
     if status:
         raise click.ClickException(f"{' '.join(command)}: ended with {os.waitstatus_to_exitcode(status)}")

@@ -126,10 +126,13 @@ def _shapes(
     """Return the shapes of the inputs of all layers for one batch, by name; None where the model cannot run on it."""
     whole = join(parts)
     wanted = list(dict.fromkeys(layer.input for layer in whole.layers if layer.input in whole.makes))
+    given = {name: np.shape(array) for name, array in feeds.items()}
+    if not wanted:
+        return given
     model = extract_segment(plan, whole, feeds, wanted)
     session = Session(to_bytes_or_file(model, work, "shapes"), device, level=0, what="the model for its shapes")
     try:
         made = session.run({name: feeds[name] for name in whole.reads}, wanted)
     except RuntimeFailure:
         return None
-    return {name: np.shape(array) for name, array in {**feeds, **made}.items()}
+    return given | {name: np.shape(array) for name, array in made.items()}

@@ -18,13 +18,14 @@ from comq_onnx.calibrate.leading import divide, samples_needed, spread
 from comq_onnx.calibrate.walk import walk
 from comq_onnx.model.layers import calibrated
 from comq_onnx.samples.samples import Samples
-from models import cnn, mlp, samples_for
+from models import build, cnn, mlp, samples_for, weight
 
 
 @pytest.fixture
 def tiers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leading, "TIERS", (8, 16))
     monkeypatch.setattr(layer_moments, "LEAST_POSITIONS", 300)
+    monkeypatch.setattr(layer_moments, "MOST_POSITIONS", 300)
     monkeypatch.setattr(layer_moments, "POSITIONS_PER_INPUT", 1)
 
 
@@ -61,6 +62,16 @@ def test_a_stage_needs_fewer_samples_the_more_positions_each_has(tmp_path: Path)
     assert needed(tmp_path, cnn(size=8)) == {"stem": 35, "depthwise": 35, "point": 35, "head": 35}
     # no convolution
     assert set(needed(tmp_path, mlp()).values()) == {35}
+
+
+def test_what_reads_the_input_of_the_graph_needs_no_run_to_be_known(tmp_path: Path) -> None:
+    model = build(
+        """g (float[batch, 3, 32, 32] x) => (float[batch, 16, 30, 30] y) {
+            [only] y = Conv <kernel_shape = [3, 3]> (x, w)
+        }""",
+        {"w": weight(16, 3, 3, 3, fan=27)},
+    )
+    assert needed(tmp_path, model, count=80) == {"only": 32}
 
 
 @pytest.mark.usefixtures("tiers")

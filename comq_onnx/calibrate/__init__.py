@@ -8,6 +8,7 @@ leading: how many samples each stage needs, and their groups
 passage: take a group of samples from cut to cut, in float and quantized
 cut_tensors: keep the tensors between two stages
 layer_moments: sum the moments of a layer's input
+shared_weights: the moments of all inputs of a weight that several layers share
 layer_solver: solve the layers of a stage, each weight once
 observed_ranges: gather the ranges of activations, and make grids of them
 integer_loss: take layers out of integers whose activations alone make noise of the outputs

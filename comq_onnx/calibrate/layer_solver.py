@@ -11,8 +11,8 @@ from comq_onnx.calibrate.finite import finite_weight
 from comq_onnx.model.layers import Layer
 from comq_onnx.plan.plan import Plan
 from comq_onnx.solve.grid import Array
-from comq_onnx.solve.layer import Method, Solution, error_db, round_rows, solve_together
-from comq_onnx.solve.moments import Moments
+from comq_onnx.solve.layer import Method, Solution, error_db, judge, round_rows, solve_together
+from comq_onnx.solve.moments import Moments, pooled
 
 logger = logging.getLogger(__name__)
 
@@ -57,29 +57,35 @@ class LayerSolver:
     def round_unreached(self) -> None:
         """Give layers that the samples do not reach the solution of one with the same weight, or round them."""
         for layer in self._plan.layers:
-            if layer.name not in self.solutions and not self._reuse_solution(layer):
+            if layer.name not in self.solutions and not self._reuse_solution(layer, None):
                 self._keep(layer, round_rows(finite_weight(self._plan.written, layer), self._plan.grids[layer.name]))
 
-    def solve(self, readers: Sequence[Layer], moments: Moments, tell: Callable[[], None]) -> float:
+    def solve(
+        self, readers: Sequence[Layer], moments: Moments, others: Sequence[Moments], tell: Callable[[], None]
+    ) -> float:
         """Solve layers that read the same rows. Returns the seconds that it took.
 
         moments: those of the rows
+        others: those of other rows that layers with the same weights read
         tell: called after each solution
         """
         total = 0.0
-        for together in self._alike(readers):
+        for together in self._alike(readers, moments):
             start = time.perf_counter()
-            self._solve_together(together, moments)
+            self._solve_together(together, pooled([moments, *others]) if others else moments)
+            if others:
+                for layer in together:
+                    self._reuse_solution(layer, moments)
             spent = time.perf_counter() - start
             total += spent
             self.seconds |= {layer.name: spent / len(together) for layer in together}
             tell()
         for layer in readers:
             if layer.name not in self.solutions:
-                self._reuse_solution(layer)
+                self._reuse_solution(layer, moments)
         return total
 
-    def _alike(self, readers: Sequence[Layer]) -> list[list[Layer]]:
+    def _alike(self, readers: Sequence[Layer], moments: Moments) -> list[list[Layer]]:
         """Group layers of one input that are solved as one: their outputs are more channels of the same problem.
 
         Each weight is in one group only: other layers that share it take its codes afterwards.
@@ -88,19 +94,26 @@ class LayerSolver:
         begun = set()
         for layer in readers:
             grid = self._plan.grids[layer.name]
-            if self._reuse_solution(layer) or self._weight_key(layer) in begun:
+            if self._reuse_solution(layer, moments) or self.weight_key(layer) in begun:
                 continue
-            begun.add(self._weight_key(layer))
+            begun.add(self.weight_key(layer))
             key = (grid, self._plan.has_bias(layer), layer.name if grid.per_tensor else None)
             alike.setdefault(key, []).append(layer)
         return list(alike.values())
 
-    def _reuse_solution(self, layer: Layer) -> bool:
-        """Copy the solution of a layer with the same weight, which is stored once; False if there is none."""
-        first = self._solved.get(self._weight_key(layer))
+    def _reuse_solution(self, layer: Layer, moments: Moments | None) -> bool:
+        """Take the codes of a layer with the same weight, which is stored once; False if there is none.
+
+        moments: of the rows of this layer, for its own shift and errors; None where they are not known
+        """
+        first = self._solved.get(self.weight_key(layer))
         if first is None:
             return False
-        self.solutions[layer.name] = replace(self.solutions[first], shift=None)
+        solution = replace(self.solutions[first], shift=None)
+        if moments is not None:
+            weight = finite_weight(self._plan.walked, layer)
+            solution = judge(weight, moments, solution.weight, self._method, self._plan.has_bias(layer))
+        self.solutions[layer.name] = solution
         return True
 
     def _solve_together(self, together: Sequence[Layer], moments: Moments) -> None:
@@ -120,8 +133,8 @@ class LayerSolver:
     def _keep(self, layer: Layer, solution: Solution) -> None:
         """Keep the solution of a layer, also for others with the same weight."""
         self.solutions[layer.name] = solution
-        self._solved.setdefault(self._weight_key(layer), layer.name)
+        self._solved.setdefault(self.weight_key(layer), layer.name)
 
-    def _weight_key(self, layer: Layer) -> tuple[object, ...]:
+    def weight_key(self, layer: Layer) -> tuple[object, ...]:
         """Return what layers with the same codes have in common."""
         return layer.weight, layer.kind, self._plan.grids[layer.name]

@@ -24,6 +24,7 @@ from comq_onnx.calibrate.leading import Tensors, divide, samples_needed
 from comq_onnx.calibrate.observed_ranges import ActivationRanges
 from comq_onnx.calibrate.passage import Passage, Way
 from comq_onnx.calibrate.recurrent_rows import with_rows
+from comq_onnx.calibrate.shared_weights import float_moments, later_readers
 from comq_onnx.calibrate.stages import Stage
 from comq_onnx.context import Context
 from comq_onnx.errors import ModelError
@@ -80,6 +81,9 @@ class _Walk:
         way = Way(plan, store, context.device, work, options.independent, self._ranges.observe, self._count_samples)
         inputs = [str(v.name) for v in plan.walked.model.graph.inputs]
         self._passages = [Passage(way, group, group.inputs(inputs), group.inputs(inputs)) for group in groups]
+        self._later = later_readers(self._parts, self._solver.weight_key)
+        with context.journal.timed("calibrate"):
+            self._others = float_moments(way, self._parts, groups, self._later, options.seed, self._refuse)
 
     def run(self) -> Solved:
         """Solve one stage after the other."""
@@ -130,7 +134,7 @@ class _Walk:
     def _solve(self, layers: Sequence[Layer], x: Mapping[str, Any], x_hat: Mapping[str, Any]) -> None:
         """Solve layers; x, x_hat: their inputs in the float model and in the one quantized so far, by name."""
         for readers, moments in self._moments(layers, x, x_hat):
-            spent = self._solver.solve(readers, moments, self._tell)
+            spent = self._solver.solve(readers, moments, self._others.get(readers[0].name, []), self._tell)
             seconds = self._context.journal.seconds
             seconds["solve"] = seconds.get("solve", 0.0) + spent
 
@@ -138,11 +142,14 @@ class _Walk:
         self, layers: Sequence[Layer], x: Mapping[str, Any], x_hat: Mapping[str, Any]
     ) -> Iterator[tuple[list[Layer], Moments]]:
         """Yield each group of layers that read the same rows, with the moments of those rows."""
-        sharing: dict[tuple[str, bool, object], list[Layer]] = {}
+        sharing: dict[tuple[object, ...], list[Layer]] = {}
         for layer in layers:
             source = self._plan.probes.get(layer.name, layer.input)
-            sharing.setdefault((source, self._plan.is_integer(layer), layer.kind.rows_key()), []).append(layer)
-        for (source, *_), group in sharing.items():
+            others = tuple((x.input, x.kind.rows_key()) for x in self._later.get(layer.name, ()))
+            key = (source, self._plan.is_integer(layer), layer.kind.rows_key(), others)
+            sharing.setdefault(key, []).append(layer)
+        for group in sharing.values():
+            source = self._plan.probes.get(group[0].name, group[0].input)
             with self._context.journal.timed("calibrate"):
                 moments = self._input_moments(group[0], x[source], x_hat[source])
             yield group, moments
@@ -167,6 +174,10 @@ class _Walk:
             return out_of_range(array, layer.input, i, given.counts, self._samples, self._plan.walked.layers)
 
         return input_moments(given, self._store, options.seed, refuse, self._fewer)
+
+    def _refuse(self, layer: Layer, array: Any, batch: int) -> ModelError:
+        """Return the error for an input of a layer whose numbers are not finite or too large."""
+        return self._out_of_range(layer.input, array, batch)
 
     def _out_of_range(self, name: str, array: Any, batch: int) -> ModelError:
         """Return the error for an array of the value `name` whose numbers are not finite or too large."""

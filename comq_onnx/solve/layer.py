@@ -25,7 +25,7 @@ Shapes: weight [groups, out, in]; gram [groups, in, in].
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -137,6 +137,18 @@ def errors_at(
     """Return the relative error of the solution of a weight [groups, out, in] on each grid."""
     centred = moments.centred()
     return [_solve([weight], moments, centred, grid, method, has_bias)[0].error for grid in grids]
+
+
+def judge(weight: Array, moments: Moments, quantized: QuantizedWeight, method: Method, has_bias: bool) -> Solution:
+    """Return a weight that was quantized on other moments, with the shift and the errors that it has on these."""
+    moments = moments.on_host()
+    errors = OutputError(weight, moments.centred())
+    of_all = np.arange(weight.shape[1])
+    rounded_error, error = errors.of(rtn(weight, quantized.grid)), errors.of(quantized)
+    candidates = _Candidates(quantized, quantized, error, error, errors.energy, moments.count)
+    found = _choose(candidates, of_all, has_bias and method.solver == "comq")
+    energy = max(float(errors.energy.sum()), float(np.finfo(np.float64).tiny))
+    return replace(found, rtn_error=float((rounded_error[0] + rounded_error[1] ** 2).sum()) / energy)
 
 
 def round_rows(weight: Array, grid: Grid) -> Solution:

@@ -7,7 +7,7 @@ float32 (never TF32), sums of them float64, on the device that the rows are on.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -128,6 +128,22 @@ class Moments:
             if_known(self.cross, first.cross), None, if_known(self.mean_error, first.mean_error),
         )  # fmt: skip
         return replace(first, residue=None), second
+
+
+def pooled(parts: Sequence[Moments]) -> Moments:
+    """Return the moments of all positions of several inputs, as of one weight that multiplies all of them."""
+    total = sum(part.count for part in parts)
+
+    def mean(name: str) -> Any:
+        shares = [(getattr(part, name), part.count / total) for part in parts]
+        # where x^ is x, there is no error
+        known = [matrix * share for matrix, share in shares if matrix is not None]
+        return sum(known[1:], known[0]) if known else None
+
+    halves = [part.half for part in parts if part.half is not None]
+    half = pooled(halves) if len(halves) == len(parts) else None
+    names = ("cross", "residue", "mean_error")
+    return Moments(mean("gram"), mean("mean"), total, half=half, **{name: mean(name) for name in names})
 
 
 def _centre(moment: Matrix, left: Matrix, right: Matrix, a: Matrix, b: Matrix) -> Matrix:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from layers import QUICK, Case, cases, rows
 
 from comq_onnx.solve import moments as module
-from comq_onnx.solve.moments import STRETCHES, Moments, MomentSums, chunks, halves
+from comq_onnx.solve.moments import STRETCHES, Moments, MomentSums, chunks, halves, pooled
 from models import normal
 
 
@@ -196,3 +196,26 @@ def test_where_one_half_is_empty_there_are_no_halves(kind: Kind, half: int) -> N
     assert found.count == 9
     assert found.half is None
     assert found.cross is found.residue is found.mean_error is None
+
+
+def test_pooled_moments_are_those_of_all_rows() -> None:
+    rng = np.random.default_rng(3)
+    x = rng.standard_normal((2, 90, 5), np.float32)
+    x_hat = x[:1] + 0.1 * rng.standard_normal((1, 90, 5), np.float32)
+    rows = [(x[:1], x_hat), (x[1:], None)]
+    parts, everything = [], MomentSums()
+    for float_rows, hat in rows:
+        own = MomentSums()
+        for half, positions in ((0, slice(0, 40)), (1, slice(40, 90))):
+            some = float_rows[:, positions], None if hat is None else hat[:, positions]
+            own.add(*some, half)
+            everything.add(some[0], some[0] if hat is None else some[1], half)
+        parts.append(own.moments())
+    found, expected = pooled(parts), everything.moments()
+    assert found.count == expected.count == 180
+    for one, other in ((found, expected), (found.half, expected.half)):
+        assert one is not None
+        assert other is not None
+        for name in ("gram", "mean", "cross", "residue", "mean_error"):
+            if name != "residue" or one is found:
+                np.testing.assert_allclose(getattr(one, name), getattr(other, name), rtol=1e-5, atol=1e-6)

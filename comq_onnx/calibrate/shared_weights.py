@@ -19,8 +19,9 @@ from comq_onnx.errors import ModelError
 from comq_onnx.model.layers import Layer
 from comq_onnx.solve.moments import Moments
 
-# makes the error for an array of a layer's input whose numbers are not finite or too large, from its place
-Refuse = Callable[[Layer, Any, int], ModelError]
+# makes the error for an array of a layer's input whose numbers are not finite or too large, from how many samples each
+# array holds, the array and its place
+Refuse = Callable[[Layer, Sequence[int], Any, int], ModelError]
 
 
 def later_readers(parts: Sequence[Stage], key: Callable[[Layer], Hashable]) -> dict[str, list[Layer]]:
@@ -66,5 +67,5 @@ def float_moments(
     for layer in layers:
         arrays = {**inputs, **x}[layer.input]
         given = in_groups(LayerInput(layer, arrays, arrays, None, counts, masks), way.store)
-        found[layer.name] = input_moments(given, way.store, seed, partial(refuse, layer))
+        found[layer.name] = input_moments(given, way.store, seed, partial(refuse, layer, given.counts))
     return {name: [found[layer.name] for layer in some] for name, some in readers.items()}

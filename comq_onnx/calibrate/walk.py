@@ -13,6 +13,7 @@ ahead, because the ranges of activations are those of all samples, and quantized
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -170,14 +171,16 @@ class _Walk:
             self._store,
         )  # fmt: skip
 
-        def refuse(array: Any, i: int) -> ModelError:
-            return out_of_range(array, layer.input, i, given.counts, self._samples, self._plan.walked.layers)
-
+        refuse = partial(self._refuse, layer, given.counts)
         return input_moments(given, self._store, options.seed, refuse, self._fewer)
 
-    def _refuse(self, layer: Layer, array: Any, batch: int) -> ModelError:
-        """Return the error for an input of a layer whose numbers are not finite or too large."""
-        return self._out_of_range(layer.input, array, batch)
+    def _refuse(self, layer: Layer, counts: Sequence[int], array: Any, i: int) -> ModelError:
+        """Return the error for an input of a layer whose numbers are not finite or too large.
+
+        counts: how many samples each of its arrays holds
+        i: which of them it is
+        """
+        return out_of_range(array, layer.input, i, counts, self._samples, self._plan.walked.layers)
 
     def _out_of_range(self, name: str, array: Any, batch: int) -> ModelError:
         """Return the error for an array of the value `name` whose numbers are not finite or too large."""

@@ -122,6 +122,14 @@ def total(x: Any, axis: int) -> Any:
     return x.sum(dim=axis, dtype=torch.float64)
 
 
+def power(x: Any) -> float:
+    """Return the sum of squares of all numbers."""
+    if is_tensor(x):
+        return float((x * x).sum())
+    flat = x.ravel(order="K")
+    return float(np.dot(flat, flat))
+
+
 def on_host(x: Any) -> Any:
     """Return the numbers of a tensor as a numpy array; anything else stays as it is."""
     return x.detach().cpu().numpy() if is_tensor(x) else x

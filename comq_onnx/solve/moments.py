@@ -24,7 +24,7 @@ Matrix = npt.NDArray[np.float64]
 CHUNK_BYTES = 1 << 26
 # numbers of a matrix that are centred at once
 CENTRED_NUMBERS = 1 << 18
-# the residue only measures a solution: of the rows that are added at once so many are enough for it
+# the residue only measures a solution: of the rows that are added at once so many are enough for its shape
 RESIDUE_ROWS = 512
 # the positions are dealt to two halves for cross-validation in so many stretches
 STRETCHES = 16
@@ -40,7 +40,7 @@ class Moments:
     mean: E[x^], [groups, in]
     count: how many input positions were seen
     cross: E[x^ e^T], [groups, in, in]; None where x^ is x
-    residue: E[e e^T] over some of the positions, [groups, in, in]; None where x^ is x
+    residue: E[e e^T], its shape from some of the positions, [groups, in, in]; None where x^ is x
     mean_error: E[e], [groups, in]; None where x^ is x
     half: the same moments of one half of the samples, for cross-validation, which needs no residue; None without halves
     """
@@ -244,7 +244,7 @@ class _Sums:
         self._add_to(1, total(hat), count(hat))
         if error is not None:
             self._add_to(2, gram(hat, error), count(error))
-            self._add_to(3, gram(some_error, some_error), count(some_error))
+            self._add_to(3, _scaled(gram, error, some_error), count(error))
             self._add_to(4, total(error), count(error))
 
     def _add_to(self, k: int, part: Any, count: int) -> None:
@@ -269,6 +269,17 @@ class _Sums:
         assert gram is not None
         assert mean is not None
         return Moments(gram, mean, self.count, cross, residue, mean_error)
+
+
+def _scaled(gram: Callable[[Any, Any], Any], error: Any, some_error: Any) -> Any:
+    """Return the sum of e e^T of which some rows tell the shape, and all rows the size.
+
+    Few rows can hold most of the power: without it an error would seem certain that is chance.
+    """
+    power, some_power = arrays.power(error), arrays.power(some_error)
+    if not some_power > 0:
+        return gram(error, error)
+    return gram(some_error, some_error) * (power / some_power)
 
 
 def _some(rows: Any, axis: int, count: int) -> Any:

@@ -44,6 +44,8 @@ METHODS = ("comq", "paper", "gptq", "rtn")
 # the mean of an error is put into the bias where it is so many times what chance makes of it: beside loud samples the
 # outputs of quiet ones would be lost in a shift that is chance
 SIGNIFICANT = 2.0
+# all channels of a layer together must be so many standard deviations beyond chance
+TOGETHER = 3.0
 
 
 @dataclass(frozen=True)
@@ -256,9 +258,15 @@ def _choose(candidates: _Candidates, k: npt.NDArray[np.intp], shifts: bool) -> S
 def _significant(variance: Matrix, offset: Matrix, count: int) -> Matrix:
     """Return the mean errors [groups, out] that are more than chance, and 0 for all others.
 
-    The mean of `count` errors of mean 0 has a variance of variance / count.
+    The mean of `count` errors of mean 0 has a variance of variance / count. Of many channels some are beyond
+    SIGNIFICANT by chance: none count where all together are not. By chance their squares, over those variances, add up
+    to the number of channels, give or take the root of twice that number.
     """
-    return np.where(offset**2 * count > SIGNIFICANT**2 * variance, offset, 0.0)
+    by_chance = np.maximum(variance / count, np.finfo(np.float64).tiny)
+    squares = offset**2 / by_chance
+    if squares.sum() <= squares.size + TOGETHER * np.sqrt(2 * squares.size):
+        return np.zeros_like(offset)
+    return np.where(squares > SIGNIFICANT**2, offset, 0.0)
 
 
 def _select_channels(mask: npt.NDArray[np.bool_], first: QuantizedWeight, second: QuantizedWeight) -> QuantizedWeight:

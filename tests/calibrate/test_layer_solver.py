@@ -65,6 +65,7 @@ def test_layers_solved_as_one_get_each_its_own_error(
     monkeypatch.setattr(smoothing, "candidates", lambda *_: {})
     # means of errors that may be chance go into the bias too
     monkeypatch.setattr(solve_layer, "SIGNIFICANT", 0.0)
+    monkeypatch.setattr(solve_layer, "TOGETHER", -np.inf)
     report = quantize(encoder(), tmp_path / "q.onnx", sentences(), solver=solver, independent=True)
     weights = {t.name: numpy_helper.to_array(t) for t in encoder().graph.initializer}
     written = {t.name: numpy_helper.to_array(t) for t in onnx.load(tmp_path / "q.onnx").graph.initializer}

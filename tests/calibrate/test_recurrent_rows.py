@@ -187,6 +187,7 @@ def test_the_bias_of_each_weight_takes_the_mean_of_its_error(
 ) -> None:
     # also where it may be chance
     monkeypatch.setattr(solve_layer, "SIGNIFICANT", 0.0)
+    monkeypatch.setattr(solve_layer, "TOGETHER", -np.inf)
     source = recurrent(op, **attributes)
     feeds = one_sequence(source)
     written = quantize(source, feeds, bits=2)

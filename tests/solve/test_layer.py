@@ -15,7 +15,7 @@ from layers import ALL, COMQ, EFFORTS, FEWER, METHODS, QUICK, SOLVERS, Case, cas
 
 from comq_onnx.solve.comq import solve_comq, solve_gptq
 from comq_onnx.solve.grid import Grid, fit_mse, round_to_grid, rtn
-from comq_onnx.solve.layer import Method, error_db, round_rows, solve, solve_together
+from comq_onnx.solve.layer import Method, _significant, error_db, round_rows, solve, solve_together
 from comq_onnx.solve.moments import Moments, MomentSums
 from comq_onnx.solve.problem import RIDGE
 
@@ -348,3 +348,16 @@ def test_error_db_is_ten_logarithms() -> None:
     assert error_db(1) == 0
     assert error_db(0.001) == pytest.approx(-30)
     assert error_db(0) == -200
+
+
+def test_means_of_some_channels_that_are_chance_among_many_are_not_carried() -> None:
+    rng = np.random.default_rng(0)
+    count, variance = 400, np.full((1, 200), 4.0)
+    chance = rng.standard_normal((1, 200)) * np.sqrt(variance / count)
+    # one in twenty is beyond two standard errors
+    assert (np.abs(chance) > 2 * np.sqrt(variance / count)).sum() > 4
+    assert not _significant(variance, chance, count).any()
+    real = chance + 0.3
+    assert (_significant(variance, real, count) == np.where(np.abs(real) > 0.2, real, 0)).all()
+    # no variance: what is left is no chance
+    assert _significant(np.zeros((1, 3)), np.array([[0.0, 1e-3, 0.0]]), count)[0, 1] == 1e-3

@@ -262,7 +262,8 @@ def _significant(variance: Matrix, offset: Matrix, count: int) -> Matrix:
     SIGNIFICANT by chance: none count where all together are not. By chance their squares, over those variances, add up
     to the number of channels, give or take the root of twice that number.
     """
-    by_chance = np.maximum(variance / count, np.finfo(np.float64).tiny)
+    # without a variance nothing is chance; a bound keeps the ratio finite
+    by_chance = np.maximum(variance / count, np.maximum(1e-12 * offset**2, np.finfo(np.float64).tiny))
     squares = offset**2 / by_chance
     if squares.sum() <= squares.size + TOGETHER * np.sqrt(2 * squares.size):
         return np.zeros_like(offset)

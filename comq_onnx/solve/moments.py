@@ -183,7 +183,7 @@ class MomentSums:
         hat = rows if rows_hat is None else rows_hat
         error = None if rows_hat is None else rows - rows_hat
         some = None if error is None else _some(error, 1, error.shape[1])
-        self._halves[half].add(hat, error, some, gram, total, lambda part: part.shape[1])
+        self._halves[half].add(hat, error, some, gram, total, rows.shape[1])
 
     def add_patches(self, x: Any, x_hat: Any, kernel: tuple[int, ...], half: int = 0) -> None:
         """Add the rows that are the patches of padded inputs [n, channels, height, width], without building them.
@@ -193,13 +193,10 @@ class MomentSums:
         kernel: height and width of a patch
         half: 0 or 1
         """
-
-        def count(part: Any) -> int:
-            return int(len(part) * (part.shape[2] - kernel[0] + 1) * (part.shape[3] - kernel[1] + 1))
-
+        count = len(x) * (x.shape[2] - kernel[0] + 1) * (x.shape[3] - kernel[1] + 1)
         hat = x if x_hat is None else x_hat
         error = None if x_hat is None else x - x_hat
-        some = None if error is None else _some(error, 0, count(error))
+        some = None if error is None else _some(error, 0, count)
         self._halves[half].add(
             hat, error, some, lambda a, b: patch_gram(a, b, kernel)[None], lambda a: patch_sum(a, kernel)[None], count
         )
@@ -213,19 +210,11 @@ class MomentSums:
 
 
 class _Sums:
-    """Hold the sums over rows of x^ x^T, x^, x^ e^T, e e^T and e; the last three only where x^ is not x.
-
-    counts: how many rows each is a sum over
-    """
+    """Hold the sums over rows of x^ x^T, x^, x^ e^T, e e^T and e; the last three only where x^ is not x."""
 
     def __init__(self) -> None:
-        self.counts = [0] * 5
+        self.count = 0
         self._sums: list[Any] = [None] * 5
-
-    @property
-    def count(self) -> int:
-        """Return how many rows were added."""
-        return self.counts[0]
 
     def add(
         self,
@@ -234,21 +223,21 @@ class _Sums:
         some_error: Any,
         gram: Callable[[Any, Any], Any],
         total: Callable[[Any], Any],
-        count: Callable[[Any], int],
+        count: int,
     ) -> None:
-        """Add rows, given in a form of which `gram` makes products, `total` sums and `count` the number.
+        """Add `count` rows, given in a form of which `gram` makes products and `total` sums.
 
-        some_error: the rows of `error` of which the residue is made
+        some_error: the rows of `error` that give the residue its shape
         """
-        self._add_to(0, gram(hat, hat), count(hat))
-        self._add_to(1, total(hat), count(hat))
+        self._add_to(0, gram(hat, hat))
+        self._add_to(1, total(hat))
         if error is not None:
-            self._add_to(2, gram(hat, error), count(error))
-            self._add_to(3, _scaled(gram, error, some_error), count(error))
-            self._add_to(4, total(error), count(error))
+            self._add_to(2, gram(hat, error))
+            self._add_to(3, _scaled(gram, error, some_error))
+            self._add_to(4, total(error))
+        self.count += count
 
-    def _add_to(self, k: int, part: Any, count: int) -> None:
-        self.counts[k] += count
+    def _add_to(self, k: int, part: Any) -> None:
         if self._sums[k] is None:
             self._sums[k] = arrays.double(part)
         else:
@@ -256,16 +245,14 @@ class _Sums:
 
     def __add__(self, other: _Sums) -> _Sums:
         both = _Sums()
-        both.counts = [a + b for a, b in zip(self.counts, other.counts, strict=True)]
+        both.count = self.count + other.count
         both._sums = [
             a if b is None else b if a is None else a + b for a, b in zip(self._sums, other._sums, strict=True)
         ]
         return both
 
     def means(self) -> Moments:
-        gram, mean, cross, residue, mean_error = (
-            None if s is None else s / n for s, n in zip(self._sums, self.counts, strict=True)
-        )
+        gram, mean, cross, residue, mean_error = (None if s is None else s / self.count for s in self._sums)
         assert gram is not None
         assert mean is not None
         return Moments(gram, mean, self.count, cross, residue, mean_error)

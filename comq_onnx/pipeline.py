@@ -23,7 +23,8 @@ from comq_onnx.model.source import as_path
 from comq_onnx.options.keywords import OptionKeywords
 from comq_onnx.options.options import Options
 from comq_onnx.options.spelling import command_line, differing
-from comq_onnx.plan.faithful import BLOCKS_OPSET, prepare_faithfully
+from comq_onnx.plan.faithful import prepare_faithfully
+from comq_onnx.plan.forms import BLOCKS_OPSET
 from comq_onnx.plan.make import make_plan
 from comq_onnx.plan.plan import Plan
 from comq_onnx.report.build import build_plan_report, build_report

@@ -12,14 +12,13 @@ from comq_onnx.model.prepare import HARDSWISH_OPSET, Unprepared, prepare_model
 from comq_onnx.model.source import read_model
 from comq_onnx.model.unfuse.graph import Unfusing, has_fused
 from comq_onnx.model.unfuse.graph import wanted_opset as unfuse_opset
+from comq_onnx.plan.forms import BLOCKS_OPSET
 from comq_onnx.plan.initial_bits import REFERENCE_BITS
 from comq_onnx.runtime.session import Session
 from comq_onnx.samples.dataset import Dataset
 
 # the SQNR that must remain: float32 sums in another order stay above 90 dB in deep models, half precision above 40
 SAME_DB, SAME_HALF_DB = 60.0, 30.0
-# blocks of a weight-only MatMul, and uint16 activations, came with this opset
-BLOCKS_OPSET = 21
 
 
 def prepare_faithfully(source: FloatModel, data: Dataset, context: Context) -> Prepared:

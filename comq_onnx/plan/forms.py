@@ -14,6 +14,8 @@ from comq_onnx.plan.activations import ActivationPlan
 from comq_onnx.solve.grid import Grid
 from comq_onnx.targets.target import WIDTHS, Target
 
+# blocks of a weight-only MatMul, and uint16 activations, came with this opset
+BLOCKS_OPSET = 21
 # about how many bytes the nodes that join the bit planes of a layer take in a file
 PLANE_NODE_BYTES = 1500
 

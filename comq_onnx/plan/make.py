@@ -14,7 +14,7 @@ from comq_onnx.model.layers import Layer, Prepared
 from comq_onnx.model.probe import probe
 from comq_onnx.plan import integer_gain, smoothing
 from comq_onnx.plan.activations import ActivationPlan, plan_activations, plan_between_pairs
-from comq_onnx.plan.faithful import BLOCKS_OPSET
+from comq_onnx.plan.forms import BLOCKS_OPSET
 from comq_onnx.plan.initial_bits import fill_containers, initial_bits
 from comq_onnx.plan.plan import Bits, Plan
 from comq_onnx.plan.subgraphs import Specialized, specialize

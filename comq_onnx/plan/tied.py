@@ -15,13 +15,13 @@ import numpy.typing as npt
 from comq_onnx.context import Context
 from comq_onnx.model.layers import Layer, Prepared, compile_pattern
 from comq_onnx.options.options import Options
-from comq_onnx.plan.forms import WeightForm, form_of
+from comq_onnx.plan.forms import BLOCKS_OPSET, WeightForm, form_of
 from comq_onnx.plan.plan import Plan
 from comq_onnx.plan.solved import Solved
 from comq_onnx.solve.grid import QuantizedWeight
 
-# the opset that the blocks of a product need, and the most bits whose container ONNX Runtime cannot transpose
-BLOCKS_OPSET, UNTRANSPOSED_BITS = 21, 2
+# the most bits whose container ONNX Runtime cannot transpose
+UNTRANSPOSED_BITS = 2
 # rows of a table that are looked at together
 ROWS = 4096
 

@@ -19,17 +19,17 @@ TOLERATED_GROWTH = 16_384
 def check_smaller(emitted: Emitted, size: int, source: FloatModel, context: Context) -> None:
     """Compare the bytes of a written model, `size`, with those of its source.
 
-    Warns where it is a little larger. Raises ModelError where it is larger by more.
+    Warns where it is no smaller, or a little larger. Raises ModelError where it is larger by more.
     """
     growth = size - source.file.size
-    if growth <= 0:
+    if growth < 0:
         return
     sizes = f"({size:,} bytes, not {source.file.size:,})"
     layers, stored = emitted.solved.plan.layers, sum(emitted.stored_bytes.values())
     if growth <= TOLERATED_GROWTH:
         before = sum(math.prod(layer.weight_shape) for layer in layers) * (2 if source.is_half else 4)
         context.journal.warnings.append(
-            f"the quantized model is larger than its source {sizes}: {before:,} bytes of weights became {stored:,}, "
+            f"the quantized model is not smaller than its source {sizes}: {before:,} bytes of weights became {stored:,}, "
             "and the new nodes take more than that saves"
         )
         return
@@ -37,7 +37,7 @@ def check_smaller(emitted: Emitted, size: int, source: FloatModel, context: Cont
     if source.is_half:
         reasons.append("what stays float has become float32")
     why = "; ".join(reasons) or "the new nodes take more than smaller weights save"
-    raise ModelError(f"the quantized model is larger than its source {sizes}: {why}")
+    raise ModelError(f"the quantized model is not smaller than its source {sizes}: {why}")
 
 
 def _left_float(emitted: Emitted) -> Iterator[str]:

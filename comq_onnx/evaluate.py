@@ -48,7 +48,7 @@ INTEGER_KERNELS = INTEGER_PRODUCTS | frozenset(
     }
 )  # fmt: skip
 # models are timed for about so long, in turn
-TIMED_SECONDS = 2.0
+TIMED_SECONDS = 1.0
 # what messages call the quantized model
 QUANTIZED = "the quantized model"
 # an output with a lower SQNR is hardly of use; few bits may cost that much, but never without a warning

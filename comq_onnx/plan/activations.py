@@ -79,16 +79,17 @@ def plan_activations(model: ir.Model, layers: Sequence[Layer], target: Target, d
         for layer in layers
         if runs_in_integers(layer, target) and _fits_given_grid(nodes[layer.node], target, dtype)
     }
-    made = _integer_outputs(model, integer, target, dtype)
+    ordered = list(_in_order(model))
+    made = _integer_outputs(ordered, integer, target, dtype)
     values = {layer.input: QuantizedValue(layer.input, False) for layer in integer.values()}
     values.update(made)
-    everywhere = [v for node in _in_order(model) for v in _skips(node, integer, target)]
+    everywhere = [v for node in ordered for v in _skips(node, integer, target)]
     if target.split_outputs:
         whole = [nodes[layer.bias_node or layer.node].outputs[0] for layer in integer.values()]
         everywhere += [v for v in whole if _is_split(v)]
     values.update((str(v.name), QuantizedValue(str(v.name), True)) for v in everywhere)
     _take_given_grids(model, values, dtype)
-    for node in _in_order(model):
+    for node in ordered:
         if node.op_type == "Concat" and node.outputs and str(node.outputs[0].name) in made:
             _share_scale(node, values)
     order = _topological(nodes)
@@ -170,16 +171,17 @@ def clip_bounds(node: ir.Node) -> tuple[float, float] | None:
 
 
 def _integer_outputs(
-    model: ir.Model, integer: Mapping[str, Layer], target: Target, dtype: str
+    nodes: Iterable[ir.Node], integer: Mapping[str, Layer], target: Target, dtype: str
 ) -> dict[str, QuantizedValue]:
     """Return the outputs of integer layers and of operators between them that are quantized, by name.
 
+    nodes: those of the model, in order
     integer: the layers that run in integers, by name
     dtype: the type of quantized activations
     """
     made: dict[str, QuantizedValue] = {}
     operators: list[tuple[ir.Node, QuantizedValue]] = []
-    for node in _in_order(model):
+    for node in nodes:
         if node.name in integer and node.op_type in target.needs_output:
             value, bounds = fused_output(node, target)
             made[str(value.name)] = QuantizedValue(str(value.name), True, None, bounds)

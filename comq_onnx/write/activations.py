@@ -104,7 +104,9 @@ def _replace_everywhere(model: ir.Model, value: ir.Value, solved: Solved) -> Non
     outputs = [i for i, v in enumerate(model.graph.outputs) if v is value]
     producer = value.producer()
     home = producer.graph if producer is not None else model.graph
-    inner = [(g, i) for g in model.graph.subgraphs() for i, v in enumerate(g.outputs) if v is value]
+    # looked for only where there is something to find: a search goes through all nodes
+    homes = model.graph.subgraphs() if value.is_graph_output() else ()
+    inner = [(g, i) for g in homes for i, v in enumerate(g.outputs) if v is value]
     new = _pair(model, value, solved, home)
     for node, index in uses:
         node.replace_input_with(index, new)

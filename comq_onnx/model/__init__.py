@@ -11,6 +11,7 @@ unfuse: replace fused operators of ONNX Runtime by operators whose weights can b
 half_precision: turn half-precision arithmetic into float32
 judged: find the values by which a quantized model is judged
 judged_session: run a model for these values
+normalized: find values that a normalization makes alike in size
 layers: list the layers of a graph, and select among them
 op_kind: define the contract of a kind of layer
 operators: describe matrix products and embeddings as kinds of layers, and list all kinds by operator

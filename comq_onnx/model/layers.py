@@ -15,6 +15,7 @@ from comq_onnx.errors import ModelError, OptionError, did_you_mean
 from comq_onnx.model import graph as graphs
 from comq_onnx.model.graph import HALF
 from comq_onnx.model.judged import Judged, judged
+from comq_onnx.model.normalized import is_normalized
 from comq_onnx.model.op_kind import MIN_WEIGHTS, NotQuantizable, OpKind
 from comq_onnx.model.operators import MatMulLeft, kinds_of
 from comq_onnx.model.quantized import is_column, quantized_weight
@@ -51,6 +52,8 @@ class Layer:
     weight, bias: the initializers; bias is None where there is none to change.
     bias_node: the node that adds the bias: the layer's own for Conv and Gemm, the Add behind a MatMul.
     has_bias: a bias can take up a shift of the outputs, also one that must be made for it.
+    is_normalized: a normalization reads the outputs, so that a shift of all is all that is left of small ones: no bias
+        takes it.
     nested: the node lies in a subgraph.
     part: tells the layers of one node apart (".W", ".R"); "" where the node is one layer.
     """
@@ -64,6 +67,7 @@ class Layer:
     bias: str | None = None
     bias_node: str | None = None
     has_bias: bool = False
+    is_normalized: bool = False
     nested: bool = False
     part: str = ""
 
@@ -233,6 +237,7 @@ def _as_layer(node: ir.Node, part: str, nested: bool) -> Layer | None:
     if source is None or graphs.is_constant(source):
         raise NotQuantizable("its input is constant")
     bias, bias_node, has_bias = _own_bias(node, kind) if kind.bias_index is not None else _added_bias(node, kind)
+    normalized = is_normalized(node.outputs[0])
     read = node.outputs[0] if kind.reads_own_output else source
     return Layer(
         name=f"{node.name}{part}",
@@ -243,7 +248,8 @@ def _as_layer(node: ir.Node, part: str, nested: bool) -> Layer | None:
         weight=str(weight.name),
         bias=bias,
         bias_node=bias_node,
-        has_bias=has_bias,
+        has_bias=has_bias and not normalized,
+        is_normalized=normalized,
         nested=nested,
         part=part,
     )

@@ -60,7 +60,7 @@ def form_of(layer: Layer, activations: ActivationPlan, unpacked: Set[str] = froz
 
 def may_add_bias(layer: Layer, form: WeightForm) -> bool:
     """Tell whether a layer without a bias can be given one: a weight-only MatMul, whose kernel adds biases too."""
-    return layer.kind.bias_index is None and form is WeightForm.BLOCKED
+    return layer.kind.bias_index is None and form is WeightForm.BLOCKED and not layer.is_normalized
 
 
 def container_of(layer: Layer, form: WeightForm, bits: int, target: Target, opset: int) -> tuple[str, tuple[int, ...]]:

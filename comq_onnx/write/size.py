@@ -29,8 +29,8 @@ def check_smaller(emitted: Emitted, size: int, source: FloatModel, context: Cont
     if growth <= TOLERATED_GROWTH:
         before = sum(math.prod(layer.weight_shape) for layer in layers) * (2 if source.is_half else 4)
         context.journal.warnings.append(
-            f"the quantized model is not smaller than its source {sizes}: {before:,} bytes of weights became {stored:,}, "
-            "and the new nodes take more than that saves"
+            f"the quantized model is not smaller than its source {sizes}: {before:,} bytes of weights became "
+            f"{stored:,}, and the new nodes take more than that saves"
         )
         return
     reasons = [*_left_float(emitted)]

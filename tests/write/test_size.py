@@ -1,4 +1,4 @@
-"""Test that a result no smaller than its source is an error with the reason, or a warning where it has hardly weights."""
+"""Test that a result no smaller than its source is an error with the reason, or a warning for hardly any weights."""
 
 from __future__ import annotations
 

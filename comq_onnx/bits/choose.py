@@ -35,6 +35,8 @@ from comq_onnx.write.check import check_emitted
 from comq_onnx.write.emit import Emitted, emit_model
 from comq_onnx.write.provenance import provenance
 
+# the leads of so many samples tell how often the best class changes, to within some percents
+LEADS = 128
 # how many models are made at most to keep an accuracy; the noise of the next one over the noise that should just do;
 # and the share of the best size so far that another model must get below to be worth making
 MOST_ATTEMPTS, NEXT_ATTEMPT, WORTHWHILE = 5, 0.9, 0.97
@@ -181,13 +183,17 @@ def _own_outputs(plan: Plan, data: Dataset) -> dict[str, Any]:
 
 
 def _leads(plan: Plan, source: FloatModel, data: Dataset, context: Context) -> Floats | None:
-    """Return the leads of the float model's best class on all samples; None where it gives no class scores."""
+    """Return the leads of the float model's best class on many samples; None where it gives no class scores.
+
+    They are those of all samples where points of agreement are to be kept, and else those of LEADS.
+    """
     name = scores_among(_own_outputs(plan, data))
     if name is None:
         return None
-    batches = itertools.chain.from_iterable(
-        samples.batches(context.options.batch_size) for samples in (data.calibration, data.held_back)
-    )
+    drop = context.options.max_drop
+    counts = drop is not None and parse_drop(drop).points is not None
+    samples = [one if counts else one.few(LEADS // 2) for one in (data.calibration, data.held_back)]
+    batches = itertools.chain.from_iterable(one.batches(context.options.batch_size) for one in samples)
     return np.concatenate([leads(source.session.run(feeds, [name])[name]) for feeds in batches])
 
 

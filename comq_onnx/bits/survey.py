@@ -18,6 +18,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from comq_onnx.arrays import spread_indices
+from comq_onnx.bits.perturbation import Load, perturbed
 from comq_onnx.calibrate.walk import walk
 from comq_onnx.context import Context, Journal, silent
 from comq_onnx.errors import SamplesError
@@ -34,7 +35,6 @@ from comq_onnx.solve.grid import Array
 from comq_onnx.solve.layer import Method, errors_at, round_rows
 from comq_onnx.solve.moments import Moments
 from comq_onnx.write.emit import emit
-from comq_onnx.write.expose import expose, exposed
 
 # the most samples that give the moments, and the most others on which layers are quantized one by one: of all samples
 # no more than one in PERTURBED_SHARE, and no more than LEAST_PERTURBED where all layers on them would take longer than
@@ -250,24 +250,13 @@ class _Outputs:
 def _gains(
     solved: Solved, groups: Mapping[str, Sequence[str]], errors: Errors, outputs: _Outputs, context: Context
 ) -> dict[str, Noise]:
-    """Return the noise of each group alone at REFERENCE_BITS over its error.
-
-    One session serves all groups: it gets other weights each time.
-    """
-    plan = solved.plan
-    layers = {layer.name: layer for layer in plan.layers}
-    model = plan.written.model.clone()
-    expose(model, plan.layers, solved.solutions)
-    session = _session(model, plan, context.device)
+    """Return the noise of each group alone at REFERENCE_BITS over its error."""
     gains = {}
-    for done, (name, members) in enumerate(groups.items(), 1):
-        weights: dict[str, Any] = {}
-        for member in members:
-            weights |= exposed(plan.written.model, layers[member], solved.solutions[member])
-        found: list[Tensors] = [session.run({**feeds, **weights}) for feeds in outputs.feeds]
-        gains[name] = outputs.noise(found) / max(errors[name][REFERENCE_BITS], TINY)
+    found = perturbed(solved, groups, outputs.feeds, outputs.expected, _loader(solved.plan, context.device))
+    for done, (name, values) in enumerate(found, 1):
+        gains[name] = outputs.noise(values) / max(errors[name][REFERENCE_BITS], TINY)
         context.progress("sensitivity", done, len(groups))
-    return gains
+    return {name: gains[name] for name in groups}
 
 
 def _activation_noise(solved: Solved, outputs: _Outputs) -> Noise:
@@ -280,14 +269,15 @@ def _activation_noise(solved: Solved, outputs: _Outputs) -> Noise:
 
 def _session(model: ir.Model, plan: Plan, device: str, level: int | None = None) -> JudgedSession:
     """Load a model for the values by which it is judged; level: that of ONNX Runtime's optimization."""
+    return JudgedSession.of(model, plan.written.judged, _loader(plan, device, level))
 
-    def load(source: bytes | str) -> Session:
-        return Session(
-            source, device, level=level, what="the model for the survey", float_matmul_nbits=True,
-            disable_qdq_fusion=plan.target.runs_outside_ort,
-        )  # fmt: skip
 
-    return JudgedSession.of(model, plan.written.judged, load)
+def _loader(plan: Plan, device: str, level: int | None = None) -> Load:
+    """Return what loads a model for the survey; level: that of ONNX Runtime's optimization."""
+    return lambda source: Session(
+        source, device, level=level, what="the model for the survey", float_matmul_nbits=True,
+        disable_qdq_fusion=plan.target.runs_outside_ort,
+    )  # fmt: skip
 
 
 def _floats(outputs: Tensors) -> Tensors:

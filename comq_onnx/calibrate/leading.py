@@ -129,7 +129,7 @@ def _shapes(
     given = {name: np.shape(array) for name, array in feeds.items()}
     if not wanted:
         return given
-    model = extract_segment(plan, whole, feeds, wanted)
+    model = extract_segment(plan.walked.model, whole, feeds, wanted)
     session = Session(to_bytes_or_file(model, work, "shapes"), device, level=0, what="the model for its shapes")
     try:
         made = session.run({name: feeds[name] for name in whole.reads}, wanted)

@@ -32,7 +32,7 @@ def run_segment(
     device: where the segment runs
     work: a directory for a model that is too large for one protobuf message
     """
-    segment = extract_segment(plan, stage, {name: given[name][0] for name in stage.reads}, wanted)
+    segment = extract_segment(plan.walked.model, stage, {name: given[name][0] for name in stage.reads}, wanted)
     if solved is not None:
         emit(segment, solved)
         follow(segment)
@@ -45,12 +45,12 @@ def run_segment(
         yield store.run(session, batch, wanted)
 
 
-def extract_segment(plan: Plan, stage: Stage, examples: Mapping[str, Any], wanted: Sequence[str]) -> ir.Model:
+def extract_segment(whole: ir.Model, stage: Stage, examples: Mapping[str, Any], wanted: Sequence[str]) -> ir.Model:
     """Extract the nodes of a stage as a model, from the cut tensors that it reads to the values `wanted`.
 
+    whole: the model that was divided into stages
     examples: a tensor of each value that it reads, for its type
     """
-    whole = plan.walked.model
     extracted = ir.convenience.extract(whole.graph, list(stage.reads), list(wanted))
     for value in extracted.inputs:
         example = examples[str(value.name)]

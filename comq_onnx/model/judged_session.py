@@ -13,6 +13,13 @@ from comq_onnx.model.judged import Judged, judged_model
 from comq_onnx.runtime.session import Session
 
 
+def judged_part(model: ir.Model, found: Judged) -> tuple[ir.Model, Mapping[str, str]]:
+    """Return what makes the values by which a model is judged, and the name of each value there."""
+    if found.is_plain:
+        return model, {name: name for name in found.names}
+    return judged_model(model, found)
+
+
 @dataclass(frozen=True)
 class JudgedSession:
     """Run a model for the values by which it is judged.
@@ -26,10 +33,7 @@ class JudgedSession:
     @classmethod
     def of(cls, model: ir.Model, found: Judged, load: Callable[[bytes | str], Session]) -> JudgedSession:
         """Load what makes the judged values of a model; load: makes the session."""
-        if found.is_plain:
-            part, names = model, {name: name for name in found.names}
-        else:
-            part, names = judged_model(model, found)
+        part, names = judged_part(model, found)
         with private_directory() as work:
             return cls(load(to_bytes_or_file(part, work, "judged")), names)
 

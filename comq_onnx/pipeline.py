@@ -60,8 +60,8 @@ def quantize(
     out: where the result is written; None keeps it in memory, for `Report.onnx_model`
     samples: a path, `Samples`, or arrays by input name, with the samples along the first axis; or a callable, a
         CalibrationDataReader, a DataLoader, a dataset or anything else that yields samples; None for synthetic ones
-    progress: called with (what, done, total), where what is prepare, sensitivity, stages, samples (within a stage),
-        layers or compare
+    progress: called with (what, done, total), where what is prepare, survey, sensitivity, stages, samples (within a
+        stage), layers or compare; survey and stages count thousandths of the work
     options: the fields of `Options`
 
     Where memory does not suffice, smaller batches are tried.

@@ -20,7 +20,7 @@ import onnx_ir as ir
 from comq_onnx.arrays import spread_indices
 from comq_onnx.bits.perturbation import Load, perturbed
 from comq_onnx.calibrate.walk import walk
-from comq_onnx.context import Context, Journal, silent
+from comq_onnx.context import Context, Journal
 from comq_onnx.errors import SamplesError
 from comq_onnx.metrics import lead_changes, scores_among, sqnr_of
 from comq_onnx.model.judged_session import JudgedSession
@@ -156,10 +156,14 @@ def _own_errors(
         for layer, weight in zip(layers, weights, strict=True):
             sampled[layer.name] = _channel_errors(plan, layer, weight, moments, has_bias, context, widths)
 
+    def tell(what: str, done: int, total: int) -> None:
+        if what == "stages":
+            context.progress("survey", done, total)
+
     options = replace(
         context.options, solver=FAST.solver, effort=FAST.effort, order=None, sweeps=None, shrink=None, independent=True
     )
-    quick = replace(context, options=options, journal=Journal(), progress=silent)
+    quick = replace(context, options=options, journal=Journal(), progress=tell)
     solved = walk(plan, data, quick, observe, FEWER_POSITIONS)
     for layer in plan.layers:
         if layer.kind.is_lookup or plan.is_unseen(layer):

@@ -5,6 +5,7 @@ stages: divide a graph into stages
 segment: run the nodes of one stage
 recurrent_rows: add the rows of recurrent layers to the model that is walked
 leading: how many samples each stage needs, and their groups
+stage_costs: predict which share of the walk each stage takes
 passage: take a group of samples from cut to cut, in float and quantized
 cut_tensors: keep the tensors between two stages
 layer_moments: sum the moments of a layer's input

@@ -88,22 +88,18 @@ def divide(data: Dataset, needed: Sequence[int], batch_size: int) -> tuple[list[
 
 
 def samples_needed(
-    plan: Plan, parts: Sequence[Stage], samples: Samples, fewer: int, device: str, work: Path
+    plan: Plan, parts: Sequence[Stage], samples: Samples, fewer: int, shapes: Mapping[str, tuple[int, ...]] | None
 ) -> list[int]:
     """Return how many samples each stage needs: whole batches, a number of TIERS or all.
 
     parts: all stages
     samples: those that the model is calibrated on
     fewer: the number of positions that are enough is divided by this
-    device: where the model runs
-    work: a directory for a model that is too large for one protobuf message
+    shapes: those of the inputs of all layers for one batch, as `input_shapes` gives them
     """
     unit, total = samples.fixed_batch or 1, len(samples)
     tiers = [tier // unit * unit for tier in TIERS if unit <= tier < total]
-    shapes = None
-    if tiers and not samples.per_item and any(layer.kind.kernel for layer in plan.walked.layers):
-        shapes = _shapes(plan, parts, next(samples.batches(unit)), device, work)
-    if shapes is None:
+    if shapes is None or not tiers:
         return [total] * len(parts)
     needed = [tiers[0]] * len(parts)
     for stage in parts:
@@ -120,10 +116,20 @@ def samples_needed(
     return needed
 
 
-def _shapes(
-    plan: Plan, parts: Sequence[Stage], feeds: Mapping[str, Any], device: str, work: Path
+def input_shapes(
+    plan: Plan, parts: Sequence[Stage], samples: Samples, device: str, work: Path
 ) -> dict[str, tuple[int, ...]] | None:
-    """Return the shapes of the inputs of all layers for one batch, by name; None where the model cannot run on it."""
+    """Return the shapes of the inputs of all layers for one batch, by name.
+
+    None where no layer is a convolution, where samples differ, and where the model cannot run on one batch.
+
+    parts, samples: as for `samples_needed`
+    device: where the model runs
+    work: a directory for a model that is too large for one protobuf message
+    """
+    if samples.per_item or not any(layer.kind.kernel for layer in plan.walked.layers):
+        return None
+    feeds = next(samples.batches(samples.fixed_batch or 1))
     whole = join(parts)
     wanted = list(dict.fromkeys(layer.input for layer in whole.layers if layer.input in whole.makes))
     given = {name: np.shape(array) for name, array in feeds.items()}

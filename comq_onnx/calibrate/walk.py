@@ -21,11 +21,12 @@ from comq_onnx.calibrate import cut_tensors, stages
 from comq_onnx.calibrate.finite import out_of_range
 from comq_onnx.calibrate.layer_moments import LayerInput, in_groups, input_moments
 from comq_onnx.calibrate.layer_solver import LayerSolver, Observer
-from comq_onnx.calibrate.leading import Tensors, divide, samples_needed
+from comq_onnx.calibrate.leading import Tensors, divide, input_shapes, samples_needed
 from comq_onnx.calibrate.observed_ranges import ActivationRanges
 from comq_onnx.calibrate.passage import Passage, Way
 from comq_onnx.calibrate.recurrent_rows import with_rows
 from comq_onnx.calibrate.shared_weights import float_moments, later_readers
+from comq_onnx.calibrate.stage_costs import Shapes, stage_shares
 from comq_onnx.calibrate.stages import Stage
 from comq_onnx.context import Context
 from comq_onnx.errors import ModelError
@@ -35,6 +36,9 @@ from comq_onnx.plan.plan import Plan
 from comq_onnx.plan.solved import Solved
 from comq_onnx.samples.dataset import Dataset
 from comq_onnx.solve.moments import Moments
+
+# progress through the stages is told in these, of all the work
+THOUSANDTHS = 1000
 
 
 def walk(
@@ -69,13 +73,16 @@ class _Walk:
         """
         plan = with_rows(plan)
         options = context.options
-        self._plan, self._context, self._store, self._fewer = plan, context, store, fewer_positions
+        self._plan, self._data, self._context = plan, data, context
+        self._store, self._fewer = store, fewer_positions
         self._layers = list(calibrated(plan.walked.layers))
         self._parts = stages.cut(plan.walked.model, self._layers)
-        self._needed = samples_needed(plan, self._parts, data.calibration, fewer_positions, context.device, work)
+        shapes = input_shapes(plan, self._parts, data.calibration, context.device, work)
+        self._needed = samples_needed(plan, self._parts, data.calibration, fewer_positions, shapes)
         groups, self._samples = divide(data, self._needed, options.batch_size)
         self._counts = [count for group in groups for count in group.counts]
         self._masks = [mask for group in groups for mask in group.masks]
+        self._shares = self._predict_shares(shapes or {})
         self._passed = 0
         self._solver = LayerSolver(plan, options.method, observer)
         self._ranges = ActivationRanges(plan, self._masks, options.seed, self._out_of_range)
@@ -85,6 +92,14 @@ class _Walk:
         self._later = later_readers(self._parts, self._solver.weight_key)
         with context.journal.timed("calibrate"):
             self._others = float_moments(way, self._parts, groups, self._later, options.seed, self._refuse)
+
+    def _predict_shares(self, shapes: Shapes) -> list[float]:
+        """Predict the share of the walk after each stage; shapes: those of the inputs of layers, for one batch."""
+        samples = self._data.calibration
+        unit = samples.fixed_batch or 1
+        like = [(unit, *array.shape[1:]) for array in samples.arrays.values()]
+        needed, total = [count // unit for count in self._needed], len(samples) // unit
+        return stage_shares(self._parts, shapes, like, needed, total, len(self._counts), self._fewer)
 
     def run(self) -> Solved:
         """Solve one stage after the other."""
@@ -103,7 +118,7 @@ class _Walk:
             self._solve([x for x in stage.layers if x.input not in stage.makes], *self._cuts(stage))
             self._advance(stage)
             self._tell()
-            self._context.progress("stages", stage.index + 1, len(self._parts))
+            self._context.progress("stages", round(THOUSANDTHS * self._shares[stage.index]), THOUSANDTHS)
         self._solver.round_unreached()
         return self._solved()
 

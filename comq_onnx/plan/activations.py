@@ -79,17 +79,17 @@ def plan_activations(model: ir.Model, layers: Sequence[Layer], target: Target, d
         for layer in layers
         if runs_in_integers(layer, target) and _fits_given_grid(nodes[layer.node], target, dtype)
     }
-    ordered = list(_in_order(model))
-    made = _integer_outputs(ordered, integer, target, dtype)
+    in_order = list(_in_order(model))
+    made = _integer_outputs(in_order, integer, target, dtype)
     values = {layer.input: QuantizedValue(layer.input, False) for layer in integer.values()}
     values.update(made)
-    everywhere = [v for node in ordered for v in _skips(node, integer, target)]
+    everywhere = [v for node in in_order for v in _skips(node, integer, target)]
     if target.split_outputs:
         whole = [nodes[layer.bias_node or layer.node].outputs[0] for layer in integer.values()]
         everywhere += [v for v in whole if _is_split(v)]
     values.update((str(v.name), QuantizedValue(str(v.name), True)) for v in everywhere)
     _take_given_grids(model, values, dtype)
-    for node in ordered:
+    for node in in_order:
         if node.op_type == "Concat" and node.outputs and str(node.outputs[0].name) in made:
             _share_scale(node, values)
     order = _topological(nodes)

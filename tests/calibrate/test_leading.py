@@ -14,7 +14,7 @@ from stages import planned
 from walks import quantize
 
 from comq_onnx.calibrate import layer_moments, leading, stages
-from comq_onnx.calibrate.leading import divide, samples_needed, spread
+from comq_onnx.calibrate.leading import divide, input_shapes, samples_needed, spread
 from comq_onnx.calibrate.walk import walk
 from comq_onnx.model.layers import calibrated
 from comq_onnx.samples.samples import Samples
@@ -50,7 +50,8 @@ def needed(tmp_path: Path, model: onnx.ModelProto, count: int = 40, **options: A
     onnx.save(model, tmp_path / "m.onnx")
     at = planned(tmp_path / "m.onnx", samples_for(model, count), bits=4, **options)
     parts = stages.cut(at.plan.walked.model, list(calibrated(at.plan.walked.layers)))
-    found = samples_needed(at.plan, parts, at.data.calibration, 1, "cpu", tmp_path)
+    shapes = input_shapes(at.plan, parts, at.data.calibration, "cpu", tmp_path)
+    found = samples_needed(at.plan, parts, at.data.calibration, 1, shapes)
     return {layer.name: found[stage.index] for stage in parts for layer in stage.layers}
 
 

@@ -2,11 +2,13 @@
 
     python tools/zoo/export.py zoo --only efficientnet_lite0 --only minilm
     python tools/bench/whole.py zoo efficientnet_lite0 minilm
+    python tools/bench/whole.py zoo efficientnet_lite0 --bits 8 --busy 2
 
 Every run is a process of its own on one core, in turn with the others, and each figure is the median of the rounds.
 The limit is what no calibration can do without: two passes of the float model over all samples by ONNX Runtime, and the
 products of the Gram matrices and of the solver at the rate of a large float32 product measured in the same run. CPU
-seconds on a busy machine grow with what else runs; ratios to static quantization hold.
+seconds on a busy machine grow with what else runs; ratios to static quantization hold. With --busy each number of bits
+is run on all cores too, alone and beside processes that want the cores.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +55,25 @@ class Run:
     stages: dict[str, float]
 
 
-def measure(command: list[str], report: Path | None = None) -> Run:
-    """Run a command in a process of its own, on one core."""
-    process = subprocess.Popen(
-        command, env={**os.environ, **ONE_THREAD}, stdout=subprocess.DEVNULL,
-        # ONNX Runtime asks for the cores, not for the environment
-        preexec_fn=lambda: os.sched_setaffinity(0, {0}),
-    )  # fmt: skip
-    _, status, used = os.wait4(process.pid, 0)
+def measure(command: list[str], report: Path | None = None, one_core: bool = True, busy: int = 0) -> Run:
+    """Run a command in a process of its own.
+
+    one_core: with one thread on one core, instead of as a user runs it
+    busy: the number of processes beside it that compute without end
+    """
+    environment = {name: value for name, value in os.environ.items() if name not in ONE_THREAD}
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(busy)]
+    try:
+        process = subprocess.Popen(
+            command, env=environment | (ONE_THREAD if one_core else {}), stdout=subprocess.DEVNULL,
+            # ONNX Runtime asks for the cores, not for the environment
+            preexec_fn=(lambda: os.sched_setaffinity(0, {0})) if one_core else None,
+        )  # fmt: skip
+        _, status, used = os.wait4(process.pid, 0)
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
     if status:
         raise click.ClickException(f"{' '.join(command)}: ended with {os.waitstatus_to_exitcode(status)}")
     stages = json.loads(report.read_text())["seconds"] if report is not None else {}
@@ -133,31 +147,37 @@ def _least_time(function: Callable[[], Any]) -> float:
 @click.argument("models", nargs=-1, required=True)
 @click.option("--bits", multiple=True, type=int, default=(8, 4), show_default=True, help="Numbers of bits.")
 @click.option("--rounds", default=3, show_default=True, help="How often each is run.")
-def main(zoo: Path, models: tuple[str, ...], bits: tuple[int, ...], rounds: int) -> None:
+@click.option("--busy", default=0, show_default=True, help="Also run on all cores, beside so many busy processes.")
+def main(zoo: Path, models: tuple[str, ...], bits: tuple[int, ...], rounds: int, busy: int) -> None:
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
     for name in models:
         folder = zoo / name
         with tempfile.TemporaryDirectory() as work:
-            out, report = Path(work) / "q.onnx", Path(work) / "report.json"
-            script = "import sys, pathlib, whole; whole.quantize_static(*map(pathlib.Path, sys.argv[1:]))"
-            commands: dict[str, tuple[list[str], Path | None]] = {
-                "onnxruntime static, 8 bits": ([sys.executable, "-c", script, str(folder), str(out)], None)
-            }
-            for count in bits:
-                commands[f"comq-onnx, {count} bits"] = (
-                    [
-                        sys.executable, "-m", "comq_onnx", str(folder / "model.onnx"), "--calib",
-                        str(folder / "calib.npz"), "--bits", str(count), "-o", str(out), "--json", str(report), "-q",
-                    ],
-                    report,
-                )  # fmt: skip
-            os.environ["PYTHONPATH"] = os.pathsep.join(
-                filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")])
-            )
-            runs: dict[str, list[Run]] = {what: [] for what in commands}
+            report = Path(work) / "report.json"
+            tried = _runs(folder, Path(work) / "q.onnx", report, bits, busy)
+            runs: dict[str, list[Run]] = {what: [] for what in tried}
             for _ in range(rounds):
-                for what, (command, its) in commands.items():
-                    runs[what].append(measure(command, its))
+                for what, run in tried.items():
+                    runs[what].append(run())
             _print(name, runs, limit(folder, json.loads(report.read_text())["layers"]))
+
+
+def _runs(folder: Path, out: Path, report: Path, bits: tuple[int, ...], busy: int) -> dict[str, Callable[[], Run]]:
+    """Return what is measured for a model, by what the table calls it."""
+    script = "import sys, pathlib, whole; whole.quantize_static(*map(pathlib.Path, sys.argv[1:]))"
+    static = [sys.executable, "-c", script, str(folder), str(out)]
+    runs: dict[str, Callable[[], Run]] = {"onnxruntime static, 8 bits": partial(measure, static)}
+    for count in bits:
+        command = [
+            sys.executable, "-m", "comq_onnx", str(folder / "model.onnx"), "--calib", str(folder / "calib.npz"),
+            "--bits", str(count), "-o", str(out), "--json", str(report), "-q",
+        ]  # fmt: skip
+        what = f"comq-onnx, {count} bits"
+        runs[what] = partial(measure, command, report)
+        if busy:
+            runs[f"{what}, all cores"] = partial(measure, command, report, False)
+            runs[f"{what}, beside {busy} busy"] = partial(measure, command, report, False, busy)
+    return runs
 
 
 def _print(name: str, runs: dict[str, list[Run]], least: float) -> None:

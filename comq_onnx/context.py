@@ -12,6 +12,7 @@ from comq_onnx.runtime import device as devices
 from comq_onnx.runtime import memory
 from comq_onnx.targets.catalog import TARGETS
 from comq_onnx.targets.target import Target
+from comq_onnx.workdir import Workdir
 
 # called with the name of a step, how much of it is done, and how much there is
 Progress = Callable[[str, int, int], None]
@@ -56,6 +57,7 @@ class Context:
     memory: the bytes for tensors that are kept between stages
     journal: notes, warnings and times of the run
     progress: called with the name of a step, how much of it is done, and how much there is
+    workdir: keeps the state of the run; None where nothing is kept
     """
 
     options: Options
@@ -64,6 +66,7 @@ class Context:
     memory: int
     journal: Journal
     progress: Progress
+    workdir: Workdir | None = None
 
     @classmethod
     def of(cls, options: Options, progress: Progress = silent) -> Context:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import onnx
 from typing_extensions import Unpack
 
+from comq_onnx import workdir
 from comq_onnx.bits.choose import Chosen, choose_and_solve, choose_bits, has_choice, make_tradeoff
 from comq_onnx.calibrate.integer_loss import without_lossy_integers
 from comq_onnx.context import Context, Progress, silent
@@ -21,6 +24,7 @@ from comq_onnx.model.files import check_output, private_directory, subdirectory,
 from comq_onnx.model.float_model import FloatModel, open_model
 from comq_onnx.model.source import as_path
 from comq_onnx.options.keywords import OptionKeywords
+from comq_onnx.options.option import options_of
 from comq_onnx.options.options import Options
 from comq_onnx.options.spelling import command_line, differing
 from comq_onnx.plan.faithful import prepare_faithfully
@@ -29,6 +33,7 @@ from comq_onnx.plan.make import make_plan
 from comq_onnx.plan.plan import Plan
 from comq_onnx.report.build import build_plan_report, build_report
 from comq_onnx.report.report import Report
+from comq_onnx.runtime import session
 from comq_onnx.runtime.device import is_gpu
 from comq_onnx.samples.dataset import Dataset, load_dataset
 from comq_onnx.samples.inspection import Inspection, describe
@@ -40,6 +45,8 @@ logger = logging.getLogger(__name__)
 
 # batches get so many times smaller where memory does not suffice; each try starts from the beginning
 SMALLER = 4
+# a run that was cut off goes on only with these as they were: they may compute other bytes
+VERSIONS = ("comq-onnx", "numpy", "scipy", "numba", "onnx", "onnx-ir", "onnxscript")
 
 Model = str | os.PathLike[str] | onnx.ModelProto | Any
 SampleSource = str | os.PathLike[str] | Mapping[str, Any] | Samples | Any
@@ -146,12 +153,33 @@ def _run(path: Path, out: Path, samples: SampleSource, context: Context) -> Repo
     with context.journal.timed("load"):
         source, data, planned, context = _planned(path, samples, context)
     context.progress("prepare", 1, 1)
-    quantized = choose_and_solve(planned, source, data, context)
-    # a file that does not load or run never gets the name of the output
-    with written(quantized.emitted.model, out) as (file, size), context.journal.timed("compare"):
-        check_smaller(quantized.emitted, size, source, context)
-        evaluation = evaluate(source, planned.written, file, data, context)
+    with _kept(source, data, context) as context:
+        quantized = choose_and_solve(planned, source, data, context)
+        # a file that does not load or run never gets the name of the output
+        with written(quantized.emitted.model, out) as (file, size), context.journal.timed("compare"):
+            check_smaller(quantized.emitted, size, source, context)
+            evaluation = evaluate(source, planned.written, file, data, context)
     return build_report(quantized, evaluation, source, data, context, out, size)
+
+
+@contextlib.contextmanager
+def _kept(source: FloatModel, data: Dataset, context: Context) -> Iterator[Context]:
+    """Yield the context with the work directory that the options name; it is emptied when the run ends well."""
+    if context.options.workdir is None:
+        yield context
+        return
+    lasting = {f"--{o.name}": getattr(context.options, f) for f, o in options_of(context.options).items() if o.lasting}
+    run = {
+        "model": source.file.sha256,
+        "samples": data.sha256,
+        **{name: repr(value) for name, value in sorted(lasting.items())},
+        "onnxruntime version": session.require().__version__,
+        **{f"{package} version": metadata.version(package) for package in VERSIONS},
+        "kind of device": "cuda" if is_gpu(context.device) else "cpu",
+    }
+    with workdir.opened(Path(context.options.workdir), run) as work:
+        yield replace(context, workdir=work)
+        context.journal.warnings += [f"{context.options.workdir}: {what}" for what in work.damaged]
 
 
 def _plan(path: Path, samples: SampleSource, context: Context) -> Report:
@@ -165,8 +193,9 @@ def _plan(path: Path, samples: SampleSource, context: Context) -> Report:
                 "without samples it cannot be told which layers gain most from more bits: shown with equal bits"
             )
         return build_plan_report(Chosen(planned), source, data, context)
-    tradeoff = make_tradeoff(planned, source, data, context)
-    return build_plan_report(choose_bits(planned, tradeoff, source, context), source, data, context)
+    with _kept(source, data, context) as context:
+        tradeoff = make_tradeoff(planned, source, data, context)
+        return build_plan_report(choose_bits(planned, tradeoff, source, context), source, data, context)
 
 
 # With less memory

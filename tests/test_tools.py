@@ -20,7 +20,7 @@ import pytest
 from script import run_script
 
 import comq_onnx
-from models import infer, mlp, sqnr
+from models import infer, mlp, samples_for, sqnr
 
 ROOT = Path(__file__).parents[1]
 # a leading underscore: a module that tools share
@@ -346,6 +346,14 @@ def test_whatever_a_run_does_to_its_process_is_one_outcome(monkeypatch: pytest.M
     assert [outcome.kind for _, outcome in found] == ["done", "crash", "crash", "hang", "done"]
     assert "SIGKILL" in found[1][1].value
     assert "of its own" in found[2][1].value
+
+
+def test_killed_runs_go_on(tmp_path: Path) -> None:
+    onnx.save(mlp(), tmp_path / "model.onnx")
+    np.savez(tmp_path / "calib.npz", **samples_for(mlp()))
+    done = call(ROOT / "tools" / "check" / "resume.py", tmp_path, "--kills", 1)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"\| (went on from|began again)", done.stdout)
 
 
 def test_a_kill_leaves_the_source_and_nothing_partial() -> None:

@@ -98,9 +98,12 @@ def choose_bits(plan: Plan, tradeoff: Tradeoff | None, source: FloatModel, conte
     return Chosen(plan.with_bits(tradeoff.bits(allocation), options), tradeoff, allocation)
 
 
-def _solve(chosen: Chosen, source: FloatModel, data: Dataset, context: Context) -> Quantized:
-    """Calibrate and solve a plan, make the model and check it against the plan."""
-    solved = with_tied(walk(chosen.plan, data, context))
+def _solve(chosen: Chosen, source: FloatModel, data: Dataset, context: Context, attempt: int = 0) -> Quantized:
+    """Calibrate and solve a plan, make the model and check it against the plan.
+
+    attempt: how many plans were solved before
+    """
+    solved = with_tied(walk(chosen.plan, data, context, name=f"solve{attempt}"))
     for solution in solved.solutions.values():
         check_codes(solution.weight)
     with context.journal.timed("emit"):
@@ -222,7 +225,7 @@ def _within_drop(
         if best is not None and allocation.size > WORTHWHILE * _allocated_size(best):
             break
         chosen = Chosen(plan.with_bits(tradeoff.bits(allocation), context.options), tradeoff, allocation)
-        quantized = _solve(chosen, source, data, context)
+        quantized = _solve(chosen, source, data, context, attempt)
         check = _check_accuracy(quantized, drop, source, data, context)
         mean = tradeoff.mean_bits(chosen.plan.bits)
         context.journal.notes.append(f"tried {mean:.2f} bits in the mean: {check.said}")

@@ -150,11 +150,12 @@ def _own_errors(
 
     Returns the solutions at the bits of the plan, and the relative errors of the channels by layer and number of bits.
     """
-    sampled: dict[str, dict[int, float]] = {}
 
-    def observe(layers: Sequence[Layer], weights: Sequence[Array], moments: Moments, has_bias: bool) -> None:
-        for layer, weight in zip(layers, weights, strict=True):
-            sampled[layer.name] = _channel_errors(plan, layer, weight, moments, has_bias, context, widths)
+    def observe(
+        layers: Sequence[Layer], weights: Sequence[Array], moments: Moments, has_bias: bool
+    ) -> dict[str, dict[int, float]]:
+        pairs = zip(layers, weights, strict=True)
+        return {x.name: _channel_errors(plan, x, w, moments, has_bias, context, widths) for x, w in pairs}
 
     def tell(what: str, done: int, total: int) -> None:
         if what == "stages":
@@ -164,7 +165,9 @@ def _own_errors(
         context.options, solver=FAST.solver, effort=FAST.effort, order=None, sweeps=None, shrink=None, independent=True
     )
     quick = replace(context, options=options, journal=Journal(), progress=tell)
-    solved = walk(plan, data, quick, observe, FEWER_POSITIONS)
+    solved = walk(plan, data, quick, observe, FEWER_POSITIONS, "survey")
+    context.journal.notes += quick.journal.notes
+    sampled = dict(solved.observed)
     for layer in plan.layers:
         if layer.kind.is_lookup or plan.is_unseen(layer):
             sampled[layer.name] = _row_errors(plan, layer, context, widths)

@@ -105,6 +105,16 @@ class Host:
             return self.hold(array)
         return self._in_file(array)
 
+    def on_host(self, value: Any) -> Any:
+        """Return a kept tensor as it is written to a work directory."""
+        return value
+
+    def restore(self, value: Any) -> Any:
+        """Keep a tensor that was read from a work directory: in memory, or mapped as it is."""
+        if not isinstance(value, np.ndarray) or value.dtype == object:
+            return value
+        return self.hold(np.array(value)) if self.has_room(value.nbytes) else value
+
     def has_room(self, size: int) -> bool:
         """Tell whether the budget has `size` bytes left."""
         return self._held + size <= self._budget
@@ -193,6 +203,16 @@ class Device(Host):
     def empty(self, shape: tuple[int, ...]) -> Any:
         """Return a tensor of this shape that takes no memory."""
         return self._torch.empty(shape, device="meta")
+
+    def on_host(self, value: Any) -> Any:
+        """Return a kept tensor as it is written to a work directory: a numpy array."""
+        return arrays.on_host(value) if arrays.is_tensor(value) else value
+
+    def restore(self, value: Any) -> Any:
+        """Keep a tensor that was read from a work directory."""
+        if not isinstance(value, np.ndarray) or value.dtype.kind != "f":
+            return self._host.restore(value)
+        return self.keep(self.fetch(np.array(value)))
 
     def keep(self, array: Any) -> Any:
         """Keep a tensor on the device, in memory of the host or in a file: the first of them that has room."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from comq_onnx.calibrate.finite import finite_weight
 from comq_onnx.model.layers import Layer
@@ -16,8 +17,11 @@ from comq_onnx.solve.moments import Moments, pooled
 
 logger = logging.getLogger(__name__)
 
-# called with the layers that are solved as one, their weights and moments, and whether a bias can take their shift
-Observer = Callable[[Sequence[Layer], Sequence[Array], Moments, bool], None]
+# called with the layers that are solved as one, their weights and moments, and whether a bias can take their shift;
+# returns what is to be kept of each layer, by its name
+Observer = Callable[[Sequence[Layer], Sequence[Array], Moments, bool], Mapping[str, Any]]
+# what a solver has found so far
+State = tuple[dict[str, Solution], dict[str, float], dict[str, Any], dict[object, str]]
 
 
 class LayerSolver:
@@ -25,6 +29,7 @@ class LayerSolver:
 
     solutions: the solution of each layer, by the name of the layer
     seconds: the seconds that each layer took, by the name of the layer
+    observed: what the observer keeps of each layer, by the name of the layer
     """
 
     def __init__(self, plan: Plan, method: Method, observer: Observer | None = None) -> None:
@@ -36,7 +41,16 @@ class LayerSolver:
         self._plan, self._method, self._observer = plan, method, observer
         self.solutions: dict[str, Solution] = {}
         self.seconds: dict[str, float] = {}
+        self.observed: dict[str, Any] = {}
         self._solved: dict[object, str] = {}  # the first layer of each weight, kind and grid
+
+    def state(self) -> State:
+        """Return all that was found so far."""
+        return self.solutions, self.seconds, self.observed, self._solved
+
+    def restore(self, state: State) -> None:
+        """Go on from what was found before."""
+        self.solutions, self.seconds, self.observed, self._solved = state
 
     @property
     def count(self) -> int:
@@ -122,7 +136,7 @@ class LayerSolver:
         grid, has_bias = self._plan.grids[together[0].name], self._plan.has_bias(together[0])
         found = solve_together(weights, moments, grid, self._method, has_bias)
         if self._observer is not None:
-            self._observer(together, weights, moments, has_bias)
+            self.observed.update(self._observer(together, weights, moments, has_bias))
         for layer, solution in zip(together, found, strict=True):
             self._keep(layer, solution)
             logger.info(

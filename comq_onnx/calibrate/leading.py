@@ -130,15 +130,41 @@ def input_shapes(
     if samples.per_item or not any(layer.kind.kernel for layer in plan.walked.layers):
         return None
     feeds = next(samples.batches(samples.fixed_batch or 1))
+    made = _values(plan, parts, feeds, [layer.input for stage in parts for layer in stage.layers], device, work)
+    return None if made is None else {name: np.shape(array) for name, array in {**feeds, **made}.items()}
+
+
+def bytes_at_cuts(
+    plan: Plan, parts: Sequence[Stage], samples: Samples, needed: Sequence[int], device: str, work: Path
+) -> int | None:
+    """Return the bytes of the tensors at the largest cut, in one model; None where the model cannot run on one batch.
+
+    needed: how many samples each stage needs
+    parts, samples, device, work: as for `input_shapes`
+    """
+    unit = samples.fixed_batch or 1
+    feeds = next(samples.batches(unit))
+    made = _values(plan, parts, feeds, [name for stage in parts for name in sorted(stage.live_after)], device, work)
+    if made is None:
+        return None
+    sizes = {name: np.asarray(array).nbytes / unit for name, array in {**feeds, **made}.items()}
+    return max(
+        int(count * sum(sizes.get(name, 0.0) for name in stage.live_after))
+        for stage, count in zip(parts, needed, strict=True)
+    )
+
+
+def _values(
+    plan: Plan, parts: Sequence[Stage], feeds: Mapping[str, Any], names: Sequence[str], device: str, work: Path
+) -> dict[str, Any] | None:
+    """Return those of the values `names` that the model makes of one batch; None where it cannot run on it."""
     whole = join(parts)
-    wanted = list(dict.fromkeys(layer.input for layer in whole.layers if layer.input in whole.makes))
-    given = {name: np.shape(array) for name, array in feeds.items()}
+    wanted = [name for name in dict.fromkeys(names) if name in whole.makes]
     if not wanted:
-        return given
+        return {}
     model = extract_segment(plan.walked.model, whole, feeds, wanted)
     session = Session(to_bytes_or_file(model, work, "shapes"), device, level=0, what="the model for its shapes")
     try:
-        made = session.run({name: feeds[name] for name in whole.reads}, wanted)
+        return session.run({name: feeds[name] for name in whole.reads}, wanted)
     except RuntimeFailure:
         return None
-    return given | {name: np.shape(array) for name, array in made.items()}

@@ -18,6 +18,8 @@ from comq_onnx.samples.padding import Mask, take_kept
 
 # makes the error for a value whose numbers are out of range, from its name, an array and the index of its batch
 Refuse = Callable[[str, Any, int], ModelError]
+# what was seen so far: ranges, grids, and the positions that grids will be chosen by
+State = tuple[dict[str, ObservedRange], dict[str, ActivationGrid], dict[str, ranges.Positions]]
 
 
 class ActivationRanges:
@@ -39,6 +41,14 @@ class ActivationRanges:
         self.grids: dict[str, ActivationGrid] = {}
         self._readers = ranges.readers(plan.walked, plan.activations)
         self._positions = {name: ranges.Positions(readers.axis) for name, readers in self._readers.items()}
+
+    def state(self) -> State:
+        """Return all that was seen so far."""
+        return self.ranges, self.grids, self._positions
+
+    def restore(self, state: State) -> None:
+        """Go on from what was seen before."""
+        self.ranges, self.grids, self._positions = state
 
     def observe(self, name: str, array: Any, batch: int) -> None:
         """Widen the range of a value by one batch of it. Values that are not quantized are skipped.

@@ -17,6 +17,9 @@ from comq_onnx.calibrate.stages import Stage
 from comq_onnx.plan.plan import Plan
 from comq_onnx.plan.solved import Solved
 
+# where samples are: the tensors at both cuts, and the stages between
+State = tuple[Tensors, Tensors, Stage | None]
+
 
 @dataclass(frozen=True)
 class Way:
@@ -56,6 +59,15 @@ class Passage:
     x: Tensors
     x_hat: Tensors
     leg: Stage | None = field(default=None, init=False)
+
+    def state(self, each: Callable[[Any], Any]) -> State:
+        """Return where the samples are; each: makes what is kept of a tensor."""
+        return _each(self.x, each), _each(self.x_hat, each), self.leg
+
+    def restore(self, state: State, each: Callable[[Any], Any]) -> None:
+        """Go on from where the samples were; each: makes a tensor of what was kept."""
+        x, x_hat, self.leg = state
+        self.x, self.x_hat = _each(x, each), _each(x_hat, each)
 
     def advance_float(self, leg: Stage, rows: Sequence[str]) -> Tensors:
         """Run a leg in float, to the next cut. Returns the values `rows` that are made on it."""
@@ -133,6 +145,10 @@ class Passage:
             for batches in given.values():
                 batches[i] = None
             way.tell(count)
+
+
+def _each(cut: Tensors, each: Callable[[Any], Any]) -> Tensors:
+    return {name: [each(array) for array in batches] for name, batches in cut.items()}
 
 
 def _same(a: Any, b: Any) -> bool:

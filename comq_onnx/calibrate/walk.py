@@ -12,16 +12,18 @@ ahead, because the ranges of activations are those of all samples, and quantized
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from comq_onnx.calibrate import cut_tensors, stages
 from comq_onnx.calibrate.finite import out_of_range
 from comq_onnx.calibrate.layer_moments import LayerInput, in_groups, input_moments
 from comq_onnx.calibrate.layer_solver import LayerSolver, Observer
-from comq_onnx.calibrate.leading import Tensors, divide, input_shapes, samples_needed
+from comq_onnx.calibrate.leading import Tensors, bytes_at_cuts, divide, input_shapes, samples_needed
 from comq_onnx.calibrate.observed_ranges import ActivationRanges
 from comq_onnx.calibrate.passage import Passage, Way
 from comq_onnx.calibrate.recurrent_rows import with_rows
@@ -36,27 +38,31 @@ from comq_onnx.plan.plan import Plan
 from comq_onnx.plan.solved import Solved
 from comq_onnx.samples.dataset import Dataset
 from comq_onnx.solve.moments import Moments
+from comq_onnx.workdir import GENERATIONS
 
 # progress through the stages is told in these, of all the work
 THOUSANDTHS = 1000
 
 
 def walk(
-    plan: Plan, data: Dataset, context: Context, observer: Observer | None = None, fewer_positions: int = 1
-) -> Solved:
+    plan: Plan, data: Dataset, context: Context, observer: Observer | None = None, fewer_positions: int = 1,
+    name: str = "solve",
+) -> Solved:  # fmt: skip
     """Calibrate and solve every layer of a plan on the calibration samples.
 
     observer: sees the moments that each solution is made from
     fewer_positions: the number of positions that moments are made from is divided by this
+    name: tells this walk from others in a work directory, where its state is kept after each stage
 
-    Raises ModelError where a tensor or a weight is not finite or too large, SamplesError where no sample reaches a
-    layer.
+    Raises OptionError where the state cannot be kept, ModelError where a tensor or a weight is not finite or too large,
+    SamplesError where no sample reaches a layer.
     """
     with (
         private_directory() as work,
         cut_tensors.opened(context.device, context.memory, work) as store,
     ):
-        return _Walk(plan, data, context, store, work, observer, fewer_positions).run()
+        walking = _Walk(plan, data, context, store, work, observer, fewer_positions)
+        return walking.run(f"{name}-{context.options.batch_size}")
 
 
 class _Walk:
@@ -74,7 +80,7 @@ class _Walk:
         plan = with_rows(plan)
         options = context.options
         self._plan, self._data, self._context = plan, data, context
-        self._store, self._fewer = store, fewer_positions
+        self._store, self._work, self._fewer = store, work, fewer_positions
         self._layers = list(calibrated(plan.walked.layers))
         self._parts = stages.cut(plan.walked.model, self._layers)
         shapes = input_shapes(plan, self._parts, data.calibration, context.device, work)
@@ -90,8 +96,8 @@ class _Walk:
         inputs = [str(v.name) for v in plan.walked.model.graph.inputs]
         self._passages = [Passage(way, group, group.inputs(inputs), group.inputs(inputs)) for group in groups]
         self._later = later_readers(self._parts, self._solver.weight_key)
-        with context.journal.timed("calibrate"):
-            self._others = float_moments(way, self._parts, groups, self._later, options.seed, self._refuse)
+        self._find_others = partial(float_moments, way, self._parts, groups, self._later, options.seed, self._refuse)
+        self._others: dict[str, list[Moments]] = {}
 
     def _predict_shares(self, shapes: Shapes) -> list[float]:
         """Predict the share of the walk after each stage; shapes: those of the inputs of layers, for one batch."""
@@ -101,8 +107,26 @@ class _Walk:
         needed, total = [count // unit for count in self._needed], len(samples) // unit
         return stage_shares(self._parts, shapes, like, needed, total, len(self._counts), self._fewer)
 
-    def run(self) -> Solved:
-        """Solve one stage after the other."""
+    def run(self, name: str) -> Solved:
+        """Solve one stage after the other; name: that of the states in a work directory."""
+        done = self._restore(name)
+        if done == 0:
+            self._check_room()
+            self._begin()
+        for stage in self._parts[done:]:
+            self._catch_up(stage)
+            self._solve([x for x in stage.layers if x.input not in stage.makes], *self._cuts(stage))
+            self._advance(stage)
+            self._tell()
+            self._context.progress("stages", round(THOUSANDTHS * self._shares[stage.index]), THOUSANDTHS)
+            self._save(name, stage.index + 1)
+        self._solver.round_unreached()
+        return self._solved()
+
+    def _begin(self) -> None:
+        """Do what comes before the first stage: round tables, and bring samples that wait to where they are needed."""
+        with self._context.journal.timed("calibrate"):
+            self._others = self._find_others()
         seconds = self._context.journal.seconds
         seconds["solve"] = seconds.get("solve", 0.0) + self._solver.round_tables()
         for passage in self._passages:
@@ -113,14 +137,48 @@ class _Walk:
         for passage in self._passages[1:]:
             if passage not in self._at(0):
                 self._advance_float(passage, 0)
-        for stage in self._parts:
-            self._catch_up(stage)
-            self._solve([x for x in stage.layers if x.input not in stage.makes], *self._cuts(stage))
-            self._advance(stage)
-            self._tell()
-            self._context.progress("stages", round(THOUSANDTHS * self._shares[stage.index]), THOUSANDTHS)
-        self._solver.round_unreached()
-        return self._solved()
+
+    # in a work directory
+
+    def _check_room(self) -> None:
+        """Make sure that a work directory has room for two states: of both models at the largest cut, and codes."""
+        if self._context.workdir is None:
+            return
+        samples, device = self._data.calibration, self._context.device
+        largest = bytes_at_cuts(self._plan, self._parts, samples, self._needed, device, self._work)
+        if largest is not None:
+            inputs = sum(array.nbytes for array in samples.arrays.values())
+            codes = sum(int(np.prod(layer.weight_shape)) for layer in self._layers)
+            self._context.workdir.check_room(GENERATIONS * (2 * largest + codes) + inputs)
+
+    def _save(self, name: str, done: int) -> None:
+        """Keep all that later stages need; done: how many stages are."""
+        if self._context.workdir is None:
+            return
+        once = _Once(self._store.on_host)
+        passages = [passage.state(once) for passage in self._passages]
+        with self._context.journal.timed("save"):
+            fixed = (done, self._solver.state(), self._others, passages)
+            self._context.workdir.save(name, done, fixed, self._ranges.state())
+
+    def _restore(self, name: str) -> int:
+        """Go on from the last state in the work directory. Returns how many stages are done."""
+        work = self._context.workdir
+        state = None if work is None else work.load(name)
+        if state is None:
+            return 0
+        (done, solver, self._others, passages), ranges = state
+        self._solver.restore(solver)
+        self._ranges.restore(ranges)
+        once = _Once(self._store.restore)
+        for passage, its in zip(self._passages, passages, strict=True):
+            passage.restore(its, once)
+        self._context.journal.notes.append(
+            f"{name.partition('-')[0]} went on after stage {done} of {len(self._parts)}, as kept in "
+            f"{self._context.options.workdir}"
+        )
+        self._context.progress("stages", round(THOUSANDTHS * self._shares[done - 1]), THOUSANDTHS)
+        return int(done)
 
     def _at(self, stage: int) -> list[Passage]:
         """Return the passages of the samples that a stage needs; stage: its index."""
@@ -134,7 +192,7 @@ class _Walk:
     def _solved(self) -> Solved:
         """Return what is solved so far."""
         ranges, solver = self._ranges, self._solver
-        return Solved(self._plan, solver.solutions, ranges.grids, ranges.ranges, solver.seconds)
+        return Solved(self._plan, solver.solutions, ranges.grids, ranges.ranges, solver.seconds, solver.observed)
 
     def _tell(self) -> None:
         """Show how many layers are solved."""
@@ -239,6 +297,19 @@ class _Walk:
         end = next((k for k in following if passage in self._at(k)), len(self._parts))
         with self._context.journal.timed("calibrate"):
             return passage.advance_float(stages.join(self._parts[start:end]), rows)
+
+
+class _Once:
+    """Make something of each tensor once: tensors that are one stay one."""
+
+    def __init__(self, make: Callable[[Any], Any]) -> None:
+        self._make, self._made = make, dict[int, tuple[Any, Any]]()
+
+    def __call__(self, given: Any) -> Any:
+        if id(given) not in self._made:
+            # what is given must live on, or another one may get its id
+            self._made[id(given)] = given, self._make(given)
+        return self._made[id(given)][1]
 
 
 def _joined(cuts: Sequence[Tensors]) -> Tensors:

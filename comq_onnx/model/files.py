@@ -14,6 +14,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from comq_onnx.errors import OptionError
+from comq_onnx.workdir import hold
 
 # protobuf's own limit is 2^31 - 1 bytes for the whole message
 INLINE_LIMIT = 1_800_000_000
@@ -97,7 +98,7 @@ def private_directory(parent: Path | None = None) -> Iterator[Path]:
     try:
         try:
             work.mkdir(mode=0o700)
-            held = _hold(work)
+            held = hold(work)
             yield work
         finally:
             shutil.rmtree(work, ignore_errors=True)
@@ -155,24 +156,6 @@ def _writing(out: Path) -> Iterator[None]:
         raise OptionError(f"{out}: cannot be written ({error.strerror or error}); nothing was left behind") from error
 
 
-def _hold(work: Path) -> int | None:
-    """Lock a directory for as long as this process lives, and return the descriptor that holds the lock.
-
-    None where it is locked already, or cannot be locked."""
-    try:
-        import fcntl
-
-        descriptor = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except (ImportError, OSError):
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
-
-
 def _remove_stale(parent: Path) -> None:
     """Remove directories in `parent` that processes of this user left when they were killed."""
     with contextlib.suppress(OSError):
@@ -181,6 +164,6 @@ def _remove_stale(parent: Path) -> None:
                 continue
             state = entry.stat(follow_symlinks=False)
             mine = not hasattr(os, "getuid") or state.st_uid == os.getuid()
-            if mine and time.time() - state.st_mtime > STALE_SECONDS and (held := _hold(Path(entry.path))) is not None:
+            if mine and time.time() - state.st_mtime > STALE_SECONDS and (held := hold(Path(entry.path))) is not None:
                 shutil.rmtree(entry.path, ignore_errors=True)
                 os.close(held)

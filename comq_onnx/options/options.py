@@ -134,6 +134,10 @@ class Options(SampleOptions):
         metavar="GB",
         bounds=(0.0, np.inf), expected="0 or more gigabytes", lasting=False,
     )  # fmt: skip
+    workdir: str | None = declare(
+        None, RUNNING, "Keep the state of the run in a directory: the same command goes on where it was cut off.",
+        metavar="DIR", lasting=False,
+    )  # fmt: skip
     sensitivity: bool = declare(
         False, INPUT_OUTPUT, "With --plan: rank the layers by what quantizing each costs.", in_config=False
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +24,7 @@ class Solved:
     activation_grids: the grid of each quantized activation, by the name of the value
     ranges: the range of each quantized activation in the samples, by the name of the value
     layer_seconds: the seconds that each layer took to solve, by the name of the layer
+    observed: what an observer of the solver keeps of each layer, by the name of the layer
     """
 
     plan: Plan
@@ -30,6 +32,7 @@ class Solved:
     activation_grids: Mapping[str, ActivationGrid]
     ranges: Mapping[str, ObservedRange] = field(default_factory=dict)
     layer_seconds: Mapping[str, float] = field(default_factory=dict)
+    observed: Mapping[str, Any] = field(default_factory=dict)
 
     def table_of(self, product: Layer) -> Layer | None:
         """Return the embedding whose codes, transposed, are those of a product; None where its codes are its own."""

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
+
+import numpy as np
 
 from comq_onnx.context import Context, Journal
 from comq_onnx.errors import OutOfMemory, RuntimeFailure, SamplesError
@@ -45,6 +50,16 @@ class Dataset:
     def is_synthetic(self) -> bool:
         """Tell whether no samples were given."""
         return self.calibration.source == "synthetic"
+
+    @cached_property
+    def sha256(self) -> str:
+        """Return the SHA-256 of all samples, those that are held back too."""
+        digest = hashlib.sha256()
+        for samples in (self.calibration, self.held_back):
+            for name, array in sorted(samples.arrays.items()):
+                digest.update(f"{name} {array.dtype} {array.shape}".encode())
+                digest.update(pickle.dumps(array) if array.dtype == object else np.ascontiguousarray(array).data)
+        return digest.hexdigest()
 
     def kept(self, batch: Mapping[str, AnyArray]) -> padding.Mask | None:
         """Return the positions [samples, positions] of a batch that the model does not ignore; None for all."""

@@ -26,8 +26,9 @@ from comq_onnx.errors import ModelError, OptionError, RuntimeFailure
 from comq_onnx.model import files, float_model
 from comq_onnx.model import graph as graphs
 from comq_onnx.model import source as reading
-from comq_onnx.model.files import _hold, private_directory
+from comq_onnx.model.files import private_directory
 from comq_onnx.model.source import find_model, load_source
+from comq_onnx.workdir import hold
 from models import build, cnn, infer, mlp, samples_for, weight, worst_sqnr
 
 EIGHT = {"bits": 8, "device": "cpu"}
@@ -560,7 +561,7 @@ def test_what_a_killed_run_left_is_removed(tmp_path: Path, name: str, age: int, 
     left.mkdir()
     (left / "q.onnx").write_bytes(b"half")
     os.utime(left, (time.time() - age,) * 2)
-    lock = _hold(left) if held else None
+    lock = hold(left) if held else None
     with private_directory(tmp_path) as work:
         assert work.stat().st_mode & 0o77 == 0
         assert left.exists() == kept

@@ -12,7 +12,7 @@ arrays by input name, or whatever yields them. A `Report` shows itself in a note
 """
 
 from comq_onnx.errors import ComqError, ModelError, OptionError, OutOfMemory, RuntimeFailure, SamplesError
-from comq_onnx.evaluate import Comparison, compare
+from comq_onnx.evaluate.comparison import Comparison, compare
 from comq_onnx.metrics import OutputComparison
 from comq_onnx.options.options import Options
 from comq_onnx.options.samples import SampleOptions

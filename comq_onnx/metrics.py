@@ -1,4 +1,4 @@
-"""Measure how near two outputs are: SQNR, cosine, class scores, and how often noise changes the best class."""
+"""Measure how near two outputs are: SQNR, cosine, class scores, loss of language models, the best class under noise."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ Floats = npt.NDArray[np.float64]
 
 # rows match where each number is as near as this share of the range of its column
 MATCHED_SHARE = 0.05
+# so many numbers are looked at together: logits over a vocabulary are too many for a copy of them
+PIECE = 1 << 20
 
 # Outputs of two models ------------------------------------------------------------------------------------------------
 
@@ -49,7 +51,18 @@ class ComparisonSums:
 
         Where both have the same infinity they agree; any other number that is not finite is all noise.
         """
-        a, b = before.astype(np.float64).ravel(), after.astype(np.float64).ravel()
+        a, b = before.ravel(), after.ravel()
+        for start in range(0, a.size, PIECE):
+            piece = slice(start, start + PIECE)
+            self._add_piece(a[piece].astype(np.float64), b[piece].astype(np.float64))
+        if self.scores is None:
+            self.scores = looks_like_scores(before)
+        if self.scores:
+            first, second = before.argmax(-1), after.argmax(-1)
+            self.agree += int((first == second).sum())
+            self.rows += first.size
+
+    def _add_piece(self, a: Floats, b: Floats) -> None:
         finite = np.isfinite(a) & np.isfinite(b)
         if not finite.all():
             same = (a == b) & ~finite
@@ -61,12 +74,6 @@ class ComparisonSums:
         self.noise += float((a - b) @ (a - b))
         self.dot += float(a @ b)
         self.energy += float(b @ b)
-        if self.scores is None:
-            self.scores = looks_like_scores(before)
-        if self.scores:
-            first, second = before.argmax(-1), after.argmax(-1)
-            self.agree += int((first == second).sum())
-            self.rows += first.size
 
     def result(self, name: str) -> OutputComparison:
         """Return the comparison of the output `name` over all that was added."""
@@ -150,6 +157,91 @@ def sqnr_of(first: dict[str, Any], second: dict[str, Any]) -> float:
     return worst
 
 
+# Language models ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LanguageComparison:
+    """Describe how near the distributions over a vocabulary are that two models give.
+
+    name: of the output with the logits
+    perplexity: of each model, `before` and `after`: e to the mean loss of the tokens that follow; empty for models that
+        do not predict the next token
+    divergence: the mean Kullback-Leibler divergence of the second's distribution from the first's, in nats
+    top1_agreement: the share of positions with the same likeliest token
+    positions: how many positions were compared
+    """
+
+    name: str
+    perplexity: dict[str, float]
+    divergence: float
+    top1_agreement: float
+    positions: int
+
+    @property
+    def rise(self) -> float | None:
+        """Return the perplexity after over that before; None where there is none."""
+        return self.perplexity["after"] / self.perplexity["before"] if self.perplexity else None
+
+
+class LanguageSums:
+    """Add up what a LanguageComparison needs, some positions at a time."""
+
+    def __init__(self) -> None:
+        self.divergence = 0.0
+        self.loss = np.zeros(2)
+        self.positions = self.agree = self.tokens = 0
+
+    def add(self, before: npt.NDArray[Any], after: npt.NDArray[Any], following: npt.NDArray[Any]) -> None:
+        """Add the logits of both models, [positions, vocabulary].
+
+        following: the token that follows each position, -1 where none does
+        """
+        rows = max(1, PIECE // before.shape[-1])
+        for start in range(0, len(before), rows):
+            piece = slice(start, start + rows)
+            self._add_piece(_log_softmax(before[piece]), _log_softmax(after[piece]), following[piece])
+
+    def _add_piece(self, a: npt.NDArray[Any], b: npt.NDArray[Any], following: npt.NDArray[Any]) -> None:
+        self.divergence += float(_divergences(a, b).sum())
+        self.agree += int((a.argmax(-1) == b.argmax(-1)).sum())
+        self.positions += len(a)
+        known = np.flatnonzero(following >= 0)
+        self.loss -= [float(x[known, following[known]].sum(dtype=np.float64)) for x in (a, b)]
+        self.tokens += len(known)
+
+    def result(self, name: str) -> LanguageComparison:
+        """Return the comparison of the output `name` over all that was added."""
+        count = max(self.positions, 1)
+        with np.errstate(over="ignore"):
+            mean = np.exp(self.loss / max(self.tokens, 1)).tolist()
+        perplexity = dict(zip(("before", "after"), mean, strict=True)) if self.tokens else {}
+        return LanguageComparison(name, perplexity, self.divergence / count, self.agree / count, self.positions)
+
+
+def divergence(before: npt.NDArray[Any], after: npt.NDArray[Any]) -> float:
+    """Return the mean Kullback-Leibler divergence of the distributions of logits [positions, vocabulary], in nats."""
+    sums = LanguageSums()
+    sums.add(before, after, np.full(len(before), -1))
+    return sums.result("").divergence
+
+
+def _divergences(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> Floats:
+    """Return the divergence of each row of logarithms of probabilities."""
+    p = np.exp(a)
+    with np.errstate(invalid="ignore"):
+        parts = np.where(p > 0, p * (a - b), 0)
+    return np.asarray(np.maximum(parts.sum(axis=-1, dtype=np.float64), 0.0))
+
+
+def _log_softmax(logits: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return the logarithms of the probabilities of each row, in float32 or better."""
+    x = logits.astype(np.promote_types(logits.dtype, np.float32))
+    x -= x.max(axis=-1, keepdims=True)
+    x -= np.log(np.exp(x).sum(axis=-1, keepdims=True))
+    return x
+
+
 # Class scores ---------------------------------------------------------------------------------------------------------
 
 
@@ -160,13 +252,13 @@ def looks_like_scores(output: npt.NDArray[Any]) -> bool:
     """
     if output.ndim < 2 or output.shape[-1] < 2 or output.dtype.kind != "f" or not output.size:
         return False
-    rows = output.reshape(-1, output.shape[-1]).astype(np.float64)
-    if (rows >= 0).all() and np.allclose(rows.sum(axis=1), 1, atol=1e-2):
+    rows = output.reshape(-1, output.shape[-1])
+    if rows.min() >= 0 and np.allclose(rows.sum(axis=1, dtype=np.float64), 1, atol=1e-2):
         return True
     if output.ndim != 2:
         return output.ndim == 3 and output.shape[-1] >= 1000
     # vectors of length 1 are embeddings
-    return not np.allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-2)
+    return not np.allclose(np.linalg.norm(rows.astype(np.float64), axis=1), 1, atol=1e-2)
 
 
 def scores_among(outputs: Mapping[str, Any]) -> str | None:

@@ -19,7 +19,7 @@ from comq_onnx.bits.choose import Chosen, choose_and_solve, choose_bits, has_cho
 from comq_onnx.calibrate.integer_loss import without_lossy_integers
 from comq_onnx.context import Context, Progress, silent
 from comq_onnx.errors import OptionError, OutOfMemory
-from comq_onnx.evaluate import evaluate
+from comq_onnx.evaluate.evaluation import evaluate
 from comq_onnx.model.files import check_output, private_directory, subdirectory, written
 from comq_onnx.model.float_model import FloatModel, open_model
 from comq_onnx.model.source import as_path

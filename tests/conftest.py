@@ -18,8 +18,8 @@ import onnx
 import pytest
 
 import comq_onnx
-from comq_onnx import evaluate
 from comq_onnx.calibrate.layer_solver import LayerSolver
+from comq_onnx.evaluate import speed
 from comq_onnx.plan import integer_gain as gains
 from comq_onnx.runtime import memory, session
 from comq_onnx.solve import parallel
@@ -46,7 +46,7 @@ def _no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def _quick_latency(monkeypatch: pytest.MonkeyPatch) -> None:
     """Time two runs in place of two seconds of them: no test here is about time."""
-    monkeypatch.setattr(evaluate, "TIMED_SECONDS", 0.0)
+    monkeypatch.setattr(speed, "TIMED_SECONDS", 0.0)
 
 
 @pytest.fixture(autouse=True)

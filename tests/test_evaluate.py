@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 import comq_onnx
-from comq_onnx import evaluate
-from comq_onnx.evaluate import INTEGER_KERNELS, compare_outputs, executed_kernels, latency
+from comq_onnx.evaluate import speed
+from comq_onnx.evaluate.kernels import INTEGER_KERNELS, executed_kernels
+from comq_onnx.evaluate.outputs import compare_outputs
+from comq_onnx.evaluate.speed import latency
 from comq_onnx.metrics import looks_like_scores, sqnr_of
 from comq_onnx.runtime.session import Session
 from comq_onnx.samples.load import load_samples
@@ -325,7 +327,7 @@ def test_models_that_select_are_compared_by_the_rows_that_both_give(tmp_path: Pa
 def test_a_slower_model_is_warned_of_with_an_option_that_was_not_given(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str, advised: str
 ) -> None:
-    monkeypatch.setattr(evaluate, "latency", lambda *_: [1.0, 2.0])
+    monkeypatch.setattr(speed, "latency", lambda *_: [1.0, 2.0])
     source = mlp()
     report = comq_onnx.quantize(source, tmp_path / "q.onnx", samples_for(source), activations=given, device="cpu")
     warning = next(w for w in report.warnings if "slower than its source (2 against 1 ms)" in w)

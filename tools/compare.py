@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 import comq_onnx
+from comq_onnx.report.terminal import describe_language
 
 
 def tables(found: comq_onnx.Comparison) -> list[Table]:
@@ -38,6 +39,8 @@ def tables(found: comq_onnx.Comparison) -> list[Table]:
     both.add_row("integer", ", ".join(f"{n} {op}" for op, n in found.kernels.items()) or "none")
     both.add_row("others", ", ".join(f"{n} {op}" for op, n in found.float_kernels.items()) or "none")
     both.add_row("by", f"onnxruntime {onnxruntime.__version__}")
+    if found.language is not None:
+        both.add_row("language", describe_language(found.language))
     for match in found.matches:
         outputs.add_row(f"{match.name}: {match.share:.1%} of its rows or numbers in both")
     return [outputs, both]

@@ -17,7 +17,7 @@ import onnxruntime
 from rich.console import Console
 from rich.table import Table
 
-from comq_onnx.evaluate import compare_outputs
+from comq_onnx.evaluate.outputs import compare_outputs
 from comq_onnx.metrics import looks_like_scores, softmax
 from comq_onnx.runtime.session import Session
 from comq_onnx.samples.load import load_samples

@@ -17,7 +17,8 @@ from comq_onnx.bits.tradeoff import UPGRADE_SHARE, Tradeoff, node_bytes
 from comq_onnx.calibrate.walk import walk
 from comq_onnx.context import Context
 from comq_onnx.errors import OptionError
-from comq_onnx.evaluate import compare_outputs, compare_parts, quantized_session
+from comq_onnx.evaluate.language import language_of_data
+from comq_onnx.evaluate.outputs import compare_parts, compare_sessions, quantized_session
 from comq_onnx.metrics import Floats, lead_changes, leads, scores_among
 from comq_onnx.model.files import file_size, private_directory, to_bytes_or_file
 from comq_onnx.model.float_model import FloatModel
@@ -74,7 +75,7 @@ def choose_and_solve(plan: Plan, source: FloatModel, data: Dataset, context: Con
     """
     tradeoff = make_tradeoff(plan, source, data, context)
     if tradeoff is not None and context.options.max_drop is not None:
-        return _within_drop(plan, tradeoff, parse_drop(context.options.max_drop), source, data, context)
+        return _within_drop(plan, tradeoff, _drop(tradeoff, context), source, data, context)
     return _solve(choose_bits(plan, tradeoff, source, context), source, data, context)
 
 
@@ -86,7 +87,7 @@ def choose_bits(plan: Plan, tradeoff: Tradeoff | None, source: FloatModel, conte
     if options.size is not None:
         allocation = tradeoff.within_size(parse_size(options.size, source.file.size))
     elif options.max_drop is not None:
-        drop = parse_drop(options.max_drop)
+        drop = _drop(tradeoff, context)
         allocation = tradeoff.within_noise(max_noise(drop, tradeoff.leads), drop.kind)
     elif options.fixed_bits is None:
         assert isinstance(options.bits, float)
@@ -96,6 +97,13 @@ def choose_bits(plan: Plan, tradeoff: Tradeoff | None, source: FloatModel, conte
     else:
         allocation = tradeoff.within_size(int(tradeoff.file_size(plan.bits) * (1 + UPGRADE_SHARE)))
     return Chosen(plan.with_bits(tradeoff.bits(allocation), options), tradeoff, allocation)
+
+
+def _drop(tradeoff: Tradeoff, context: Context) -> Drop:
+    """Return the accuracy that may be lost, as what the model is judged by."""
+    assert context.options.max_drop is not None
+    drop = parse_drop(context.options.max_drop)
+    return drop.of_perplexity() if tradeoff.by_loss else drop
 
 
 def _solve(chosen: Chosen, source: FloatModel, data: Dataset, context: Context, attempt: int = 0) -> Quantized:
@@ -123,7 +131,9 @@ def make_tradeoff(plan: Plan, source: FloatModel, data: Dataset, context: Contex
             return None
         least = context.options.fixed_bits or BITS[0]
         wanted = sorted({REFERENCE_BITS, *plan.bits.values(), *(bits for bits in BITS if bits >= least)})
-        found = survey(plan, data, context, wanted)
+        language = language_of_data(source.session.inputs, data)
+        by_loss = language is not None and language.predicts_next
+        found = survey(plan, data, context, wanted, language)
         layers = {layer.name: layer for layer in plan.layers}
         code_bytes = {name: {bits: plan.code_bytes(layers[name], bits) for bits in wanted} for name in found.groups}
 
@@ -137,7 +147,8 @@ def make_tradeoff(plan: Plan, source: FloatModel, data: Dataset, context: Contex
             node_bytes=node_bytes(found.groups, code_bytes, size_of),
             counts={name: math.prod(layers[name].weight_shape) for name in found.groups},
             file_size=size_of,
-            leads=_leads(plan, source, data, context),
+            leads=None if by_loss else _leads(plan, source, data, context),
+            by_loss=by_loss,
         )
 
 
@@ -269,8 +280,11 @@ def _check_accuracy(quantized: Quantized, drop: Drop, source: FloatModel, data: 
     with private_directory() as work:
         session = quantized_session(to_bytes_or_file(quantized.emitted.model, work, "quantized"), context)
         prepared = quantized.chosen.plan.written
-        outputs = compare_outputs(source.session, session, data.held_back, size, selected=prepared.judged.selected)
-        outputs += compare_parts(prepared, quantized.emitted.model, data, context)
+        compared, _ = compare_sessions(
+            source.session, session, data.held_back, size, selected=prepared.judged.selected,
+            language=language_of_data(source.session.inputs, data),
+        )  # fmt: skip
+        compared.outputs.extend(compare_parts(prepared, quantized.emitted.model, data, context))
         changes = None
         if drop.points is not None:
             name = scores_among(_own_outputs(quantized.chosen.plan, data))
@@ -279,4 +293,4 @@ def _check_accuracy(quantized: Quantized, drop: Drop, source: FloatModel, data: 
                 lead_changes(source.session.run(feeds, [name])[name], session.run(feeds, [name])[name])
                 for feeds in data.held_back.batches(size)
             ])  # fmt: skip
-    return check_drop(drop, tradeoff.leads, outputs, changes)
+    return check_drop(drop, tradeoff.leads, compared, changes)

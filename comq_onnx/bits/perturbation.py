@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -48,17 +49,17 @@ def perturbed(
     feeds: Sequence[Tensors],
     expected: Sequence[Tensors],
     load: Load,
-) -> Iterator[tuple[str, list[Tensors]]]:
+) -> Iterator[tuple[str, Iterator[Tensors]]]:
     """Yield the name of each group with the values by which the model is judged where that group alone is quantized.
 
-    The values are by name, batch by batch.
+    The values are by name, batch by batch, and made as they are asked for. Caches are left out.
 
     groups: the names of the layers of each group, by the name of the first of them
     feeds: the samples, batch by batch
     expected: these values of the float model, batch by batch
     """
     plan = solved.plan
-    model, names = judged_part(plan.written.model, plan.written.judged)
+    model, names = judged_part(plan.written.model, plan.written.judged.without_caches)
     parts = stages.cut(model, plan.layers)
     tails = _tails(parts, groups)
     cuts = _cut_tensors(model, parts, tails, feeds, load)
@@ -70,15 +71,22 @@ def perturbed(
         session = _exposed_session(tail_model, solved, [x for name in tail.groups for x in groups[name]], load)
         given = feeds if whole else [{name: cut[name] for name in behind.reads} for cut in cuts]
         for name in tail.groups:
-            weights = _quantized(solved, groups[name])
-            found = [session.run({**batch, **weights}, wanted) for batch in given]
-            yield (
-                name,
-                [
-                    {own: outputs.get(there, before[own]) for own, there in names.items()}
-                    for outputs, before in zip(found, expected, strict=True)
-                ],
-            )
+            run = partial(_run, session, _quantized(solved, groups[name]), names, wanted)
+            yield name, map(run, given, expected)
+
+
+def _run(
+    session: Session, weights: Tensors, names: Mapping[str, str], wanted: Sequence[str], feeds: Tensors, before: Tensors
+) -> Tensors:
+    """Run the model from a cut on for the judged values; what it does not make is as in the float model.
+
+    weights: what to feed so that a group is quantized
+    names: the name of each judged value in the session's model
+    wanted: those of them that it makes
+    before: the judged values of the float model
+    """
+    outputs = session.run({**feeds, **weights}, wanted)
+    return {own: outputs.get(there, before[own]) for own, there in names.items()}
 
 
 def _tails(parts: Sequence[Stage], groups: Mapping[str, Sequence[str]]) -> list[_Tail]:

@@ -8,7 +8,7 @@ needs no labels and no gradients.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -22,7 +22,8 @@ from comq_onnx.bits.perturbation import Load, perturbed
 from comq_onnx.calibrate.walk import walk
 from comq_onnx.context import Context, Journal
 from comq_onnx.errors import SamplesError
-from comq_onnx.metrics import lead_changes, scores_among, sqnr_of
+from comq_onnx.evaluate.language import Language
+from comq_onnx.metrics import divergence, lead_changes, scores_among, sqnr_of
 from comq_onnx.model.judged_session import JudgedSession
 from comq_onnx.model.layers import Layer
 from comq_onnx.plan.initial_bits import REFERENCE_BITS
@@ -51,6 +52,8 @@ BITS = (2, 3, 4, 5, 6, 7, 8)
 FAST = Method(effort="fast")
 # the noise of outputs that are nothing like the float model's, or have another shape
 MOST_NOISE = 10.0
+# of logits over a vocabulary, so many positions of a sample are looked at
+POSITIONS = 64
 # in place of 0, to divide by
 TINY = 1e-30
 
@@ -58,8 +61,9 @@ Tensors = dict[str, Any]
 # the relative error at each number of bits, by group
 Errors = Mapping[str, Mapping[int, float]]
 
-# the effect of quantization on the outputs, [2]: the noise of the worst output over its energy; and the variance of the
-# changes of the best class's leads (metrics.py), 0 where there are no class scores
+# the effect of quantization on the outputs, [2]: the noise of the worst output over its energy; and what it does to
+# choices: of what predicts the next token, the divergence of the distributions; else the variance of the changes of the
+# best class's leads, 0 where there are no class scores (both in metrics.py)
 Noise = npt.NDArray[np.float64]
 
 
@@ -88,8 +92,8 @@ class Sensitivity:
     def damage(self, name: str, bits: int) -> float:
         """Return the noise of a group at `bits` bits, as a share of the noise of all groups at REFERENCE_BITS.
 
-        Two such shares are added: of the relative noise and, where there are class scores, of the noise of their leads,
-        which may come from other layers.
+        Two such shares are added: of the relative noise and, where there are class scores, of that of choices, which
+        may come from other layers.
         """
         parts: Noise = self.gains[name] * self.errors[name][bits] / np.maximum(self._at_reference, TINY)
         return float(parts.sum())
@@ -112,10 +116,13 @@ class Sensitivity:
         return np.asarray(sum(self.gains[name] * self.errors[name][bits[name]] for name in self.groups))
 
 
-def survey(plan: Plan, data: Dataset, context: Context, widths: Sequence[int] = BITS) -> Sensitivity:
+def survey(
+    plan: Plan, data: Dataset, context: Context, widths: Sequence[int] = BITS, language: Language | None = None
+) -> Sensitivity:
     """Measure what it costs to quantize each layer of a plan.
 
     widths: the numbers of bits at which errors are measured, REFERENCE_BITS among them
+    language: the output with logits over a vocabulary; None where there is none
     """
     plan = plan.with_bits({layer.name: REFERENCE_BITS for layer in plan.layers}, context.options)
     surveyed, perturbed = _split(data.calibration, len(_groups(plan)))
@@ -128,7 +135,7 @@ def survey(plan: Plan, data: Dataset, context: Context, widths: Sequence[int] = 
     for name in groups:
         scale = solved.solutions[name].error / max(sampled[name][REFERENCE_BITS], TINY)
         errors[name] = {bits: error * scale for bits, error in sampled[name].items()}
-    outputs = _Outputs.of(plan, perturbed, context)
+    outputs = _Outputs.of(plan, perturbed, context, language)
     if not outputs.has_floats:
         # no output to measure noise in: the own errors of all layers count alike
         total = sum(error[REFERENCE_BITS] for error in errors.values())
@@ -214,6 +221,7 @@ class _Outputs:
     feeds: the samples, batch by batch
     expected: the outputs of the float model, batch by batch
     scores: the name of the output with class scores; None where there is none
+    language: the output with logits over a vocabulary; None where there is none
     """
 
     plan: Plan
@@ -221,15 +229,17 @@ class _Outputs:
     feeds: Sequence[Tensors]
     expected: Sequence[Tensors]
     scores: str | None
+    language: Language | None
 
     @classmethod
-    def of(cls, plan: Plan, samples: Samples, context: Context) -> _Outputs:
+    def of(cls, plan: Plan, samples: Samples, context: Context, language: Language | None) -> _Outputs:
         """Run the float model on samples."""
         feeds = list(samples.batches(context.options.batch_size))
         session = _session(plan.written.model, plan, context.device)
-        expected = [session.run(one) for one in feeds]
+        expected = [_taken(one, session.run(one), language) for one in feeds]
         own = {name: x for name, x in expected[0].items() if name in plan.written.judged.whole}
-        return cls(plan, context.device, feeds, expected, scores_among(own))
+        scores = language.output if language is not None and language.output in own else scores_among(own)
+        return cls(plan, context.device, feeds, expected, scores, language)
 
     @property
     def has_floats(self) -> bool:
@@ -241,17 +251,37 @@ class _Outputs:
         model = self.plan.written.model.clone()
         emit(model, solved)
         session = _session(model, self.plan, self.device, level)
-        return self.noise([session.run(feeds) for feeds in self.feeds])
+        return self.noise(session.run(feeds) for feeds in self.feeds)
 
-    def noise(self, outputs: Sequence[Tensors]) -> Noise:
-        """Measure the mean noise of outputs over all batches."""
+    def noise(self, outputs: Iterable[Tensors]) -> Noise:
+        """Measure the mean noise of the outputs of all batches."""
         noises = []
-        for before, after in zip(self.expected, outputs, strict=True):
-            relative = min(10 ** (-sqnr_of(_floats(before), after) / 10), MOST_NOISE)
-            name = self.scores
-            lead = 0.0 if name is None else float(np.mean(lead_changes(before[name], after[name], RIVALS) ** 2))
-            noises.append([relative, lead])
+        for feeds, before, after in zip(self.feeds, self.expected, outputs, strict=True):
+            noises.append(self._noise(before, _taken(feeds, after, self.language)))
+            del after  # logits over a vocabulary are large
         return np.asarray(np.mean(noises, axis=0))
+
+    def _noise(self, before: Tensors, after: Tensors) -> list[float]:
+        """Measure the noise of one batch; before, after: the outputs of the float model for it, and of another."""
+        relative = min(10 ** (-sqnr_of(_floats(before), after) / 10), MOST_NOISE)
+        name = self.scores
+        if name is None:
+            return [relative, 0.0]
+        if self.language is not None and self.language.predicts_next:
+            return [relative, min(divergence(before[name], after[name]), MOST_NOISE)]
+        return [relative, float(np.mean(lead_changes(before[name], after[name], RIVALS) ** 2))]
+
+
+def _taken(feeds: Tensors, outputs: Tensors, language: Language | None) -> Tensors:
+    """Return the outputs for a batch, those of logits over a vocabulary at some positions that are no padding.
+
+    These are [positions, vocabulary] then, and stay so.
+    """
+    if language is None or language.output not in outputs or outputs[language.output].ndim == 2:
+        return outputs
+    logits, kept = outputs[language.output], np.argwhere(language.kept(feeds))
+    some = kept[spread_indices(len(kept), POSITIONS * len(logits))]
+    return {**outputs, language.output: logits[some[:, 0], some[:, 1]]}
 
 
 def _gains(
@@ -276,7 +306,7 @@ def _activation_noise(solved: Solved, outputs: _Outputs) -> Noise:
 
 def _session(model: ir.Model, plan: Plan, device: str, level: int | None = None) -> JudgedSession:
     """Load a model for the values by which it is judged; level: that of ONNX Runtime's optimization."""
-    return JudgedSession.of(model, plan.written.judged, _loader(plan, device, level))
+    return JudgedSession.of(model, plan.written.judged.without_caches, _loader(plan, device, level))
 
 
 def _loader(plan: Plan, device: str, level: int | None = None) -> Load:

@@ -21,6 +21,8 @@ from comq_onnx.plan.plan import Bits
 
 # at a fixed number of bits, the share of the file that more bits for the layers that gain most may add
 UPGRADE_SHARE = 0.03
+# a higher predicted loss is as good as none, in nats
+MOST_LOSS = 20.0
 # the number of allocations of a frontier
 FRONTIER_POINTS = 16
 
@@ -33,6 +35,7 @@ class FrontierPoint:
     mean_bits: the mean bits of a weight
     sqnr_db: the predicted SQNR of the outputs, in dB
     top1_agreement: the predicted share of samples with the same best class; None where the model gives no class scores
+    perplexity_rise: the predicted perplexity over that of the float model; None for what is not judged by it
     chosen: whether this allocation is used
     """
 
@@ -41,6 +44,7 @@ class FrontierPoint:
     sqnr_db: float
     top1_agreement: float | None
     chosen: bool = False
+    perplexity_rise: float | None = None
 
 
 def node_bytes(
@@ -79,6 +83,7 @@ class Tradeoff:
     counts: the number of weights, by group
     file_size: gives the bytes of the file for the bits of each layer
     leads: those of the float model's best class over the second on many samples; None without class scores
+    by_loss: whether the model is judged by its perplexity: the second noise is the divergence then
     """
 
     sensitivity: Sensitivity
@@ -88,6 +93,7 @@ class Tradeoff:
     counts: Mapping[str, int]
     file_size: Callable[[Bits], int]
     leads: Floats | None
+    by_loss: bool = False
 
     @property
     def names(self) -> list[str]:
@@ -156,7 +162,7 @@ class Tradeoff:
     def within_noise(self, most: float, kind: int) -> Allocation:
         """Find the fewest bytes whose predicted noise is at most `most`, or the least noise where none is that good.
 
-        kind: 0 for the relative noise, 1 for that of the leads
+        kind: 0 for the relative noise, 1 for that of the choices
         """
         low, high = self.limits()
         best = self.within_codes(high)
@@ -185,7 +191,7 @@ class Tradeoff:
         agreement = None if self.leads is None else expected_agreement(self.leads, float(np.sqrt(variance)))
         return FrontierPoint(
             rest + allocation.size, self.mean_bits(self.bits(allocation)), -10 * float(np.log10(max(relative, 1e-20))),
-            agreement, chosen,
+            agreement, chosen, float(np.exp(min(variance, MOST_LOSS))) if self.by_loss else None,
         )  # fmt: skip
 
     @cached_property

@@ -153,4 +153,4 @@ def _session(plan: Plan, solved: Solved, device: str) -> JudgedSession:
     def load(source: bytes | str) -> Session:
         return Session(source, device, level=0, what="the model with quantized activations")
 
-    return JudgedSession.of(model, plan.written.judged, load)
+    return JudgedSession.of(model, plan.written.judged.without_caches, load)

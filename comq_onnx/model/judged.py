@@ -61,6 +61,12 @@ class Judged:
         return [output for output, names in self.values.items() if names == (output,)]
 
     @property
+    def without_caches(self) -> Judged:
+        """Return what the outputs are judged by that are no caches; all, where there are no others."""
+        kept = {output: names for output, names in self.values.items() if not is_cache(output)}
+        return Judged(kept or self.values, self.selected)
+
+    @property
     def is_plain(self) -> bool:
         """Tell whether every output stands for itself."""
         return len(self.whole) == len(self.values)

@@ -10,19 +10,25 @@ from comq_onnx.errors import OptionError
 
 @dataclass(frozen=True)
 class Drop:
-    """Describe the accuracy that may be lost; one of the fields is None.
+    """Describe the accuracy that may be lost; one of the fields is not None.
 
     points: points of top-1 agreement that may be lost, in percent
     sqnr_db: the SQNR in dB that must remain
+    rise: by how much the perplexity may rise, in percent
     """
 
     points: float | None = None
     sqnr_db: float | None = None
+    rise: float | None = None
 
     @property
     def kind(self) -> int:
-        """Return the index of the noise that counts: 0 for the relative one, 1 for that of leads (bits/survey.py)."""
-        return 0 if self.points is None else 1
+        """Return the index of the noise that counts: 0 for the relative one, 1 for that of choices (bits/survey.py)."""
+        return 0 if self.sqnr_db is not None else 1
+
+    def of_perplexity(self) -> Drop:
+        """Return the same number as a rise of the perplexity, for a model that is judged by it; an SQNR stays one."""
+        return self if self.points is None else Drop(rise=self.points)
 
 
 def parse_size(text: str, source: int) -> int:
@@ -38,13 +44,13 @@ def parse_size(text: str, source: int) -> int:
 
 
 def parse_drop(text: str | float) -> Drop:
-    """Read a drop: `0.5` is points of top-1 agreement, `20dB` an SQNR that must remain. Raises OptionError."""
+    """Read a drop: `0.5` (or `0.5%`) is points of top-1 agreement, `20dB` an SQNR to keep. Raises OptionError."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(db|%)?\s*", str(text), re.IGNORECASE)
     decibels = found is not None and (found[2] or "").lower() == "db"
     if not found or float(found[1]) <= 0 or (not decibels and float(found[1]) >= 100):
         raise OptionError(
-            f"--max-drop {text}: points of top-1 agreement above 0 and below 100, such as 0.5, or an SQNR to keep, "
-            "such as 20dB"
+            f"--max-drop {text}: points of top-1 agreement or percent of perplexity, above 0 and below 100, such "
+            "as 0.5, or an SQNR to keep, such as 20dB"
         )
     if decibels:
         return Drop(sqnr_db=float(found[1]))

@@ -46,7 +46,8 @@ class OptionKeywords(TypedDict, total=False):
     size: str | None
     """With --bits auto: the most that the file may take."""
     max_drop: str | float | None
-    """With --bits auto: points of top-1 agreement that may be lost, or the SQNR to keep."""
+    """With --bits auto: points of top-1 agreement that may be lost, percent by which the perplexity of a language model
+    may rise, or the SQNR to keep."""
     uniform: bool
     """The same bits for all layers, none more for those that gain most by it."""
     bits_for: tuple[tuple[str, int], ...]

@@ -70,8 +70,9 @@ class Options(SampleOptions):
         check=lambda size: parse_size(size, 1),
     )  # fmt: skip
     max_drop: str | float | None = declare(
-        None, QUANTIZATION, "With --bits auto: points of top-1 agreement that may be lost, or the SQNR to keep.",
-        metavar="0.5|20dB", check=parse_drop,
+        None, QUANTIZATION,
+        "With --bits auto: points of top-1 agreement that may be lost, percent by which the perplexity of a language "
+        "model may rise, or the SQNR to keep.", metavar="0.5|1%|20dB", check=parse_drop,
     )  # fmt: skip
     uniform: bool = declare(
         False, QUANTIZATION, "The same bits for all layers, none more for those that gain most by it."

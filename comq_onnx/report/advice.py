@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING
 
-from comq_onnx.evaluate import ENOUGH_SAMPLES, remedies
+from comq_onnx.evaluate.evaluation import ENOUGH_SAMPLES, remedies
 from comq_onnx.model.judged import without_caches
 
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ LOSES_DB, LOSES_MORE_DB = -15.0, 6.0
 OUTLIER_RATIO = 4.0
 # outputs below these have changed enough to matter to most users
 LOW_SQNR_DB, LOW_AGREEMENT = 10.0, 0.95
+# and so is a higher perplexity of a language model than this share
+HIGH_RISE = 0.1
 MOST_NAMED = 4  # layers in one message
 
 
@@ -41,20 +43,27 @@ def advise(report: Report) -> list[Advice]:
 
 
 def _advise_on_outputs(report: Report) -> Advice | None:
-    outputs = without_caches(report.outputs)
-    agreements = [o.top1_agreement for o in outputs if o.top1_agreement is not None]
-    # outputs of class scores are judged by their classes
-    worst = min((o.sqnr_db for o in outputs if o.top1_agreement is None), default=math.inf)
-    if agreements and min(agreements) < LOW_AGREEMENT:
-        what = f"top-1 agreement {min(agreements):.1%}"
-    elif worst < LOW_SQNR_DB:
-        what = f"SQNR {worst:.1f} dB"
-    else:
+    what = _lost(report)
+    if what is None:
         return None
     bits = "auto" if report.options.get("bits") == "auto" else min(layer.bits for layer in report.layers)
     samples = report.samples.get("used", ENOUGH_SAMPLES) + report.samples.get("held_back", 0)
     first = remedies(bits, samples, str(report.options.get("activations"))).removeprefix("try ")
     return Advice(what, f"{first}; docs/accuracy.md says what to try in which order")
+
+
+def _lost(report: Report) -> str | None:
+    """Say by how much the outputs have changed; None where that matters little to most users."""
+    outputs = without_caches(report.outputs)
+    # language models are judged by their loss, outputs of class scores by their classes
+    if report.language is not None and report.language.rise is not None:
+        rise = report.language.rise
+        return None if rise <= 1 + HIGH_RISE else f"perplexity {rise:.2f} times as high"
+    agreements = [o.top1_agreement for o in outputs if o.top1_agreement is not None]
+    if agreements and min(agreements) < LOW_AGREEMENT:
+        return f"top-1 agreement {min(agreements):.1%}"
+    worst = min((o.sqnr_db for o in outputs if o.top1_agreement is None), default=math.inf)
+    return f"SQNR {worst:.1f} dB" if worst < LOW_SQNR_DB else None
 
 
 def _advise_on_layers(report: Report) -> Advice | None:

@@ -14,7 +14,7 @@ import numpy as np
 from comq_onnx.bits.choose import Chosen, Quantized
 from comq_onnx.calibrate import stages
 from comq_onnx.context import Context
-from comq_onnx.evaluate import Evaluation
+from comq_onnx.evaluate.evaluation import Evaluation
 from comq_onnx.model.float_model import FloatModel
 from comq_onnx.model.layers import Layer, calibrated
 from comq_onnx.plan.forms import may_overflow
@@ -87,6 +87,7 @@ def build_report(
         size={"before": source.file.size, "after": size},
         activations=_activations(solved),
         outputs=evaluation.outputs,
+        language=evaluation.language,
         matches=evaluation.matches,
         latency_ms=evaluation.latency_ms,
         decoding_ms=evaluation.decoding_ms,

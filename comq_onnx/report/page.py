@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from comq_onnx.evaluate import FLOAT_PRODUCTS
+from comq_onnx.evaluate.kernels import FLOAT_PRODUCTS
 from comq_onnx.model.judged import without_caches
 from comq_onnx.report import plots
 from comq_onnx.report.advice import advise
+from comq_onnx.report.terminal import describe_language
 from comq_onnx.targets.catalog import TARGETS
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def render(report: Report) -> str:
         title=re.split(r"[\\/]", report.model)[-1],
         tiles=_tiles(report),
         advice=advise(report),
+        language=None if report.language is None else describe_language(report.language),
         figures=_figures(report),
         why=lambda layer: _why(layer, report),
         float_operators=_float_operators(report),
@@ -105,6 +107,10 @@ def _output_tiles(report: Report) -> list[tuple[str, str, str]]:
     worst = min(outputs, key=lambda o: o.sqnr_db)
     which = f"of {worst.name}" + (f", the worst of {len(outputs)}" if len(outputs) > 1 else "")
     tiles = [("SQNR", f"{worst.sqnr_db:.1f} dB", f"{which}; cosine {worst.cosine:.4f}")]
+    if report.language is not None and report.language.rise is not None:
+        before, after = (report.language.perplexity[model] for model in ("before", "after"))
+        below = f"{before:.4g} to {after:.4g}; KL {report.language.divergence:.3g}"
+        tiles.append(("perplexity", f"{report.language.rise:.3f}x", below))
     agreements = [(o.top1_agreement, o.name) for o in outputs if o.top1_agreement is not None]
     if agreements:
         agreement, name = min(agreements)

@@ -81,6 +81,7 @@ def frontier(name: str, found: Sequence[FrontierPoint], size: tuple[float, float
         titles = [
             f"{p.size / 1e6:,.2f} MB, {p.mean_bits:.2f} bits in the mean\npredicted {p.sqnr_db:.1f} dB"
             + ("" if p.top1_agreement is None else f", {p.top1_agreement:.1%} agreement")
+            + ("" if p.perplexity_rise is None else f", {p.perplexity_rise:.3f} times the perplexity")
             for p in some
         ]
         return Marks(label, [p.size / 1e6 for p in some], [p.sqnr_db for p in some], titles, colour)

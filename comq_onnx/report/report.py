@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from comq_onnx.bits.tradeoff import FrontierPoint
-from comq_onnx.evaluate import FLOAT_PRODUCTS
-from comq_onnx.metrics import OutputComparison, OutputMatch
+from comq_onnx.evaluate.kernels import FLOAT_PRODUCTS
+from comq_onnx.metrics import LanguageComparison, OutputComparison, OutputMatch
 from comq_onnx.model.files import write_text
 from comq_onnx.report.inputs import InputReport
 
@@ -117,6 +117,7 @@ class Report:
     peak_rss_mb: the most memory that the process took, in MB; NaN where the system does not tell
     size: bytes of the model before and after
     outputs: how each output compares with that of the source, on samples held back; and each part that it is judged by
+    language: how near the distributions over a vocabulary are, with the perplexity; None for what is no language model
     matches: how many rows or whole numbers of an output are those of the source, where noise tells nothing
     latency_ms: of one sample in one thread, before and after
     decoding_ms: of one token behind a cache that holds a sample, likewise; empty for what is no decoder with a cache
@@ -144,6 +145,7 @@ class Report:
     peak_rss_mb: float = 0.0
     size: dict[str, int] = field(default_factory=dict)
     outputs: list[OutputComparison] = field(default_factory=list)
+    language: LanguageComparison | None = None
     matches: list[OutputMatch] = field(default_factory=list)
     latency_ms: dict[str, float] = field(default_factory=dict)
     decoding_ms: dict[str, float] = field(default_factory=dict)

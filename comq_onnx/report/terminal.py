@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from comq_onnx.bits.tradeoff import FrontierPoint
-from comq_onnx.metrics import OutputComparison, OutputMatch
+from comq_onnx.metrics import LanguageComparison, OutputComparison, OutputMatch
 from comq_onnx.model.judged import without_caches
 from comq_onnx.report.advice import advise
 
@@ -28,6 +28,8 @@ def render(report: Report, verbose: bool = False) -> RenderableType:
         parts.append(_frontier_table(report.frontier))
     if report.outputs:
         parts.append(_output_table(report.outputs))
+    if report.language is not None:
+        parts.append(Text(describe_language(report.language)))
     if report.matches:
         parts.append(_match_table(report.matches))
     if report.size:
@@ -122,12 +124,24 @@ def _output_table(outputs: list[OutputComparison]) -> Table:
     return table
 
 
+def describe_language(language: LanguageComparison) -> str:
+    """Write how near the distributions over a vocabulary are, in one line."""
+    found = f"KL {language.divergence:.3g}, the same likeliest token at {language.top1_agreement:.1%}"
+    where = f"{found} of {language.positions:,} positions of {language.name}"
+    if language.rise is None:
+        return where
+    before, after = (f"{language.perplexity[model]:.4g}" for model in ("before", "after"))
+    return f"perplexity {before} -> {after} ({language.rise:.3f}x), {where}"
+
+
 def _frontier_table(frontier: list[FrontierPoint]) -> Table:
+    by_loss = any(point.perplexity_rise is not None for point in frontier)
     table = Table(title="size against predicted accuracy", title_justify="left", box=None, pad_edge=False)
-    for name in ("MB", "mean bits", "SQNR dB", "top-1 agreement", ""):
+    for name in ("MB", "mean bits", "SQNR dB", "perplexity" if by_loss else "top-1 agreement", ""):
         table.add_column(name, justify="right")
     for point in frontier:
         agreement = "" if point.top1_agreement is None else f"{point.top1_agreement:.1%}"
+        agreement = agreement if point.perplexity_rise is None else f"{point.perplexity_rise:.3f}x"
         table.add_row(
             f"{point.size / 1e6:.2f}", f"{point.mean_bits:.2f}", f"{point.sqnr_db:.1f}", agreement,
             "<- chosen" if point.chosen else "",

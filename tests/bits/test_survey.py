@@ -139,10 +139,10 @@ def _one_survey(kept: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Survey the trained model once for each kind of activations: no other option of these runs changes a survey."""
     real = choose.survey
 
-    def found(plan: Plan, data: Any, context: Any, widths: Any) -> Sensitivity:
+    def found(plan: Plan, data: Any, context: Any, widths: Any, language: Any) -> Sensitivity:
         kind = context.options.activations
         if kind not in kept:
-            kept[kind] = real(plan, data, context)
+            kept[kind] = real(plan, data, context, language=language)
         assert set(widths) <= set(BITS)
         return kept[kind]
 

@@ -12,6 +12,7 @@ from comq_onnx.bits.knapsack import Allocation
 from comq_onnx.bits.survey import BITS, Sensitivity
 from comq_onnx.bits.tradeoff import Tradeoff, node_bytes
 from comq_onnx.errors import OptionError
+from comq_onnx.evaluate.outputs import Compared
 from comq_onnx.metrics import OutputComparison, expected_agreement
 from comq_onnx.options.budgets import Drop, parse_drop, parse_size
 
@@ -51,8 +52,8 @@ def test_what_is_no_drop_is_refused(text: str | float) -> None:
     with pytest.raises(OptionError) as refused:
         parse_drop(text)
     assert str(refused.value) == (
-        f"--max-drop {text}: points of top-1 agreement above 0 and below 100, such as 0.5, or an SQNR to keep, "
-        "such as 20dB"
+        f"--max-drop {text}: points of top-1 agreement or percent of perplexity, above 0 and below 100, such as "
+        "0.5, or an SQNR to keep, such as 20dB"
     )
 
 
@@ -78,9 +79,14 @@ def output(sqnr: float, agreement: float | None) -> OutputComparison:
     return OutputComparison("y", sqnr, 1.0, agreement)
 
 
+def compared(*outputs: OutputComparison) -> Compared:
+    """Make the comparison of two models with these outputs."""
+    return Compared(list(outputs), [], None)
+
+
 @pytest.mark.parametrize(("sqnr", "enough", "ratio"), [(23.0, True, 2.0), (20.0, True, 1.0), (17.0, False, 0.5)])
 def test_an_sqnr_is_kept_by_the_worst_output(sqnr: float, enough: bool, ratio: float) -> None:
-    kept = check_drop(Drop(sqnr_db=20.0), None, [output(40.0, None), output(sqnr, None)], None)
+    kept = check_drop(Drop(sqnr_db=20.0), None, compared(output(40.0, None), output(sqnr, None)), None)
     assert kept.enough == enough
     assert kept.ratio == pytest.approx(ratio, rel=0.01)
     assert kept.said == f"{sqnr:.2f} dB remain"
@@ -89,14 +95,14 @@ def test_an_sqnr_is_kept_by_the_worst_output(sqnr: float, enough: bool, ratio: f
 def test_points_are_kept_by_count_and_by_expectation() -> None:
     small, large = RNG.normal(0, 0.005, 64), RNG.normal(0, 0.5, 64)
     drop = Drop(points=2.0)
-    kept = check_drop(drop, LEADS, [output(9.0, None), output(30.0, 1.0)], small)
+    kept = check_drop(drop, LEADS, compared(output(9.0, None), output(30.0, 1.0)), small)
     assert kept.enough
     assert kept.ratio > 1
     # by luck no best class changed
-    assert not check_drop(drop, LEADS, [output(30.0, 1.0)], large).enough
-    assert check_drop(drop, LEADS, [output(30.0, 1.0)], large).ratio < 0.1
+    assert not check_drop(drop, LEADS, compared(output(30.0, 1.0)), large).enough
+    assert check_drop(drop, LEADS, compared(output(30.0, 1.0)), large).ratio < 0.1
     # by bad luck one changed, 1 of 32
-    unlucky = check_drop(drop, LEADS, [output(30.0, 31 / 32)], small)
+    unlucky = check_drop(drop, LEADS, compared(output(30.0, 31 / 32)), small)
     assert not unlucky.enough
     assert unlucky.ratio == 0.5
     assert unlucky.said.startswith("3.1 points of agreement are lost (0.")

@@ -17,13 +17,13 @@ import pytest
 from command import Said, files, run
 from shell import ENVIRONMENT, in_shell
 
-from comq_onnx import evaluate
+from comq_onnx.evaluate import speed
 from models import mlp
 
 
 def test_a_quiet_run_prints_nothing(run: Callable[..., Said], files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # which of two tiny models is faster is chance, and there is a warning where the quantized one is slower
-    monkeypatch.setattr(evaluate, "latency", lambda *_, **__: [1.0, 1.0])
+    monkeypatch.setattr(speed, "latency", lambda *_, **__: [1.0, 1.0])
     said = run(files / "mlp.onnx", "--calib", files / "mlp.npz", "-o", files / "q.onnx", "-q")
     assert said == Said(0, "", "")
     assert (files / "q.onnx").exists()

@@ -265,7 +265,8 @@ CASES: list[tuple[Setup, Sequence[str], int, str]] = [
     (nothing, [*RUN, "--bits", "2.5", "--bits-for", "fc=8"], 2,
      "--bits 2.5: the least that this model's weights take is 8.00 bits in the mean"),
     (nothing, [*RUN, "--bits", "auto", "--max-drop", "all"], 2,
-     "--max-drop all: points of top-1 agreement above 0 and below 100, such as 0.5, or an SQNR to keep, such as 20dB"),
+  "--max-drop all: points of top-1 agreement or percent of perplexity, above 0 and below 100, such as 0.5, or an "
+     "SQNR to keep, such as 20dB"),
     (nothing, [*RUN, "--bits", "auto", "--max-drop", "90dB"], 2,
      "--max-drop 90dB: not reached. At 8.0 bits in the mean … dB remain on … samples held back; allow more, or try "
      "--activations 16 or none, or more calibration samples"),

@@ -21,8 +21,8 @@ from onnx import external_data_helper
 from PIL import Image
 
 import comq_onnx
-from comq_onnx import evaluate
 from comq_onnx.errors import ModelError, OptionError, RuntimeFailure
+from comq_onnx.evaluate import evaluation
 from comq_onnx.model import files, float_model
 from comq_onnx.model import graph as graphs
 from comq_onnx.model import source as reading
@@ -534,7 +534,7 @@ def test_a_model_that_does_not_run_never_gets_the_outputs_name(
         raise RuntimeFailure("it does not run")
 
     out.write_text("an older result")
-    monkeypatch.setattr(evaluate, "compare_outputs", fail)
+    monkeypatch.setattr(evaluation, "compare_sessions", fail)
     with pytest.raises(RuntimeFailure, match="does not run"):
         comq_onnx.quantize(source, out, samples_for(mlp()), **EIGHT)
     assert seen

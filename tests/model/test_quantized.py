@@ -15,7 +15,7 @@ from stages import planned
 import comq_onnx
 from comq_onnx.calibrate import stages
 from comq_onnx.errors import ModelError
-from comq_onnx.evaluate import executed_kernels
+from comq_onnx.evaluate.kernels import executed_kernels
 from comq_onnx.model.layers import list_layers
 from comq_onnx.model.prepare import prepare_model
 from comq_onnx.model.source import read_model

@@ -15,7 +15,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from comq_onnx.errors import ModelError
-from comq_onnx.evaluate import executed_kernels
+from comq_onnx.evaluate.kernels import executed_kernels
 from comq_onnx.model.layers import Prepared
 from comq_onnx.model.prepare import prepare_model
 from comq_onnx.model.quantized import check_source

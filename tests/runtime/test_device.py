@@ -10,7 +10,7 @@ import pytest
 
 from comq_onnx import Options, pipeline
 from comq_onnx.errors import OptionError, OutOfMemory, RuntimeFailure
-from comq_onnx.evaluate import compare
+from comq_onnx.evaluate.comparison import compare
 from comq_onnx.runtime import device
 from comq_onnx.runtime import session as runtime
 from models import mlp, samples_for

@@ -16,7 +16,7 @@ import pytest
 
 import comq_onnx
 from comq_onnx.errors import ModelError, OutOfMemory, RuntimeFailure
-from comq_onnx.evaluate import INTEGER_PRODUCTS
+from comq_onnx.evaluate.kernels import INTEGER_PRODUCTS
 from comq_onnx.runtime import session as runtime
 from comq_onnx.runtime.session import Session
 from models import build, endless, mlp, normal, samples_for

@@ -15,8 +15,8 @@ from onnx import TensorProto, helper, numpy_helper
 from zoo import Feeds
 
 import comq_onnx
-from comq_onnx import evaluate
-from comq_onnx.evaluate import Kernels, executed_kernels
+from comq_onnx.evaluate import speed
+from comq_onnx.evaluate.kernels import Kernels, executed_kernels
 from comq_onnx.model.layers import Layer
 from comq_onnx.model.operators import Gather, Gemm
 from comq_onnx.plan.solved import Solved
@@ -126,7 +126,7 @@ def quantize(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Quantize:
             emit(model, solved)
 
         monkeypatch.setattr(emit_module, "emit", spy)
-        monkeypatch.setattr(evaluate, "latency", lambda pair, _samples: [1.0] * len(pair))
+        monkeypatch.setattr(speed, "latency", lambda pair, _samples: [1.0] * len(pair))
         path = tmp_path / "quantized.onnx"
         comq_onnx.quantize(source, path, feeds, device="cpu", **({"uniform": True} | options))
         proto = onnx.load(path)

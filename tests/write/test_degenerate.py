@@ -15,7 +15,7 @@ import onnx
 import pytest
 
 import comq_onnx
-from comq_onnx.evaluate import executed_kernels
+from comq_onnx.evaluate.kernels import executed_kernels
 from comq_onnx.metrics import sqnr_of
 from comq_onnx.runtime.session import Session
 from comq_onnx.solve.grid import LEAST_SCALE, Grid, QuantizedWeight, rtn
@@ -249,7 +249,7 @@ def test_default_optimizations_that_fail_are_warned_about(tmp_path: Path, monkey
                 raise comq_onnx.ModelError("ONNX Runtime cannot load the quantized model: a fault")
             super().__init__(model, *given, what=what, disable_qdq_fusion=disable_qdq_fusion, **how)
 
-    monkeypatch.setattr("comq_onnx.evaluate.Session", Failing)
+    monkeypatch.setattr("comq_onnx.evaluate.levels.Session", Failing)
     source, feeds = between("Conv", 1.0, bias=1.0)
     report = comq_onnx.quantize(source, tmp_path / "q.onnx", feeds, bits=8, uniform=True, target="tensorrt")
     assert any(w.startswith("ONNX Runtime's default optimizations fail") for w in report.warnings)

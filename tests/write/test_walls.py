@@ -12,7 +12,7 @@ import pytest
 from products import BEHIND, PRODUCTS, WIDTH, branches
 
 import comq_onnx
-from comq_onnx.evaluate import FLOAT_PRODUCTS, INTEGER_PRODUCTS, executed_kernels
+from comq_onnx.evaluate.kernels import FLOAT_PRODUCTS, INTEGER_PRODUCTS, executed_kernels
 from comq_onnx.metrics import sqnr_of
 from comq_onnx.plan import integer_gain as gains
 from comq_onnx.runtime.session import Session

@@ -36,7 +36,7 @@ import onnxruntime
 from comq_onnx import Options, version
 from comq_onnx.calibrate.walk import walk
 from comq_onnx.context import Context
-from comq_onnx.evaluate import compare_outputs
+from comq_onnx.evaluate.outputs import compare_outputs
 from comq_onnx.model.files import private_directory, to_bytes_or_file
 from comq_onnx.model.layers import Layer, calibrated
 from comq_onnx.model.prepare import prepare_model

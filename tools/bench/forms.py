@@ -21,7 +21,7 @@ import onnx
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
-from comq_onnx.evaluate import executed_kernels
+from comq_onnx.evaluate.kernels import executed_kernels
 from comq_onnx.runtime.session import Session
 from comq_onnx.write.codes import field_table, pack_plane
 

@@ -28,7 +28,7 @@ from comq_onnx.bits.tradeoff import Tradeoff
 from comq_onnx.calibrate.walk import walk
 from comq_onnx.context import Context
 from comq_onnx.errors import ComqError
-from comq_onnx.evaluate import compare_outputs
+from comq_onnx.evaluate.outputs import compare_outputs
 from comq_onnx.metrics import OutputComparison
 from comq_onnx.model.files import written
 from comq_onnx.model.float_model import FloatModel, open_model

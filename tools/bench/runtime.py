@@ -25,7 +25,9 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 import comq_onnx
-from comq_onnx.evaluate import INTEGER_PRODUCTS, compare_outputs, executed_kernels, latency
+from comq_onnx.evaluate.kernels import INTEGER_PRODUCTS, executed_kernels
+from comq_onnx.evaluate.outputs import compare_outputs
+from comq_onnx.evaluate.speed import latency
 from comq_onnx.runtime import device as devices
 from comq_onnx.runtime.session import Session
 from comq_onnx.samples.load import load_samples

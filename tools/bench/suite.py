@@ -24,7 +24,9 @@ import click
 import onnxruntime
 
 from comq_onnx.errors import ComqError
-from comq_onnx.evaluate import INTEGER_KERNELS, compare_outputs, executed_kernels, latency
+from comq_onnx.evaluate.kernels import INTEGER_KERNELS, executed_kernels
+from comq_onnx.evaluate.outputs import compare_outputs
+from comq_onnx.evaluate.speed import latency
 from comq_onnx.runtime.session import Session
 from comq_onnx.samples.load import load_samples
 

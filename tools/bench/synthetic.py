@@ -19,7 +19,7 @@ import numpy as np
 import onnxruntime
 
 import comq_onnx
-from comq_onnx.evaluate import compare_outputs
+from comq_onnx.evaluate.outputs import compare_outputs
 from comq_onnx.model.source import read_model
 from comq_onnx.runtime.session import Session
 from comq_onnx.samples.clues import token_limits

@@ -16,9 +16,11 @@ from _sweep_models import Made, make
 from _sweep_parts import subgraphs
 
 import comq_onnx
-from comq_onnx import evaluate
 from comq_onnx.errors import ComqError, InternalError, RuntimeFailure
-from comq_onnx.evaluate import FLOAT_PRODUCTS, INTEGER_PRODUCTS, LEAST_DB, MOST_DB, SAME_DB, latency
+from comq_onnx.evaluate import speed
+from comq_onnx.evaluate.kernels import FLOAT_PRODUCTS, INTEGER_PRODUCTS
+from comq_onnx.evaluate.levels import LEAST_DB, MOST_DB, SAME_DB
+from comq_onnx.evaluate.speed import latency
 from comq_onnx.report.report import Report
 from comq_onnx.runtime.session import Session
 from comq_onnx.samples.samples import Samples
@@ -70,7 +72,7 @@ def check(job: tuple[int, str, bool]) -> Verdict:
     job: the seed, the kind, and whether it is timed
     """
     seed, kind, timed = job
-    evaluate.TIMED_SECONDS = 0.5 if timed else 0.0
+    speed.TIMED_SECONDS = 0.5 if timed else 0.0
     made = make(seed, kind)
     with tempfile.TemporaryDirectory() as work:
         source, out = Path(work) / "model.onnx", Path(work) / "q.onnx"

@@ -38,7 +38,7 @@ from _sample_mutations import mutate_samples, save
 from _sandbox import Outcome, Said, command_line, each, quickly, snapshot, table
 
 from comq_onnx.errors import ComqError, SamplesError
-from comq_onnx.evaluate import LEAST_DB
+from comq_onnx.evaluate.levels import LEAST_DB
 from comq_onnx.metrics import sqnr_of
 from comq_onnx.runtime.session import Session
 

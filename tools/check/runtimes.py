@@ -33,7 +33,8 @@ import _runtimes
 import click
 import numpy as np
 
-from comq_onnx.evaluate import INTEGER_PRODUCTS, compare_outputs, executed_kernels
+from comq_onnx.evaluate.kernels import INTEGER_PRODUCTS, executed_kernels
+from comq_onnx.evaluate.outputs import compare_outputs
 from comq_onnx.model.source import read_model
 from comq_onnx.runtime.session import Session
 from comq_onnx.samples.load import load_samples

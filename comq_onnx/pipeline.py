@@ -124,6 +124,7 @@ def _planned(path: Path, samples: SampleSource, context: Context) -> tuple[Float
     """Open the model at `path` and its samples, and plan how it is written; the context has what suits the model."""
     source = open_model(path, context)
     data = load_dataset(source, samples, context)
+    context = replace(context, options=replace(context.options, batch_size=data.batch_size))
     asked = context.options
     if data.is_of_decoder:
         context = replace(context, options=_for_decoder(context))

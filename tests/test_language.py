@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from decoders import HEAD, VOCABULARY, genai
 from rich.console import Console
@@ -18,9 +19,12 @@ from comq_onnx.bits.drop_check import check_drop, max_noise
 from comq_onnx.evaluate.language import Language, language_of
 from comq_onnx.evaluate.outputs import Compared, compare_sessions
 from comq_onnx.metrics import ComparisonSums, LanguageComparison, LanguageSums, OutputComparison, divergence
+from comq_onnx.model import files
+from comq_onnx.model.files import to_bytes_or_file, weight_bytes
 from comq_onnx.options.budgets import Drop, parse_drop
 from comq_onnx.report.page import _tiles
 from comq_onnx.runtime.session import Session
+from comq_onnx.samples import dataset
 from comq_onnx.samples.load import load_samples
 from models import Arrays, normal
 
@@ -206,3 +210,28 @@ def test_bits_are_chosen_to_keep_a_perplexity(tmp_path: Path) -> None:
         assert all(point.perplexity_rise is not None for point in report.frontier)
         sizes.append(report.size["after"])
     assert sizes[1] < sizes[0]
+
+
+# Memory ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("most", "size"), [(1 << 26, 8), (40_000, 6), (1, 1)])
+def test_fewer_samples_run_at_once_where_outputs_are_large(
+    most: int, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # logits of 12 x 60 numbers, and keys and values of two layers, each 12 x 16: 5,952 bytes
+    monkeypatch.setattr(dataset, "OUTPUT_BYTES", most)
+    report = comq_onnx.plan(genai(), text(16), batch_size=8, uniform=True, device="cpu")
+    assert report.options["batch_size"] == size
+    assert len(comq_onnx.inspect_samples(genai(), text(16), batch_size=8, device="cpu").outputs) == 5
+
+
+def test_a_large_model_goes_to_a_runtime_by_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = [ir.from_proto(genai()) for _ in range(2)]
+    assert isinstance(to_bytes_or_file(given[0], tmp_path, "m"), bytes)
+    monkeypatch.setattr(files, "MESSAGE_LIMIT", weight_bytes(given[1]) - 1)
+    path = to_bytes_or_file(given[1], tmp_path, "m")
+    assert (tmp_path / "m.data").stat().st_size >= weight_bytes(given[1]) / 2
+    # the model still holds its weights
+    assert all(not isinstance(v.const_value, ir.ExternalTensor) for v in given[1].graph.initializers.values())
+    assert Session(path, "cpu").output_names == Session(genai().SerializeToString(), "cpu").output_names

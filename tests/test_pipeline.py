@@ -212,7 +212,8 @@ def test_too_little_memory_for_one_sample_is_an_error(
     seen = _short_of_memory(monkeypatch, 0, error)
     with pytest.raises(OutOfMemory, match=r"even for one sample at once .*buffer of size 1234.*--samples"):
         comq_onnx.quantize(cnn(), tmp_path / "q.onnx", samples_for(cnn()), device="cpu")
-    assert seen == [16, 4, 1]
+    # one sample comes first, with batches of 16, 4 and 1
+    assert seen == [1, 1, 1]
     assert not (tmp_path / "q.onnx").exists()
 
 

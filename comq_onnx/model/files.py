@@ -18,6 +18,9 @@ from comq_onnx.workdir import hold
 
 # protobuf's own limit is 2^31 - 1 bytes for the whole message
 INLINE_LIMIT = 1_800_000_000
+# a model of more weights goes to a runtime by a file, from which they are mapped; as a message they would be in memory
+# several times
+MESSAGE_LIMIT = 1 << 27
 # a work directory that nobody holds is one of a process that was killed; younger ones may be about to be held
 STALE_SECONDS = 60.0
 # of directories that are locked while in use: those of earlier versions, which were not locked, have another prefix
@@ -116,8 +119,8 @@ def subdirectory(parent: Path, name: str) -> Path:
 
 
 def to_bytes_or_file(model: ir.Model, directory: Path, name: str) -> bytes | str:
-    """Return the model as a runtime takes it: serialized, or where it is too large, a path in `directory`."""
-    if weight_bytes(model) <= INLINE_LIMIT:
+    """Return the model as a runtime takes it: serialized, or where it is large, a path in `directory`."""
+    if weight_bytes(model) <= MESSAGE_LIMIT:
         _load_external(model)
         return bytes(ir.to_proto(model).SerializeToString())
     ir.save(model, directory / f"{name}.onnx", external_data=f"{name}.data")

@@ -38,7 +38,7 @@ class OptionKeywords(TypedDict, total=False):
     max_samples: int
     """Samples to calibrate on, at most."""
     batch_size: int
-    """Samples run at once."""
+    """Samples run at once; fewer where outputs are large."""
     seed: int
     """Which samples are used and held back."""
     bits: int | float | str

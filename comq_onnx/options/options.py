@@ -58,7 +58,10 @@ class Options(SampleOptions):
     max_samples: int = declare(
         DEFAULT_SAMPLES, SAMPLES, "Samples to calibrate on, at most.", name="samples", metavar="N", bounds=(1, np.inf)
     )
-    batch_size: int = declare(16, SAMPLES, "Samples run at once.", metavar="N", bounds=(1, np.inf), lasting=False)
+    batch_size: int = declare(
+        16, SAMPLES, "Samples run at once; fewer where outputs are large.", metavar="N", bounds=(1, np.inf),
+        lasting=False,
+    )  # fmt: skip
     seed: int = declare(0, SAMPLES, "Which samples are used and held back.", metavar="N")
 
     bits: int | float | str = declare(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from comq_onnx.context import Context, Journal
-from comq_onnx.errors import OutOfMemory, RuntimeFailure, SamplesError
+from comq_onnx.errors import ComqError, OutOfMemory, RuntimeFailure, SamplesError
 from comq_onnx.metrics import suspicious_scores
 from comq_onnx.model.float_model import FloatModel
 from comq_onnx.samples import padding
@@ -23,6 +23,8 @@ from comq_onnx.samples.samples import AnyArray, Clues, Samples
 
 # one in so many samples is held back, and never more than the second number
 HELD_BACK_SHARE, MOST_HELD_BACK = 8, 64
+# the outputs of the samples that run at once take about so many bytes at most: logits over a vocabulary are large
+OUTPUT_BYTES = 1 << 26
 # with fewer samples to calibrate on a model is worse than it could be
 ENOUGH = 32
 
@@ -36,6 +38,7 @@ class Dataset:
     first_feeds: the first batch of `calibration`, by the name of the input
     first_outputs: the outputs of the float model for it, by name
     mask: the input whose zeros mark positions that the model ignores; None where there is none
+    batch_size: how many samples run at once: as asked for, or fewer where the outputs are large
     is_of_decoder: whether the model predicts the next token
     """
 
@@ -44,6 +47,7 @@ class Dataset:
     first_feeds: Mapping[str, AnyArray]
     first_outputs: Mapping[str, Any]
     mask: str | None
+    batch_size: int
     is_of_decoder: bool = False
 
     @property
@@ -82,12 +86,13 @@ def load_dataset(source: FloatModel, samples: Any, context: Context) -> Dataset:
     journal.warnings += everything.warnings
     _warn_of_constants(everything, journal)
     calibration, held_back = split(everything, wanted, options.seed, journal)
-    feeds = next(calibration.batches(options.batch_size))
+    size = _batch_size(source, calibration, options.batch_size)
+    feeds = next(calibration.batches(size))
     outputs = _first_outputs(source, feeds, everything.source)
     if everything.source != "synthetic":  # made-up samples show nothing that has a class
         _warn_of_first_batch(feeds, outputs, clues, journal)
-    mask, is_of_decoder = find_mask(source, calibration, context), predicts_next(source.session.inputs, clues)
-    return Dataset(calibration, held_back, feeds, outputs, mask, is_of_decoder)
+    mask, is_of_decoder = find_mask(source, calibration, size, journal), predicts_next(source.session.inputs, clues)
+    return Dataset(calibration, held_back, feeds, outputs, mask, size, is_of_decoder)
 
 
 def split(everything: Samples, wanted: int, seed: int, journal: Journal) -> tuple[Samples, Samples]:
@@ -107,20 +112,35 @@ def split(everything: Samples, wanted: int, seed: int, journal: Journal) -> tupl
     return everything.split(used, held, seed)
 
 
-def find_mask(source: FloatModel, calibration: Samples, context: Context) -> str | None:
-    """Find the input that masks positions, if the model ignores what it masks when tried; None otherwise."""
+def find_mask(source: FloatModel, calibration: Samples, batch_size: int, journal: Journal) -> str | None:
+    """Find the input that masks positions, if the model ignores what it masks when tried; None otherwise.
+
+    batch_size: how many samples run at once
+    """
     name = None if calibration.per_item else padding.find_mask(calibration.arrays)
     if name is None:
         return None
-    notes = context.journal.notes
+    notes = journal.notes
     # a batch with padding: on others there is nothing to try
-    feeds = next(batch for batch in calibration.batches(context.options.batch_size) if (batch[name] != 1).any())
+    feeds = next(batch for batch in calibration.batches(batch_size) if (batch[name] != 1).any())
     if not padding.is_ignored(source.session.run, feeds, name):
         notes.append(f"{name} does not keep what it masks from the outputs: calibrated on all positions")
         return None
     share = float((calibration.arrays[name] != 1).mean())
     notes.append(f"{share:.0%} of the positions are padding ({name}): not calibrated on")
     return name
+
+
+def _batch_size(source: FloatModel, samples: Samples, asked: int) -> int:
+    """Return how many samples run at once: as many as asked for, or fewer where the outputs of one are large."""
+    try:
+        outputs = source.session.run(next(samples.batches(1)))
+    except OutOfMemory:
+        raise
+    except ComqError:  # that is found with the first batch, and told
+        return asked
+    size = sum(x.nbytes for x in outputs.values() if isinstance(x, np.ndarray)) // samples.batch_counts(1)[0]
+    return max(1, min(asked, OUTPUT_BYTES // max(size, 1)))
 
 
 def _first_outputs(source: FloatModel, feeds: Mapping[str, AnyArray], name: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from comq_onnx.samples.samples import AnyArray, Samples
 
+PIECE = 1 << 20  # numbers that are looked at together
 TILE, COLUMNS = 112, 8  # of the sheet: pixels of a tile's side, tiles in a row
 
 
@@ -81,17 +82,26 @@ def tensor_facts(name: str, array: AnyArray) -> TensorFacts:
     basic = TensorFacts(name, "string" if array.dtype == object else str(array.dtype), array.shape)
     if array.dtype == object or not array.size:
         return basic
-    numbers = array.astype(np.float64)
-    finite = numbers[np.isfinite(numbers)]
+    finite = array.ravel()
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        finite = array[np.isfinite(array)]
     if not finite.size:
         return basic
     axis = _channel_axis(array.shape)
     others = tuple(i for i in range(array.ndim) if i != axis)
-    by_channel: Any = () if axis is None else numbers.mean(axis=others).tolist()
+    by_channel: Any = () if axis is None else array.mean(axis=others, dtype=np.float64).tolist()
+    mean, deviation = _mean_and_deviation(finite)
     return TensorFacts(
-        name, basic.dtype, array.shape, float(finite.min()), float(finite.max()), float(finite.mean()),
-        float(finite.std()), tuple(by_channel),
-    )  # fmt: skip
+        name, basic.dtype, array.shape, float(finite.min()), float(finite.max()), mean, deviation, tuple(by_channel)
+    )
+
+
+def _mean_and_deviation(numbers: AnyArray) -> tuple[float, float]:
+    """Return both of an array [numbers], in float64 piece by piece."""
+    pieces = [numbers[i : i + PIECE] for i in range(0, len(numbers), PIECE)]
+    mean = sum(float(piece.sum(dtype=np.float64)) for piece in pieces) / len(numbers)
+    squares = sum(float(np.square(piece.astype(np.float64) - mean).sum()) for piece in pieces)
+    return mean, float(np.sqrt(squares / len(numbers)))
 
 
 def contact_sheet(array: AnyArray, most: int = 32) -> bytes | None:

@@ -14,6 +14,7 @@ from PIL import Image
 from comq_onnx import pipeline
 from comq_onnx.errors import ModelError
 from comq_onnx.metrics import softmax, suspicious_scores
+from comq_onnx.samples import inspection
 from comq_onnx.samples.clues import suspicious_statistics
 from comq_onnx.samples.inspection import contact_sheet, tensor_facts
 from comq_onnx.samples.samples import Clues
@@ -29,6 +30,15 @@ def test_the_facts_of_a_tensor_are_those_of_numpy() -> None:
     )
     np.testing.assert_allclose(facts.channels, array.mean(axis=(0, 2, 3)), rtol=1e-5)
     assert tensor_facts("x", array.transpose(0, 2, 3, 1)).channels == pytest.approx(facts.channels)
+
+
+def test_the_facts_of_a_large_tensor_are_found_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inspection, "PIECE", 7)
+    array = normal(5, 9) + 3
+    array[2, 2] = np.inf
+    facts, finite = tensor_facts("x", array), array[np.isfinite(array)].astype(np.float64)
+    assert (facts.mean, facts.std) == (pytest.approx(finite.mean()), pytest.approx(finite.std()))
+    assert facts.high == finite.max()
 
 
 def test_tensors_of_no_numbers_have_no_range() -> None:

@@ -145,7 +145,7 @@ def context_for(method: Method, independent: bool = False) -> Context:
 
 def dataset(subject: Subject, calib: Samples, test: Samples) -> Dataset:
     """Return the samples of a walk."""
-    return Dataset(calib, test, {}, {}, subject.mask)
+    return Dataset(calib, test, {}, {}, subject.mask, 16)
 
 
 # The whole model ------------------------------------------------------------------------------------------------------

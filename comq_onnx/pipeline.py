@@ -47,6 +47,8 @@ logger = logging.getLogger(__name__)
 SMALLER = 4
 # a run that was cut off goes on only with these as they were: they may compute other bytes
 VERSIONS = ("comq-onnx", "numpy", "scipy", "numba", "onnx", "onnx-ir", "onnxscript")
+# plain rounding without samples is compared on an eighth of so many made-up ones
+FEW_SAMPLES = 32
 
 Model = str | os.PathLike[str] | onnx.ModelProto | Any
 SampleSource = str | os.PathLike[str] | Mapping[str, Any] | Samples | Any
@@ -122,6 +124,7 @@ def inspect_samples(model: Model, samples: SampleSource = None, **options: Unpac
 
 def _planned(path: Path, samples: SampleSource, context: Context) -> tuple[FloatModel, Dataset, Plan, Context]:
     """Open the model at `path` and its samples, and plan how it is written; the context has what suits the model."""
+    context = replace(context, options=_without_calibration(samples, context))
     source = open_model(path, context)
     data = load_dataset(source, samples, context)
     context = replace(context, options=replace(context.options, batch_size=data.batch_size))
@@ -135,6 +138,26 @@ def _planned(path: Path, samples: SampleSource, context: Context) -> tuple[Float
     planned = without_lossy_integers(planned, data, context)
     warn_of_source(planned.written.model, context)
     return source, data, planned, context
+
+
+def _without_calibration(samples: SampleSource, context: Context) -> Options:
+    """Return the options of plain rounding without samples: float activations, equal bits, a few samples to compare on.
+
+    Those of other runs stay as they are. Raises OptionError for activations that are to be quantized.
+    """
+    options = context.options
+    if options.solver != "rtn" or samples is not None:
+        return options
+    if options.activations not in ("auto", "none"):
+        raise OptionError(
+            f"--activations {options.activations}: the ranges of activations need samples, and --solver rtn was given "
+            "none; give --calib, or --activations none"
+        )
+    context.journal.notes.append("without samples --solver rtn rounds the weights, and activations stay float")
+    return replace(
+        options, activations="none", uniform=options.fixed_bits is not None,
+        max_samples=min(options.max_samples, FEW_SAMPLES),
+    )  # fmt: skip
 
 
 def _for_decoder(context: Context) -> Options:

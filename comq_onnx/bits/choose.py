@@ -14,7 +14,7 @@ from comq_onnx.bits.drop_check import DropCheck, check_drop, max_noise
 from comq_onnx.bits.knapsack import Allocation
 from comq_onnx.bits.survey import BITS, survey
 from comq_onnx.bits.tradeoff import UPGRADE_SHARE, Tradeoff, node_bytes
-from comq_onnx.calibrate.walk import walk
+from comq_onnx.calibrate.walk import round_all, walk
 from comq_onnx.context import Context
 from comq_onnx.errors import OptionError
 from comq_onnx.evaluate.language import language_of_data
@@ -111,7 +111,11 @@ def _solve(chosen: Chosen, source: FloatModel, data: Dataset, context: Context, 
 
     attempt: how many plans were solved before
     """
-    solved = with_tied(walk(chosen.plan, data, context, name=f"solve{attempt}"))
+    source.session.rest()
+    if context.options.solver == "rtn" and data.is_synthetic:
+        solved = with_tied(round_all(chosen.plan, context))
+    else:
+        solved = with_tied(walk(chosen.plan, data, context, name=f"solve{attempt}"))
     for solution in solved.solutions.values():
         check_codes(solution.weight)
     with context.journal.timed("emit"):

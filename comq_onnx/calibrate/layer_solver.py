@@ -12,7 +12,7 @@ from comq_onnx.calibrate.finite import finite_weight
 from comq_onnx.model.layers import Layer
 from comq_onnx.plan.plan import Plan
 from comq_onnx.solve.grid import Array
-from comq_onnx.solve.layer import Method, Solution, error_db, judge, round_rows, solve_together
+from comq_onnx.solve.layer import Method, Solution, error_db, judge, round_plainly, round_rows, solve_together
 from comq_onnx.solve.moments import Moments, pooled
 
 logger = logging.getLogger(__name__)
@@ -73,6 +73,16 @@ class LayerSolver:
         for layer in self._plan.layers:
             if layer.name not in self.solutions and not self._reuse_solution(layer, None):
                 self._keep(layer, round_rows(finite_weight(self._plan.written, layer), self._plan.grids[layer.name]))
+
+    def round_all(self) -> None:
+        """Round every layer, without any samples: the embeddings as ever, the others plainly."""
+        self.round_tables()
+        for layer in self._plan.layers:
+            if layer.name not in self.solutions and not self._reuse_solution(layer, None):
+                start = time.perf_counter()
+                weight = finite_weight(self._plan.written, layer)
+                self._keep(layer, round_plainly(weight, self._plan.grids[layer.name]))
+                self.seconds[layer.name] = time.perf_counter() - start
 
     def solve(
         self, readers: Sequence[Layer], moments: Moments, others: Sequence[Moments], tell: Callable[[], None]

@@ -65,6 +65,14 @@ def walk(
         return walking.run(f"{name}-{context.options.batch_size}")
 
 
+def round_all(plan: Plan, context: Context) -> Solved:
+    """Round every layer of a plan whose activations stay float: that needs no samples."""
+    solver = LayerSolver(plan, context.options.method)
+    with context.journal.timed("solve"):
+        solver.round_all()
+    return Solved(plan, solver.solutions, {}, {}, solver.seconds)
+
+
 class _Walk:
     """Go through the stages of a plan; its solver and its ranges keep what is solved and seen so far."""
 

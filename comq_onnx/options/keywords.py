@@ -69,7 +69,7 @@ class OptionKeywords(TypedDict, total=False):
     cpu: str
     """x86 CPUs that must compute it right; with vnni, 8 bits of integer layers are 8, not 7."""
     solver: str
-    """comq; for comparison paper (the authors' COMQ), gptq, and rtn (plain rounding)."""
+    """comq; for comparison paper (the authors' COMQ), gptq, and rtn: plain rounding, which needs no --calib."""
     effort: str
     """How long comq searches: fast takes a third of default's time, max 15 times it."""
     order: str | None

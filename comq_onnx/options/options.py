@@ -111,7 +111,8 @@ class Options(SampleOptions):
     )  # fmt: skip
 
     solver: str = declare(
-        "comq", SOLVER, "comq; for comparison paper (the authors' COMQ), gptq, and rtn (plain rounding).",
+        "comq", SOLVER,
+        "comq; for comparison paper (the authors' COMQ), gptq, and rtn: plain rounding, which needs no --calib.",
         choices=METHODS,
     )  # fmt: skip
     effort: str = declare(

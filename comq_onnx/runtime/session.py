@@ -153,23 +153,12 @@ class Session:
         disable_qdq_fusion: bool = False,
         check: Callable[[], None] | None = None,
     ) -> None:
-        runtime = require()
-        options = _session_options(device, threads, level, optimized, float_matmul_nbits, disable_qdq_fusion)
-        providers = _providers(device)
         source = str(model) if isinstance(model, Path) else model
-        # with it, a session on a GPU goes on with the CPU after an error, in a run too; one on the CPU tries the CPU
-        # again, and prints that
-        fallback = {"enable_fallback": 0}
-        try:
-            session = runtime.InferenceSession(source, options, providers=providers, **fallback)
-        except Exception as error:
-            if is_memory(error):
-                raise OutOfMemory(f"no memory to load {what}: {_reason(error)}") from error
-            raise ModelError(f"ONNX Runtime {runtime.__version__} cannot load {what}: {_reason(error)}") from error
-        if providers[0][0] not in session.get_providers():
-            raise RuntimeFailure(
-                f"--device {device}: ONNX Runtime fell back to the CPU for {what}; see its log, or use --device cpu"
-            )
+        how = (device, threads, level, optimized, float_matmul_nbits, disable_qdq_fusion)
+        session = _inference_session(source, device, what, how)
+        # a file can be loaded again; a message would have to be kept for that
+        file = isinstance(source, str)
+        self._load = functools.partial(_inference_session, source, device, what, how) if file else None
         self.output_names: list[str] = [o.name for o in session.get_outputs()]
         self.inputs: list[InputInfo] = [_input_info(i) for i in session.get_inputs()]
         # numbers that stay on the device; integers are mostly shapes and indices, which are needed on the CPU
@@ -178,6 +167,7 @@ class Session:
         # names of the outputs of whole numbers and truth values
         self.whole_numbers = {o.name for o in session.get_outputs() if re.fullmatch(_WHOLE, o.type)}
         self._session: Any = session
+        self._closed = False
         self._what, self._check = what, check
         self._device = device
 
@@ -233,13 +223,22 @@ class Session:
         session.run(None, inputs)
         return (time.perf_counter() - start) * 1e3
 
+    def rest(self) -> None:
+        """Release a model that was loaded from a file, and its memory, until the next run loads it again."""
+        if self._load is not None:
+            self._session = None
+
     def close(self) -> None:
         """Release the loaded model and its memory; a later run raises RuntimeError."""
-        self._session = None
+        self._session, self._closed = None, True
 
     def _loaded(self) -> Any:
-        if self._session is None:
+        if self._closed:
             raise RuntimeError(f"the session of {self._what} is closed")
+        if self._session is None and self._load is not None:
+            if self._check is not None:
+                self._check()
+            self._session = self._load()
         return self._session
 
     @contextlib.contextmanager
@@ -290,6 +289,25 @@ class Session:
         if errors:
             raise errors.pop()
         return outputs.pop()
+
+
+def _inference_session(source: bytes | str, device: str, what: str, given: tuple[Any, ...]) -> Any:
+    """Load a model. Raises as Session; given: what `_session_options` takes."""
+    runtime, options, providers = require(), _session_options(*given), _providers(device)
+    # with it, a session on a GPU goes on with the CPU after an error, in a run too; one on the CPU tries the CPU
+    # again, and prints that
+    fallback = {"enable_fallback": 0}
+    try:
+        session = runtime.InferenceSession(source, options, providers=providers, **fallback)
+    except Exception as error:
+        if is_memory(error):
+            raise OutOfMemory(f"no memory to load {what}: {_reason(error)}") from error
+        raise ModelError(f"ONNX Runtime {runtime.__version__} cannot load {what}: {_reason(error)}") from error
+    if providers[0][0] not in session.get_providers():
+        raise RuntimeFailure(
+            f"--device {device}: ONNX Runtime fell back to the CPU for {what}; see its log, or use --device cpu"
+        )
+    return session
 
 
 def time_in_turn(sessions: Sequence[Session], feeds: Feeds, seconds: float, most: int = 200) -> list[float]:

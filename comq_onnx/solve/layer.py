@@ -164,6 +164,14 @@ def round_rows(weight: Array, grid: Grid) -> Solution:
     return Solution(best, None, error(best), error(rtn(weight, grid)))
 
 
+def round_plainly(weight: Array, grid: Grid) -> Solution:
+    """Round a weight [groups, out, in] to its own grid, as `rtn` does; its errors are those of the weight."""
+    quantized = rtn(weight, grid)
+    energy = max(float((weight.astype(np.float64) ** 2).sum()), np.finfo(np.float64).tiny)
+    error = float(((quantized.dequantize().astype(np.float64) - weight) ** 2).sum()) / energy
+    return Solution(quantized, None, error, error)
+
+
 def blank(weight: Array, grid: Grid) -> Solution:
     """Make a solution of the right shapes without solving, to measure how many bytes it takes in a file."""
     shape = (*weight.shape[:2], 1 if grid.per_tensor else grid.blocks(weight.shape[-1]))

@@ -86,6 +86,9 @@ CASES: list[tuple[Setup, Sequence[str], int, str]] = [
     (nothing, [*RUN, "--exclude", "zzz"], 2, "--exclude 'zzz' matches none of 2 layers; see --plan for their names"),
     (nothing, [*RUN, "--exclude", "["], 2, "--exclude '[' is not a regular expression: …"),
     (nothing, [*RUN, "--order", "cyclic"], 2, "--order cyclic: the paper's solver alone has it; add --solver paper"),
+    (nothing, ["m.onnx", "-o", "q.onnx", "--activations", "8", "--solver", "rtn"], 2,
+     "--activations 8: the ranges of activations need samples, and --solver rtn was given none; give --calib, or "
+     "--activations none"),
     (nothing, [*RUN, "--effort", "max", "--solver", "rtn"], 2,
      "--effort max: comq alone has it, not --solver rtn"),
     (nothing, [*RUN, "--shrink", "nan", "--solver", "paper"], 2,

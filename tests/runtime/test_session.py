@@ -83,6 +83,25 @@ def test_a_closed_session_has_released_its_model_and_runs_no_more() -> None:
             run(feeds)
 
 
+def test_a_session_that_rests_loads_its_file_again(tmp_path: Path) -> None:
+    path, feeds, checks = tmp_path / "m.onnx", {"x": normal(4, 32)}, []
+    onnx.save(mlp(), path)
+    session = Session(path, check=lambda: checks.append(1))
+    before, loaded = session.run(feeds)["y"], weakref.ref(session._session)
+    session.rest()
+    assert loaded() is None
+    assert np.array_equal(session.run(feeds)["y"], before)
+    # a file that changed meanwhile is found before it is loaded
+    assert len(checks) == 3
+    session.close()
+    with pytest.raises(RuntimeError, match="is closed"):
+        session.run(feeds)
+    # what was no file stays loaded
+    inline = Session(mlp().SerializeToString())
+    inline.rest()
+    assert inline._session is not None
+
+
 def test_a_closed_session_runs_no_tensors_either() -> None:
     pytest.importorskip("torch", reason="pip install torch (a CPU build will do)")
     session = Session(mlp().SerializeToString())

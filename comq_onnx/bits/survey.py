@@ -313,7 +313,7 @@ def _loader(plan: Plan, device: str, level: int | None = None) -> Load:
     """Return what loads a model for the survey; level: that of ONNX Runtime's optimization."""
     return lambda source: Session(
         source, device, level=level, what="the model for the survey", float_matmul_nbits=True,
-        disable_qdq_fusion=plan.target.runs_outside_ort,
+        disable_qdq_fusion=plan.target.runs_outside_ort, small=isinstance(source, str),
     )  # fmt: skip
 
 

@@ -25,7 +25,7 @@ def other_level(path: Path, context: Context) -> Session | Failure:
     Returns the error where ONNX Runtime's default optimizations, which the target does not need, cannot load it.
     """
     if not context.target.runs_outside_ort:
-        return Session(path, context.device, what=QUANTIZED, disable_qdq_fusion=True)
+        return Session(path, context.device, what=QUANTIZED, disable_qdq_fusion=True, small=True)
     try:
         return Session(path, context.device, what=QUANTIZED)
     except (ModelError, RuntimeFailure) as error:

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from comq_onnx.context import Context
 from comq_onnx.errors import ModelError
 from comq_onnx.model import graph as graphs
+from comq_onnx.model.files import MESSAGE_LIMIT
 from comq_onnx.model.prepare import prepare_model
 from comq_onnx.model.quantized import check_source
 from comq_onnx.model.source import SourceFile, load_source
@@ -63,7 +64,7 @@ def _load(path: Path, model: ir.Model, file: SourceFile, context: Context) -> Fl
     types = {v.dtype for v in graphs.walk_values(model)}
     described = frozenset(str(v.name) for v in graphs.walk_values(model) if v.shape is not None)
     try:
-        session = Session(path, context.device, what=str(path), check=file.check)
+        session = Session(path, context.device, what=str(path), check=file.check, small=file.size > MESSAGE_LIMIT)
         return FloatModel(path, model, file, session, path, ir.DataType.FLOAT16 in types, described)
     except ModelError as refused:
         if ir.DataType.BFLOAT16 not in types:

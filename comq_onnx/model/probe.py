@@ -27,7 +27,9 @@ def probe(
     Raises ModelError where the part cannot be loaded, RuntimeFailure where it cannot run.
     """
     with private_directory() as work:
-        session = Session(to_bytes_or_file(with_outputs(model, names), work, "probe"), device, what=what)
+        part = to_bytes_or_file(with_outputs(model, names), work, "probe")
+        # large models go by a file
+        session = Session(part, device, what=what, small=isinstance(part, str))
         read = {i.name for i in session.inputs}
         for batch in batches:
             yield session.run({name: array for name, array in batch.items() if name in read}, names)

@@ -86,7 +86,9 @@ def _fidelity(prepared: Prepared, source: FloatModel, data: Dataset, context: Co
     """Return the SQNR in dB of the prepared model's outputs on the first batch; 200 for a model with random outputs."""
     with private_directory() as work:
         model = to_bytes_or_file(prepared.model, work, "prepared")
-        outputs = Session(model, context.device, what="the prepared model").run(data.first_feeds)
+        # large models go by a file
+        session = Session(model, context.device, what="the prepared model", small=isinstance(model, str))
+        outputs = session.run(data.first_feeds)
     # a rounding error moves rows that are selected, which says nothing
     expected = {name: x for name, x in data.first_outputs.items() if name not in prepared.judged.selected}
     found = sqnr_of(expected, outputs)

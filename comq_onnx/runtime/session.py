@@ -132,6 +132,7 @@ class Session:
     what: the model's name in error messages.
     float_matmul_nbits: keep the activations of weight-only MatMuls float; ONNX Runtime's default rounds them to int8.
     disable_qdq_fusion: compute each QuantizeLinear and DequantizeLinear as it is written, without integer kernels.
+    small: take less memory and more time: weights stay as they are in the file, neither unpacked nor rearranged.
     check: is called before each run, to find a file that has changed: external data are mapped, not read.
 
     output_names: the outputs, in the model's order.
@@ -152,9 +153,10 @@ class Session:
         float_matmul_nbits: bool = False,
         disable_qdq_fusion: bool = False,
         check: Callable[[], None] | None = None,
+        small: bool = False,
     ) -> None:
         source = str(model) if isinstance(model, Path) else model
-        how = (device, threads, level, optimized, float_matmul_nbits, disable_qdq_fusion)
+        how = (device, threads, level, optimized, float_matmul_nbits, disable_qdq_fusion, small)
         session = _inference_session(source, device, what, how)
         # a file can be loaded again; a message would have to be kept for that
         file = isinstance(source, str)
@@ -296,9 +298,11 @@ def _inference_session(source: bytes | str, device: str, what: str, given: tuple
     runtime, options, providers = require(), _session_options(*given), _providers(device)
     # with it, a session on a GPU goes on with the CPU after an error, in a run too; one on the CPU tries the CPU
     # again, and prints that
-    fallback = {"enable_fallback": 0}
+    more: dict[str, Any] = {"enable_fallback": 0}
+    if given[-1]:  # small
+        more["disabled_optimizers"] = ["ConstantFolding"]
     try:
-        session = runtime.InferenceSession(source, options, providers=providers, **fallback)
+        session = runtime.InferenceSession(source, options, providers=providers, **more)
     except Exception as error:
         if is_memory(error):
             raise OutOfMemory(f"no memory to load {what}: {_reason(error)}") from error
@@ -379,6 +383,7 @@ def _session_options(
     optimized: Path | None,
     float_matmul_nbits: bool,
     disable_qdq_fusion: bool,
+    small: bool,
 ) -> Any:
     """Make the options of an InferenceSession; each parameter as in `Session`."""
     runtime = require()
@@ -395,6 +400,8 @@ def _session_options(
     if disable_qdq_fusion:
         # besides: its rewriting of int8 activations to uint8 fails on some models
         options.add_session_config_entry("session.disable_quant_qdq", "1")
+    if small:
+        options.add_session_config_entry("session.disable_prepacking", "1")
     if level is not None:
         options.graph_optimization_level = runtime.GraphOptimizationLevel(level)
     if optimized is not None:

@@ -187,7 +187,7 @@ def _draw_tokens(
         for start in range(0, len(ids), 16):
             part = ids[start : start + 16]
             for width in range(1, part.shape[1]):
-                logits = np.asarray(run(fill(part[:, :width]))[name], np.float64)[:, -1]
+                logits = run(fill(part[:, :width]))[name][:, -1].astype(np.float64)
                 # the greatest of logits with Gumbel noise is a draw from their softmax
                 part[:, width] = (logits + rng.gumbel(size=logits.shape)).argmax(axis=-1)
     except ComqError:  # the model takes other feeds than these

@@ -83,6 +83,19 @@ def test_a_closed_session_has_released_its_model_and_runs_no_more() -> None:
             run(feeds)
 
 
+def test_a_small_session_computes_the_same_and_unpacks_no_weights(tmp_path: Path) -> None:
+    source, feeds = mlp(), {"x": normal(4, 32)}
+    comq_onnx.quantize(source, tmp_path / "q.onnx", samples_for(source), activations="none", device="cpu")
+    seen = {}
+    for small in (False, True):
+        kept = tmp_path / f"{small}.onnx"
+        session = Session(tmp_path / "q.onnx", disable_qdq_fusion=True, small=small, optimized=kept)
+        seen[small] = session.run(feeds)["y"], [n.op_type for n in onnx.load(kept).graph.node]
+    np.testing.assert_allclose(seen[True][0], seen[False][0], rtol=1e-4, atol=1e-5)
+    assert "DequantizeLinear" in seen[True][1]
+    assert "DequantizeLinear" not in seen[False][1]
+
+
 def test_a_session_that_rests_loads_its_file_again(tmp_path: Path) -> None:
     path, feeds, checks = tmp_path / "m.onnx", {"x": normal(4, 32)}, []
     onnx.save(mlp(), path)

@@ -71,3 +71,15 @@ def test_what_cannot_be_measured_is_one_line(folder: Path, options: list[object]
     assert done.code == 1
     assert said in done.err
     assert "Traceback" not in done.err
+
+
+def test_the_benchmark_of_quantizers_prints_a_line_for_each(folder: Path) -> None:
+    onnx.save(without_cache(), folder / "model.onnx")
+    np.savez(folder / "test.npz", input_ids=np.random.default_rng(0).integers(0, 60, (3, 12)))
+    done = run_script(TOOL.parent / "bench" / "language.py", folder, "--only", "comq-onnx rounding, per")
+    assert done.code == 0, done.err
+    (line,) = (line for line in done.out.splitlines() if line.startswith("comq-onnx rounding, per channel"))
+    (of_float,) = (float(line.split()[-2]) for line in done.out.splitlines() if line.startswith("float"))
+    *_, perplexity, times = map(float, line.split()[-5:])
+    # both figures are printed with few digits
+    assert times == pytest.approx(perplexity / of_float, rel=2e-3)

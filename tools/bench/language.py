@@ -26,9 +26,10 @@ from comq_onnx.evaluate.language import language_of
 from comq_onnx.metrics import LanguageSums
 from comq_onnx.runtime.session import Session
 
-# run in a process: what ONNX Runtime's quantizer is given; `how` is one of its configurations
+# run in a process; the model is loaded with its external data, which the file that is written would point at otherwise
 ORT_SCRIPT = """
 import sys
+import onnx
 from onnxruntime.quantization import matmul_nbits_quantizer as tools
 source, out, how, block = sys.argv[1:]
 block = int(block)
@@ -37,7 +38,8 @@ config = {
     "k_quant": lambda: tools.KQuantWeightOnlyQuantConfig(),
     "hqq": lambda: tools.HQQWeightOnlyQuantConfig(block_size=block, bits=4),
 }[how]()
-quantizer = tools.MatMulNBitsQuantizer(source, bits=4, block_size=block, is_symmetric=True, algo_config=config)
+model = onnx.load(source)
+quantizer = tools.MatMulNBitsQuantizer(model, bits=4, block_size=block, is_symmetric=True, algo_config=config)
 quantizer.process()
 quantizer.model.save_model_to_file(out, True)
 """

@@ -128,12 +128,15 @@ class LayerSolver:
     def _reuse_solution(self, layer: Layer, moments: Moments | None) -> bool:
         """Take the codes of a layer with the same weight, which is stored once; False if there is none.
 
-        moments: of the rows of this layer, for its own shift and errors; None where they are not known
+        moments: of the rows of this layer, for its own shift and errors; None where they are not known: then those of
+            the other layer stand for them, which mostly does the same in another branch
         """
         first = self._solved.get(self.weight_key(layer))
         if first is None:
             return False
-        solution = replace(self.solutions[first], shift=None)
+        solution = self.solutions[first]
+        if moments is None and not self._plan.has_bias(layer):
+            solution = replace(solution, shift=None)
         if moments is not None:
             weight = finite_weight(self._plan.walked, layer)
             solution = judge(weight, moments, solution.weight, self._method, self._plan.has_bias(layer))

@@ -255,6 +255,20 @@ class _Walk:
         refuse = partial(self._refuse, layer, given.counts)
         return input_moments(given, self._store, options.seed, refuse, self._fewer)
 
+    def _share(self, layers: Sequence[Layer], x: Mapping[str, Any], x_hat: Mapping[str, Any]) -> None:
+        """Give each weight that layers in the subgraphs of one node share the moments of all their inputs.
+
+        x, x_hat: the inputs, as in `_solve`
+        """
+        first: dict[object, Layer] = {}
+        for layer in layers:
+            root = first.setdefault(self._solver.weight_key(layer), layer)
+            source, own = (self._plan.probes[one.name] for one in (layer, root))
+            if source != own:
+                self._later.setdefault(root.name, []).append(layer)
+                moments = self._input_moments(layer, x[source], x_hat[source])
+                self._others.setdefault(root.name, []).append(moments)
+
     def _refuse(self, layer: Layer, counts: Sequence[int], array: Any, i: int) -> ModelError:
         """Return the error for an input of a layer whose numbers are not finite or too large.
 
@@ -294,7 +308,9 @@ class _Walk:
                 solved = self._solved()
                 hat = [p.rows_hat(rows, its, solved) for p, its in zip(passages, made, strict=True)]
             x, x_hat = _joined(made), _joined(hat)
-            self._solve(inner, *({name: _iterations(t[name]) for name in stacked} for t in (x, x_hat)))
+            within = [{name: _iterations(t[name]) for name in stacked} for t in (x, x_hat)]
+            self._share(inner, *within)
+            self._solve(inner, *within)
             self._solve(fed_back, x, x_hat)
 
     def _advance_float(self, passage: Passage, start: int, rows: Sequence[str] = ()) -> Tensors:

@@ -79,6 +79,15 @@ def walk_values(model: ir.Model) -> Iterator[ir.Value]:
             yield from node.outputs
 
 
+def branches(graph: ir.Graph) -> Iterator[ir.Graph]:
+    """Return the branches of each If of a graph, and those of each If in them."""
+    for node in graph:
+        if node.op_type == "If" and node.domain in ("", "ai.onnx"):
+            for name in ("then_branch", "else_branch"):
+                yield node.attributes[name].value
+                yield from branches(node.attributes[name].value)
+
+
 def find_readers(value: ir.Value, through: set[str] | frozenset[str]) -> Iterator[tuple[ir.Node, int]]:
     """Yield (node, index of its input) for the nodes that read a value, also behind nodes of the types in `through`."""
     pending, seen = deque([value]), set()

@@ -55,6 +55,7 @@ class Layer:
     is_normalized: a normalization reads the outputs, so that a shift of all is all that is left of small ones: no bias
         takes it.
     nested: the node lies in a subgraph.
+    in_branch: it lies in a branch of an If, and in nothing that runs more than once.
     part: tells the layers of one node apart (".W", ".R"); "" where the node is one layer.
     """
 
@@ -69,6 +70,7 @@ class Layer:
     has_bias: bool = False
     is_normalized: bool = False
     nested: bool = False
+    in_branch: bool = False
     part: str = ""
 
     @property
@@ -120,6 +122,7 @@ def list_layers(model: ir.Model) -> tuple[list[Layer], dict[str, str]]:
     """List the layers of the model, subgraphs included, and the reason for each operator with a weight that is none."""
     layers: list[Layer] = []
     skipped: dict[str, str] = {}
+    branches = {id(branch) for branch in graphs.branches(model.graph)}
     for node in model.graph.all_nodes():
         idle = _idle_weight(node)
         for part in kinds_of(node) or [""]:
@@ -129,7 +132,7 @@ def list_layers(model: ir.Model) -> tuple[list[Layer], dict[str, str]]:
                 skipped[name] = f"{node.op_type}: its weight is quantized already ({codes})"
                 continue
             try:
-                layer = _as_layer(node, part, nested=node.graph is not model.graph)
+                layer = _as_layer(node, part, node.graph is not model.graph, id(node.graph) in branches)
             except NotQuantizable as reason:
                 skipped[name] = f"{node.op_type}: {reason}"
                 continue
@@ -216,10 +219,11 @@ def no_match(option: str, given: str, pattern: str, names: Sequence[str]) -> str
     return f"{option} {given} matches none of {len(names)} layers; see --plan for their names{hint}"
 
 
-def _as_layer(node: ir.Node, part: str, nested: bool) -> Layer | None:
+def _as_layer(node: ir.Node, part: str, nested: bool, in_branch: bool) -> Layer | None:
     """Return a weight of a node as a layer; None where it has none of its own. Raises NotQuantizable with the reason.
 
     part: which of the node's weights, as OP_KINDS names it
+    nested, in_branch: where the node lies, as a layer tells it
     """
     factory = kinds_of(node).get(part)
     if factory is None:
@@ -251,6 +255,7 @@ def _as_layer(node: ir.Node, part: str, nested: bool) -> Layer | None:
         has_bias=has_bias and not normalized,
         is_normalized=normalized,
         nested=nested,
+        in_branch=in_branch,
         part=part,
     )
 

@@ -53,7 +53,7 @@ def form_of(layer: Layer, activations: ActivationPlan, unpacked: Set[str] = froz
     # no runtime has an integer kernel for wider activations: the layer reads them as floats again
     if layer.name in activations.integer_layers and np.iinfo(activations.dtype).bits == 8:
         return WeightForm.INTEGER
-    if layer.nested:
+    if layer.nested and not layer.in_branch:
         return WeightForm.FOLDED
     return WeightForm.BLOCKED if layer.kind.is_matrix and layer.name not in unpacked else WeightForm.FOLDED
 

@@ -14,7 +14,7 @@ from comq_onnx.model.layers import Layer, Prepared
 from comq_onnx.model.probe import probe
 from comq_onnx.plan import integer_gain, smoothing
 from comq_onnx.plan.activations import ActivationPlan, plan_activations, plan_between_pairs
-from comq_onnx.plan.forms import BLOCKS_OPSET
+from comq_onnx.plan.forms import BLOCKS_OPSET, WeightForm
 from comq_onnx.plan.initial_bits import fill_containers, initial_bits
 from comq_onnx.plan.plan import Bits, Plan
 from comq_onnx.plan.subgraphs import Specialized, specialize
@@ -39,6 +39,7 @@ def make_plan(source: FloatModel, prepared: Prepared, data: Dataset, context: Co
     _check_opset(prepared, dtype, context)
     plan = Plan(prepared, specialized.prepared, specialized.probes, ActivationPlan("float32"), context.target)
     plan = _choose_activations(plan, dtype, data, context)
+    plan = _unpack_in_branches(plan, data.is_of_decoder)
     plan = tie(plan, context)
     bits = initial_bits(plan, context.options)
     _tell_unreached(plan, specialized.unreached, bits, context)
@@ -117,9 +118,24 @@ def _choose_activations(plan: Plan, dtype: str | None, data: Dataset, context: C
     return replace(plan, activations=faster, slower=slower)
 
 
+def _unpack_in_branches(plan: Plan, is_of_decoder: bool) -> Plan:
+    """Unpack the products in branches of an If that are not known to gain by packed weights.
+
+    Where no sample shows how many rows a product has, it is as another one of its weight; else one row at a time is
+    what a decoder works on. Other runtimes than ONNX Runtime were not tried on packed weights in a branch.
+    """
+    products = [x for x in plan.layers if x.in_branch and x.kind.is_matrix]
+    seen = [x for x in plan.walked.layers if x.name not in plan.probes]
+    packed = {x.weight: plan.form(x) is WeightForm.BLOCKED for x in seen if x.kind.is_matrix}
+    if plan.target.runs_outside_ort:
+        packed = {x.weight: False for x in products}
+    unpacked = {x.name for x in products if not packed.get(x.weight, is_of_decoder)}
+    return replace(plan, unpacked=plan.unpacked | unpacked)
+
+
 def _may_be_packed(layer: Layer) -> bool:
     """Tell whether a layer may run on packed weights."""
-    return layer.kind.is_lookup or (layer.kind.is_matrix and not layer.nested)
+    return layer.kind.is_lookup or (layer.kind.is_matrix and (not layer.nested or layer.in_branch))
 
 
 def _shapes(prepared: Prepared, found: ActivationPlan, data: Dataset, context: Context) -> integer_gain.Shapes:

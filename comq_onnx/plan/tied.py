@@ -33,12 +33,13 @@ def tie(plan: Plan, context: Context) -> Plan:
     tables = [x for x in plan.layers if x.name not in plan.unpacked and _may_tie(x, plan, WeightForm.LOOKED_UP)]
     products = [x for x in plan.layers if x.kind.is_matrix and _may_tie(x, plan, WeightForm.BLOCKED)]
     found: dict[str, str] = {}
-    for table in tables:
-        same = [x for x in products if x.name not in found and _agree(x, table, context.options)]
-        tied = next((x for x in same if _same_weight(plan.written, x, table)), None)
-        if tied is not None:
-            found[tied.name] = table.name
-            context.journal.notes.append(f"{table.name} and {tied.name} have one weight: stored once, for both")
+    for product in products:
+        same = [x for x in tables if _agree(product, x, context.options) and _same_weight(plan.written, product, x)]
+        # in branches of an If there are several of both
+        table = next((x for x in same if x.name not in found.values()), next(iter(same), None))
+        if table is not None:
+            found[product.name] = table.name
+            context.journal.notes.append(f"{table.name} and {product.name} have one weight: stored once, for both")
     return replace(plan, tied=found, unpacked=plan.unpacked - set(found))
 
 
@@ -69,8 +70,9 @@ def tied_bits(tied: Mapping[str, str], options: Options) -> dict[str, int]:
 
 
 def _may_tie(layer: Layer, plan: Plan, form: WeightForm) -> bool:
-    """Tell whether a layer of the main graph that samples reach has this form, once it is not unpacked."""
-    return not layer.nested and layer.name not in plan.unreached and form_of(layer, plan.activations) is form
+    """Tell whether a layer that runs once has this form once it is not unpacked; a product that samples reach."""
+    once, seen = not layer.nested or layer.in_branch, layer.kind.is_lookup or not plan.is_unseen(layer)
+    return once and seen and form_of(layer, plan.activations) is form
 
 
 def _agree(product: Layer, table: Layer, options: Options) -> bool:

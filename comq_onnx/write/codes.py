@@ -103,11 +103,14 @@ def shared_constant(graph: ir.Graph, name: str, numbers: Numbers) -> ir.Value:
 def for_one_reader(graph: ir.Graph, before: ir.Node, value: ir.Value, name: str) -> ir.Value:
     """Return a constant of the numbers of a stored one that no other node reads, by nodes in front of `before`.
 
-    The first reader takes the stored constant itself. For each other one ONNX Runtime makes a constant when it loads
-    the model: of reshapes to and fro over one axis more than for the reader before, or it would take equal ones for
-    the same. There are no reshapes of packed integers, and ONNX Runtime fails to fold a Cast to INT2.
+    graph: the main graph, which holds the stored constant
+
+    The first reader takes the stored constant itself, unless it lies in a subgraph: there ONNX Runtime makes a
+    MatMulNBits only of the subgraph's own constants. For each other one it makes a constant when it loads the model: of
+    reshapes to and fro over one axis more than for the reader before, or it would take equal ones for the same. There
+    are no reshapes of packed integers, and ONNX Runtime fails to fold a Cast to INT2.
     """
-    count, shape, dtype = len(list(value.uses())), value.shape, value.dtype
+    count, shape, dtype = len(list(value.uses())) + (before.graph is not graph), value.shape, value.dtype
     if not count:
         return value
     assert shape is not None

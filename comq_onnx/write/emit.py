@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
@@ -79,6 +80,20 @@ def emit(model: ir.Model, solved: Solved) -> None:
             emit_activation(model, values[name], solved, readers.get(name, []))
     keep_float(model, solved)
     build_walls(model, solved)
+    _store_biases_once(model, solved)
     passes.RemoveUnusedNodesPass()(model)
     # the new names may be taken already
     passes.NameFixPass()(model)
+
+
+def _store_biases_once(model: ir.Model, solved: Solved) -> None:
+    """Let layers of one weight in several branches of an If read the same bias, where it has the same numbers."""
+    kept: dict[str, ir.Value] = {}
+    for layer in solved.plan.layers:
+        value = model.graph.initializers.get(f"{layer.name}.bias") if layer.in_branch else None
+        if value is None or value.const_value is None:
+            continue
+        first = kept.setdefault(layer.weight, value)
+        assert first.const_value is not None
+        if first is not value and np.array_equal(first.const_value.numpy(), value.const_value.numpy()):
+            value.replace_all_uses_with(first)

@@ -195,7 +195,7 @@ def _dequantize_table(
     graph, (outputs, inputs) = model.graph, weight.codes.shape[1:]
     block = solved.plan.target.block_of(inputs, weight.grid.bits)
     assert block is not None
-    codes = _codes(model, table, weight.codes[0], solved)
+    stored = codes = _codes(model, table, weight.codes[0], solved)
     packed = codes.dtype == ir.DataType.INT4
     if packed:
         codes = graphs.insert(node, "Cast", [codes], {"to": ir.DataType.INT8}, f"{layer.name}.int8")
@@ -208,7 +208,7 @@ def _dequantize_table(
         ir.TensorType(ir.DataType.INT4 if packed else ir.DataType.INT8),
         ir.Shape((inputs, outputs)),
     )
-    row = shared_constant(graph, f"{table.name}.scale", weight.scale[0])
+    row = _part(model, table, stored, "scale", weight.scale[0])
     row = graphs.insert(node, "Transpose", [row], {"perm": [1, 0]}, f"{layer.name}.row_scale")
     shape = graphs.add_initializer(graph, f"{layer.name}.scale_shape", np.array([-(-inputs // block), outputs]))
     scale = graphs.insert(node, "Expand", [row, shape], {}, f"{layer.name}.scale")
@@ -218,9 +218,14 @@ def _dequantize_table(
 
 def _block_part(model: ir.Model, node: ir.Node, layer: Layer, codes: ir.Value, part: str, numbers: Numbers) -> ir.Value:
     """Store the scales or the zero points of blocks, once where another layer of the same codes has the same ones."""
+    return for_one_reader(model.graph, node, _part(model, layer, codes, part, numbers), f"{layer.name}.{part}")
+
+
+def _part(model: ir.Model, layer: Layer, codes: ir.Value, part: str, numbers: Numbers) -> ir.Value:
+    """Store what belongs to codes, such as their scales, once for all layers that have the same."""
     known = codes.meta.get(part)
     if known is not None and np.array_equal(known.const_value.numpy(), numbers):
-        return for_one_reader(model.graph, node, known, f"{layer.name}.{part}")
+        return known  # type: ignore[no-any-return]
     value = graphs.add_initializer(model.graph, f"{layer.name}.{part}", numbers)
     codes.meta.setdefault(part, value)
     return value
@@ -305,7 +310,7 @@ def _emit_gather(model: ir.Model, node: ir.Node, layer: Layer, weight: Quantized
     """Replace an embedding by Gathers of codes, zero points and scales, and their product."""
     indices = node.inputs[1]
     codes = _codes(model, layer, weight.codes[0], solved)
-    scale = shared_constant(model.graph, f"{layer.name}.scale", weight.scale[0])
+    scale = _part(model, layer, codes, "scale", weight.scale[0])
     attributes = {"axis": 0}
     if solved.plan.target.unpack != "Cast":
         table = _as_float(model, node, codes, solved.plan.target.unpack, f"{layer.name}.float")

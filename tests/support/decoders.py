@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import onnx
 
@@ -105,3 +107,56 @@ def _weights(layers: int, tied: bool, vocabulary: int) -> Arrays:
         found[f"up{i}"] = weight(STATE, INNER, seed=40 + i)
         found[f"down{i}"] = weight(INNER, STATE, seed=50 + i)
     return found if tied else {**found, "table": normal(vocabulary, STATE, seed=8)}
+
+
+def merged(model: onnx.ModelProto, copies: bool = True) -> onnx.ModelProto:
+    """Build the merged form of a decoder, as optimum writes it: an If on `use_cache_branch`, a flag.
+
+    One branch goes on with the past, the other one leaves it out. The outputs and the other inputs are those of `model`.
+
+    copies: each branch holds its own copies of the weights; else both read those of the main graph
+    """
+    names = {x.name for x in (*model.graph.input, *model.graph.initializer)}
+    outputs = [x.name for x in model.graph.output]
+    branches = {}
+    for branch, prefix in (("then_branch", "with_past"), ("else_branch", "without")):
+        kept = names - ({x.name for x in model.graph.initializer} if copies else set())
+        inner = _renamed(model.graph, prefix, kept)
+        made = [onnx.helper.make_empty_tensor_value_info(f"{prefix}.{name}") for name in outputs]
+        starts = [] if branch == "then_branch" else _without_past(inner, model.graph.input)
+        branches[branch] = onnx.helper.make_graph(
+            [*starts, *inner.node], prefix, [], made, inner.initializer if copies else []
+        )
+    choice = onnx.helper.make_node("If", ["use_cache_branch"], outputs, name="choice", **branches)
+    flag = onnx.helper.make_tensor_value_info("use_cache_branch", onnx.TensorProto.BOOL, [1])
+    graph = onnx.helper.make_graph(
+        [choice], "merged", [*model.graph.input, flag], model.graph.output, [] if copies else model.graph.initializer
+    )
+    return onnx.helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
+
+
+def _renamed(graph: onnx.GraphProto, prefix: str, kept: set[str]) -> onnx.GraphProto:
+    """Copy a graph with a prefix before all names of nodes and values but those `kept`."""
+    copied = onnx.GraphProto()
+    copied.CopyFrom(graph)
+    for tensor in copied.initializer:
+        tensor.name = tensor.name if tensor.name in kept else f"{prefix}.{tensor.name}"
+    for node in copied.node:
+        node.name = f"{prefix}.{node.name}" if node.name else ""
+        for values in (node.input, node.output):
+            values[:] = [x if x in kept or not x else f"{prefix}.{x}" for x in values]
+    return copied
+
+
+def _without_past(graph: onnx.GraphProto, inputs: Iterable[onnx.ValueInfoProto]) -> list[onnx.NodeProto]:
+    """Let a graph read nothing of the pasts among its inputs, and return the nodes that it reads instead of them."""
+    parts = {"starts": [0], "ends": [0], "axes": [2]}
+    nodes = [
+        onnx.helper.make_node("Constant", [], [f"nothing.{name}"], value_ints=value) for name, value in parts.items()
+    ]
+    pasts = [x.name for x in inputs if x.name.startswith("past")]
+    for name in pasts:
+        nodes.append(onnx.helper.make_node("Slice", [name, *(f"nothing.{x}" for x in parts)], [f"nothing.{name}"]))
+    for node in graph.node:
+        node.input[:] = [f"nothing.{x}" if x in pasts else x for x in node.input]
+    return nodes

@@ -250,7 +250,7 @@ def _turn_shared(model: ir.Model) -> None:
 
     The turned weight is a view of the other one: it takes no memory.
     """
-    for node in list(model.graph):
+    for node in list(model.graph.all_nodes()):
         value = node.inputs[0] if node.op_type == "Transpose" and node.domain == "" else None
         if value is None or value.const_value is None or not graphs.is_constant(value) or len(value.uses()) < 2:
             continue
@@ -259,7 +259,8 @@ def _turn_shared(model: ir.Model) -> None:
             tensor = ir.tensor(turned, name=str(node.outputs[0].name))
             made = ir.Value(name=tensor.name, type=value.type, shape=ir.Shape(turned.shape), const_value=tensor)
             node.outputs[0].replace_all_uses_with(made)
-            model.graph.remove(node, safe=True)
+            assert node.graph is not None
+            node.graph.remove(node, safe=True)
             model.graph.register_initializer(made)
 
 

@@ -209,7 +209,8 @@ def test_a_weight_that_branches_share_is_quantized_once(quantized: Run, taken: s
     done = quantized(shared(), samples, per_item=True, activations=activations)
     assert set(forms(done.report)) == {"then_up", "then_down", "else_up", "else_down"}
     assert set(codes(done.out)) == {"up.codes", "down.codes"}
-    assert done.out.stat().st_size < 0.4 * done.source.stat().st_size
+    # also the nodes that unpack it in each branch
+    assert done.out.stat().st_size < 0.42 * done.source.stat().st_size
     # also in the branch that no sample takes
     for flag in (True, False):
         assert worst_sqnr(shared(), done.out, {"x": samples["x"][:, 0], "use": np.array([flag])}) >= 25

@@ -112,7 +112,7 @@ def _weights(layers: int, tied: bool, vocabulary: int) -> Arrays:
 def merged(model: onnx.ModelProto, copies: bool = True) -> onnx.ModelProto:
     """Build the merged form of a decoder, as optimum writes it: an If on `use_cache_branch`, a flag.
 
-    One branch goes on with the past, the other one leaves it out. The outputs and the other inputs are those of `model`.
+    One branch goes on with the past, the other leaves it out. The outputs and the other inputs are those of `model`.
 
     copies: each branch holds its own copies of the weights; else both read those of the main graph
     """

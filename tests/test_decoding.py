@@ -195,6 +195,41 @@ def test_a_cache_of_float16_is_never_cast(tmp_path: Path) -> None:
     assert not any(x.data_type == onnx.TensorProto.FLOAT16 for x in graph.initializer if len(x.dims) == 1)
 
 
+def test_a_cache_that_a_concat_lengthens_stays_float16(tmp_path: Path) -> None:
+    onnx.save(in_half(decoder()), tmp_path / "m.onnx")
+    report = comq_onnx.quantize(
+        tmp_path / "m.onnx", tmp_path / "q.onnx", max_samples=16, device="cpu", uniform=True, bits=8
+    )
+    assert min(x.sqnr_db for x in report.outputs) > 30
+    graph = onnx.load(tmp_path / "q.onnx").graph
+    makers = {name: n.op_type for n in graph.node for name in n.output}
+    for part in ("key", "value"):
+        past, present = f"past_key_values_0_{part}", f"present_0_{part}"
+        assert makers[present] == "Concat", "the cache that is returned"
+        # the length of a cache is known without its numbers
+        assert {n.op_type for n in graph.node if past in n.input} == {"Concat", "Shape"}
+        # once, for the products, which a CPU computes in float32
+        assert [n.op_type for n in graph.node if present in n.input] == ["Cast"]
+    assert {x.type.tensor_type.elem_type for x in graph.output if "present" in x.name} == {onnx.TensorProto.FLOAT16}
+
+
+def in_half(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Make a decoder float16 throughout, and let it return how long its pasts are."""
+    for tensor in model.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.FLOAT:
+            numbers = onnx.numpy_helper.to_array(tensor).astype(np.float16)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(numbers, tensor.name))
+    for value in (*model.graph.input, *model.graph.output):
+        if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT:
+            value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+    for attribute in (a for node in model.graph.node for a in node.attribute if a.name == "to"):
+        attribute.i = onnx.TensorProto.FLOAT16
+    for past in [x.name for x in model.graph.input if x.name.startswith("past")]:
+        model.graph.node.append(onnx.helper.make_node("Shape", [past], [f"{past}.shape"]))
+        model.graph.output.append(onnx.helper.make_tensor_value_info(f"{past}.shape", onnx.TensorProto.INT64, [4]))
+    return model
+
+
 def test_a_decoder_that_cannot_go_on_with_its_cache_is_quantized_all_the_same(tmp_path: Path) -> None:
     model = genai()
     # the mask is as long as the tokens only where there is no past

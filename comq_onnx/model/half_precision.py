@@ -17,6 +17,8 @@ from comq_onnx.model.unfuse.maker import MICROSOFT
 _CACHED = frozenset({"GroupQueryAttention"})
 # the places of its inputs that are whole numbers: lengths and positions
 _COUNTS = (5, 6, 9)
+# operators that read numbers of any type, and make none of them
+_TYPELESS = frozenset({"Shape", "Size"})
 # the attributes that name a type to compute in or to return; the last two are of DequantizeLinear and QuantizeLinear
 _TYPES = ("to", "dtype", "output_dtype", "precision")
 
@@ -24,8 +26,9 @@ _TYPES = ("to", "dtype", "output_dtype", "precision")
 def upcast(model: ir.Model) -> bool:
     """Make float16 and bfloat16 arithmetic float32, keep the types of inputs and outputs, and tell if there was any.
 
-    Attention over a float16 cache stays as it is, between Casts of one call's queries, keys and values: else each token
-    would cast the whole cache.
+    A float16 cache stays as it is, between Casts of one call's queries, keys and values: else each token would cast it
+    to and fro. Only products of a Concat's cache read it behind a Cast: CPUs compute them in float32, and ONNX Runtime
+    would put Casts there itself, where they part the products from the Transpose before them.
     """
     if not any(value.dtype in HALF for value in graphs.walk_values(model)):
         return False
@@ -56,26 +59,36 @@ def upcast(model: ir.Model) -> bool:
 
 
 def _keep_caches(graph: ir.Graph) -> set[ir.Node]:
-    """Put Casts around attention that reads a float16 cache, and return the nodes whose numbers stay float16."""
+    """Put Casts around what reads or lengthens a float16 cache, and return the nodes whose numbers stay float16."""
     left: set[ir.Node] = set()
-    for node in [n for n in graph if n.op_type in _CACHED and n.domain == MICROSOFT]:
+    for node in [n for n in graph if _is_attention(n) or _lengthens(n)]:
         if not any(v is not None and v.is_graph_input() and v.dtype == ir.DataType.FLOAT16 for v in node.inputs):
             continue
         left.add(node)
         for index, value in enumerate(node.inputs):
-            if value is not None and value.producer() is not None and index not in _COUNTS:
+            if value is not None and value.producer() is not None and not (_is_attention(node) and index in _COUNTS):
                 cast = _cast(value, f"{value.name}_float16", ir.DataType.FLOAT16)
                 graph.insert_before(node, cast)
                 node.replace_input_with(index, cast.outputs[0])
                 left.add(cast)
         for value in node.outputs:
-            users = list(value.uses())
+            users = [(user, index) for user, index in value.uses() if user.op_type not in _TYPELESS]
             if users:
                 cast = _cast(value, f"{value.name}_float32", ir.DataType.FLOAT)
                 graph.insert_after(node, cast)
                 for user, index in users:
                     user.replace_input_with(index, cast.outputs[0])
-    return left
+    return left | {node for node in graph if left and node.op_type in _TYPELESS}
+
+
+def _is_attention(node: ir.Node) -> bool:
+    """Tell whether a node is attention that ONNX Runtime computes on float16 caches."""
+    return node.op_type in _CACHED and node.domain == MICROSOFT
+
+
+def _lengthens(node: ir.Node) -> bool:
+    """Tell whether a node puts keys or values behind a cache that the model returns."""
+    return node.op_type == "Concat" and node.outputs[0].is_graph_output()
 
 
 def _cast(value: ir.Value, name: str, dtype: ir.DataType) -> ir.Node:

@@ -106,22 +106,28 @@ def for_one_reader(graph: ir.Graph, before: ir.Node, value: ir.Value, name: str)
     graph: the main graph, which holds the stored constant
 
     The first reader takes the stored constant itself, unless it lies in a subgraph: there ONNX Runtime makes a
-    MatMulNBits only of the subgraph's own constants. For each other one it makes a constant when it loads the model: of
-    reshapes to and fro over one axis more than for the reader before, or it would take equal ones for the same. There
-    are no reshapes of packed integers, and ONNX Runtime fails to fold a Cast to INT2.
+    MatMulNBits only of the subgraph's own constants, such as it makes of any operator on others when it loads the
+    model. For each other reader it makes a constant: of reshapes to and fro over one axis more than for the reader
+    before, or it would take equal ones for the same. There are no reshapes of packed integers, and ONNX Runtime fails
+    to fold a Cast to INT2.
     """
-    count, shape, dtype = len(list(value.uses())) + (before.graph is not graph), value.shape, value.dtype
-    if not count:
+    inside = before.graph is not graph
+    count = sum(reader.graph is before.graph or not inside for reader, _ in value.uses())
+    if not (count or inside):
         return value
+    shape, dtype = value.shape, value.dtype
     assert shape is not None
     dims = [int(d) for d in shape if isinstance(d, int)]
-    longer = shared_constant(graph, f"comq_onnx.shape_{'x'.join(map(str, dims))}_{count}", np.array([1] * count + dims))
-    plain = shared_constant(graph, f"comq_onnx.shape_{'x'.join(map(str, dims))}", np.array(dims))
     packed = dtype in (ir.DataType.INT4, ir.DataType.INT2)
     if packed:
         value = graphs.insert(before, "Cast", [value], {"to": ir.DataType.INT8}, f"{name}.int8")
-    value = graphs.insert(before, "Reshape", [value, longer], {}, f"{name}.longer")
-    value = graphs.insert(before, "Reshape", [value, plain], {}, f"{name}.plain" if packed else name)
+    plain = f"comq_onnx.shape_{'x'.join(map(str, dims))}"
+    if count:
+        longer = shared_constant(graph, f"{plain}_{count}", np.array([1] * count + dims))
+        value = graphs.insert(before, "Reshape", [value, longer], {}, f"{name}.longer")
+    if count or not packed:
+        whole = shared_constant(graph, plain, np.array(dims))
+        value = graphs.insert(before, "Reshape", [value, whole], {}, f"{name}.plain" if packed else name)
     value.type, value.shape = ir.TensorType(ir.DataType.INT8 if packed or dtype is None else dtype), shape
     if packed:
         value = graphs.insert(before, "Cast", [value], {"to": ir.DataType.INT4}, name)

@@ -6,13 +6,15 @@
     print(report.size, report.outputs)
     report.save_html("report.html")
 
-`quantize` does it all; `plan` says what it would do, `inspect_samples` what the model would be fed; `compare` runs two
-models on the same samples. A model is a path, an onnx.ModelProto or an onnx-graphsurgeon Graph; samples are a path,
-arrays by input name, or whatever yields them. A `Report` shows itself in a notebook. Every error is a `ComqError`.
+`quantize` does it all, `quantize_all` for all models of a folder; `plan` says what it would do, `inspect_samples` what
+the model would be fed; `compare` runs two models on the same samples. A model is a path, an onnx.ModelProto or an
+onnx-graphsurgeon Graph; samples are a path, arrays by input name, or whatever yields them. A `Report` shows itself in a
+notebook. Every error is a `ComqError`.
 """
 
 from comq_onnx.errors import ComqError, ModelError, OptionError, OutOfMemory, RuntimeFailure, SamplesError
 from comq_onnx.evaluate.comparison import Comparison, compare
+from comq_onnx.folders import Done, quantize_all
 from comq_onnx.metrics import OutputComparison
 from comq_onnx.options.options import Options
 from comq_onnx.options.samples import SampleOptions
@@ -27,6 +29,7 @@ __all__ = [
     "ActivationReport",
     "Comparison",
     "ComqError",
+    "Done",
     "InputReport",
     "LayerReport",
     "ModelError",
@@ -44,5 +47,6 @@ __all__ = [
     "load_samples",
     "plan",
     "quantize",
+    "quantize_all",
     "version",
 ]

@@ -4,6 +4,7 @@
     ├── InternalError  (1)   a fault of comq_onnx itself, found before anything was written
     ├── OptionError    (2)   an option or an output path that cannot work
     ├── ModelError     (3)   the model cannot be read, run or quantized
+    │   └── NothingToQuantize    it has no layer to quantize
     ├── SamplesError   (4)   the calibration samples do not fit the model
     └── RuntimeFailure (5)   ONNX Runtime is missing or failed
         └── OutOfMemory      there is not enough memory, even for one sample at a time
@@ -47,6 +48,10 @@ class ModelError(ComqError):
     """Report a model that cannot be read, run or quantized."""
 
     exit_code = 3
+
+
+class NothingToQuantize(ModelError):
+    """Report a model that has no layer to quantize."""
 
 
 class SamplesError(ComqError):

@@ -18,8 +18,8 @@ from click.core import ParameterSource
 from rich.console import Console
 from rich.logging import RichHandler
 
-from comq_onnx import pipeline
-from comq_onnx.cli import config_file
+from comq_onnx import folders, pipeline
+from comq_onnx.cli import config_file, summary
 from comq_onnx.cli.parameters import PROGRAM, grouped, is_in_config, parameters
 from comq_onnx.cli.progress import shown_progress
 from comq_onnx.errors import ComqError, OptionError
@@ -34,6 +34,7 @@ Examples:
   comq-onnx model.onnx --calib samples.npz --bits 4 --bits-for 'head|stem=8' -o model_q.onnx
   comq-onnx model.onnx --calib samples.npz --activations none --granularity 32 -o model_q.onnx
   comq-onnx model.onnx --calib samples.npz --bits auto --size 20% -o model_q.onnx
+  comq-onnx folder/ --calib lines.txt -o folder_q4/
   comq-onnx model.onnx --plan
   comq-onnx model.onnx --config quant.toml
 
@@ -64,7 +65,7 @@ class _Command(click.Command):
 class _Asked:
     """Hold what one call of the command asks for beside the options of the library.
 
-    model, output, calib: the paths of the source, of the result and of the samples
+    models, output, calib: the paths of the sources, of the result and of the samples
     plan: only plan
     inspect: only show the samples
     sheet: where the pictures of the samples are written
@@ -73,7 +74,7 @@ class _Asked:
     quiet, verbose: print less, or more
     """
 
-    model: Path
+    models: tuple[Path, ...]
     output: Path | None
     calib: str | None
     plan: bool
@@ -85,18 +86,26 @@ class _Asked:
     quiet: bool
     verbose: bool
 
+    @property
+    def to_folder(self) -> bool:
+        """Tell whether several models, or all of a folder, go to a folder."""
+        named = self.output is not None and self.output.suffix != ".onnx" and not self.plan
+        return len(self.models) > 1 or (named and self.models[0].is_dir())
+
 
 def _run(**given: Any) -> None:
     """Quantize the ONNX MODEL with COMQ and write a QDQ model that runs in integers.
 
-    Part of the samples is held back, and both models run on it at the end: the table shows what it cost and won.
+    Several models, or all of a folder with what lies beside them, go to a folder. Part of the samples is held back, and
+    both models run on it at the end: the table shows what it cost and won.
     """
     options = {name: value for name, value in given.items() if name in OPTIONS}
-    asked = _Asked(**{name: value for name, value in given.items() if name not in OPTIONS and name != "config"})
+    own = {name: value for name, value in given.items() if name not in OPTIONS and name not in ("config", "model")}
+    asked = _Asked(models=given["model"], **own)
     console, errors = _console(), Console(stderr=True, soft_wrap=True)
     _log_to(errors, asked.verbose)
     _check_files(
-        [path for path in (asked.model, asked.output) if path is not None]
+        [path for path in (*asked.models, asked.output) if path is not None]
         + ([] if asked.calib is None else [Path(asked.calib)]),
         {
             "--json": asked.json,
@@ -105,6 +114,8 @@ def _run(**given: Any) -> None:
             "--contact-sheet": asked.sheet,
         },
     )
+    if asked.to_folder:
+        return _quantize_to_folder(asked, options, console, errors)
     if asked.inspect or asked.sheet is not None:
         return _inspect(asked, options)
     if not asked.plan and asked.output is None:
@@ -129,7 +140,7 @@ def _run(**given: Any) -> None:
 command = _Command(
     PROGRAM,
     params=[
-        click.Argument(["model"], type=click.Path(path_type=Path)),
+        click.Argument(["model"], type=click.Path(path_type=Path), nargs=-1, required=True),
         *(option for options in parameters().values() for option in options),
     ],
     callback=_run, help=_run.__doc__, epilog=EPILOG, context_settings=SETTINGS,
@@ -139,9 +150,33 @@ command = _Command(
 def _quantize_or_plan(asked: _Asked, options: dict[str, Any], errors: Console) -> Report:
     """Run the library, and show its progress."""
     if asked.plan:
-        return pipeline.plan(asked.model, asked.calib, **options)
+        return pipeline.plan(asked.models[0], asked.calib, **options)
     with shown_progress(errors, asked.quiet) as update:
-        return pipeline.quantize(asked.model, asked.output, asked.calib, progress=update, **options)
+        return pipeline.quantize(asked.models[0], asked.output, asked.calib, progress=update, **options)
+
+
+def _quantize_to_folder(asked: _Asked, options: dict[str, Any], console: Console, errors: Console) -> None:
+    """Quantize several models, and print what became of them in one table."""
+    ones = {
+        "--plan": asked.plan, "--inspect-samples": asked.inspect, "--contact-sheet": asked.sheet,
+        "--report": asked.report, "--json": asked.json, "--sensitivity": options["sensitivity"],
+        "--workdir": options["workdir"],
+    }  # fmt: skip
+    if given := [name for name, value in ones.items() if value]:
+        raise OptionError(f"{given[0]}: is for one model; name one, and for a run a file for it with -o")
+    if asked.output is None:
+        raise OptionError("no output: give the folder that the models go to with -o")
+    if asked.save_config is not None:
+        config_file.save_config(asked.save_config, spell(_explicit(click.get_current_context())))
+    with shown_progress(errors, asked.quiet) as update:
+        done = folders.quantize_all(asked.models, asked.output, asked.calib, progress=update, **options)
+    if not asked.quiet:
+        console.print(summary.render(done, asked.verbose))
+        console.print(f"wrote    {asked.output}", soft_wrap=True, highlight=False, markup=False)
+        return
+    for one in done:
+        for warning in one.report.warnings if one.report is not None else ():
+            errors.print(f"warning: {one.source}: {warning}", markup=False, highlight=False)
 
 
 def _log_to(errors: Console, verbose: bool) -> None:
@@ -222,7 +257,7 @@ def _inspect(asked: _Asked, options: dict[str, Any]) -> None:
     others = {"-o": asked.output, "--plan": asked.plan, "--json": asked.json, "--report": asked.report}
     if given := [name for name, value in others.items() if value]:
         raise OptionError(f"{given[0]}: --inspect-samples only shows the samples; leave one of the two out")
-    found = pipeline.inspect_samples(asked.model, asked.calib, **options)
+    found = pipeline.inspect_samples(asked.models[0], asked.calib, **options)
     if asked.sheet is not None:
         if found.sheet is None:
             raise OptionError(f"--contact-sheet {asked.sheet}: the model takes no pictures of 1 or 3 channels")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from comq_onnx.errors import ModelError, OptionError, did_you_mean
+from comq_onnx.errors import NothingToQuantize, OptionError, did_you_mean
 from comq_onnx.model import graph as graphs
 from comq_onnx.model.graph import HALF
 from comq_onnx.model.judged import Judged, judged
@@ -161,8 +161,8 @@ def _weight_places(node: ir.Node) -> Sequence[int]:
 def select(prepared: Prepared, include: Sequence[str], exclude: Sequence[str]) -> Prepared:
     """Keep the layers whose name matches an `include` (all, where none is given) and no `exclude`; skip the rest.
 
-    Raises OptionError for a pattern that is no regular expression or matches no layer, ModelError where no layer is
-    left.
+    Raises OptionError for a pattern that is no regular expression or matches no layer, NothingToQuantize where no layer
+    is left.
     """
     wanted = _matcher(include, prepared.layers, "--include")
     unwanted = _matcher(exclude, prepared.layers, "--exclude")
@@ -176,7 +176,7 @@ def select(prepared: Prepared, include: Sequence[str], exclude: Sequence[str]) -
             layers.append(layer)
     if not layers:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:3])
-        raise ModelError(
+        raise NothingToQuantize(
             "the model has no layer to quantize (MatMul, Gemm, Conv, ConvTranspose, Gather, LSTM, GRU or RNN with a "
             f"constant weight of {MIN_WEIGHTS} numbers or more)" + (f"; left out: {reasons}" if reasons else "")
         )

@@ -97,6 +97,11 @@ def read_model(path: Path) -> ir.Model:
     return model
 
 
+def data_files(path: Path) -> set[Path]:
+    """Return the files beside a model that hold its external data. Raises ModelError as `load_source` does."""
+    return set(_external_files(read_model(path), path))
+
+
 def find_model(path: Path) -> Path:
     """Return the model file that `path` means: itself, or the one .onnx file of a directory. Raises ModelError."""
     if not path.exists():

@@ -278,7 +278,7 @@ def test_an_option_that_cannot_be_is_one_line_and_code_2(
 def test_no_model_and_no_output_are_code_2(run: Callable[..., Said], files: Path) -> None:
     assert_one_line(run(), 2, "MODEL", files)
     assert_one_line(run(files / "mlp.onnx"), 2, "-o", files)
-    assert_one_line(run(files / "mlp.onnx", "other.onnx", "-o", files / "q.onnx"), 2, "other.onnx", files)
+    assert_one_line(run(files / "mlp.onnx", "other.onnx", "-o", files / "q.onnx"), 2, "go to a folder", files)
 
 
 # Files that are written -----------------------------------------------------------------------------------------------

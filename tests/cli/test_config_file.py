@@ -34,8 +34,8 @@ EVERYTHING = [
     "--effort", "default", "--size", "25%", "--max-drop", "1", "--uniform", "--mean", "0.5", "--std", "0.1,0.2,0.3",
     "--resize", "40", "--crop", "32x24", "--layout", "nchw", "--channels", "rgb", "--dtype", "float32", "--tokenizer",
     "t.json", "--text-field", "text", "--length", "64", "--cpu", "vnni",
-    "--device", "cpu", "--seed", "7", "--memory", "1.5", "--preprocess", "imagenet", "--json", "r.json", "--report",
-    "r.html", "-o", "q.onnx", "--calib", "s.npz", "-q", "-v",
+    "--device", "cpu", "--seed", "7", "--memory", "1.5", "--workdir", "kept", "--preprocess", "imagenet",
+    "--json", "r.json", "--report", "r.html", "-o", "q.onnx", "--calib", "s.npz", "-q", "-v",
 ]  # fmt: skip
 
 

@@ -65,8 +65,21 @@ X = normal(20, 32)
 # (what makes it wrong, arguments, exit code, the line behind "comq-onnx: ")
 CASES: list[tuple[Setup, Sequence[str], int, str]] = [
     # the command line
-    (nothing, [], 2, "Missing argument 'MODEL'." + HELP),
-    (nothing, ["m.onnx", "b.onnx", "-o", "q.onnx"], 2, "Got unexpected extra argument (b.onnx)" + HELP),
+    (nothing, [], 2, "Missing argument 'MODEL...'." + HELP),
+    (nothing, ["m.onnx", "b.onnx", "-o", "q.onnx"], 2,
+     "-o q.onnx: is a file; the models of a folder, or several ones, go to a folder"),
+    (nothing, ["m.onnx", "b.onnx"], 2, "no output: give the folder that the models go to with -o"),
+    (nothing, ["m.onnx", "b.onnx", "-o", "q", "--json", "r.json"], 2,
+     "--json: is for one model; name one, and for a run a file for it with -o"),
+    (nothing, ["m.onnx", "b.onnx", "-o", "q"], 3,
+     "b.onnx: no such file or folder; give ONNX models, or folders of them"),
+    (nothing, ["m.onnx", "m.onnx", "-o", "q"], 2,
+     "two of the models would become q/m.onnx; quantize one of them by a call of its own"),
+    (folder("none"), ["none", "-o", "q"], 3, "none: holds no .onnx file; give an ONNX model, or a folder with one"),
+    (nothing, [".", "-o", "."], 2, "-o .: cnn.onnx would overwrite a file of the source; choose another folder"),
+    (nothing, [".", "-o", "no/q"], 2, "-o no/q: no such directory as no; make it first"),
+    (nothing, [".", "-o", "q", "--calib", "s.npz"], 4,
+     "s.npz: arrays 'x'; the model has inputs 'image': name each array like its input (cnn.onnx); nothing was written"),
     (nothing, ["m.onnx"], 2, "no output: give the quantized model's path with -o, or --plan to only look"),
     (nothing, ["m.onnx", "--frobnicate"], 2, "No such option '--frobnicate'." + HELP),
     (nothing, ["m.onnx", "--calibb", "x"], 2, "No such option '--calibb'. Did you mean '--calib'?" + HELP),
@@ -334,6 +347,7 @@ ELSEWHERE = {
     "which is not of a run": "test_workdir", "cannot be used (": "test_workdir",
     "another run uses it now": "test_workdir", "holds a run with other": "test_workdir",
     "not smaller than its source": "write/test_size",
+    "cannot copy": "test_folders", "); choose another folder": "test_folders",
     "too deeply to be inlined": "model/test_files", "is a device or a pipe": "model/test_files",
     "cannot be the output": "model/test_files", "cannot be read (": "model/test_files",
 }  # fmt: skip

@@ -1,0 +1,259 @@
+"""Quantize several models in one call: all models of folders as language models are published, or a list of files.
+
+A folder goes to a folder that the same readers open: configurations, tokenizers and whatever else lies beside the
+models is copied. Models keep their names, as ONNX Runtime GenAI wants it; where they lie in `onnx/`, as on the Hugging
+Face hub, transformers.js tells the widths apart by names: model_quantized.onnx, model_q4.onnx.
+
+All is made in a folder of its own beside the output, and moves when the last model is done: a run that fails leaves
+nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from typing_extensions import Unpack
+
+from comq_onnx import pipeline
+from comq_onnx.context import Progress, silent
+from comq_onnx.errors import ComqError, ModelError, NothingToQuantize, OptionError
+from comq_onnx.model.files import private_directory, subdirectory
+from comq_onnx.model.source import data_files
+from comq_onnx.options.keywords import OptionKeywords
+from comq_onnx.options.options import Options
+from comq_onnx.report.report import Report
+from comq_onnx.solve.grid import MAX_BITS
+
+# where the models of a repository of the Hugging Face hub lie
+HUB = "onnx"
+# what such names have behind that of the float model
+_VARIANT = re.compile(r"_(fp16|int8|uint8|bnb4|quantized|q\d+(f16)?)$")
+# the same model in other formats: not copied
+_OTHER_WEIGHTS = frozenset(
+    {".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".ot", ".pt", ".pth", ".safetensors", ".tflite"}
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """Pair a model with what becomes of it.
+
+    source: its file
+    target: the quantized model, below the output
+    data: the files of its external data
+    """
+
+    source: Path
+    target: Path
+    data: frozenset[Path] = frozenset()
+
+
+@dataclass(frozen=True)
+class Queue:
+    """Hold what one call quantizes and copies.
+
+    jobs: the models
+    copies: the files that are copied, by their place below the output
+    """
+
+    jobs: tuple[Job, ...]
+    copies: Mapping[Path, Path] = field(default_factory=dict)
+
+    @property
+    def sources(self) -> set[Path]:
+        """Return the files of all models."""
+        return {path for job in self.jobs for path in (job.source, *job.data)}
+
+    @property
+    def targets(self) -> list[Path]:
+        """Return the files that may be written, below the output; external data has a file beside its model."""
+        written = [path for job in self.jobs for path in (job.target, job.target.with_name(f"{job.target.name}.data"))]
+        return [*written, *self.copies]
+
+
+@dataclass(frozen=True)
+class Done:
+    """Hold what became of one model.
+
+    source, output: its file, and the one that was written
+    report: of its quantization; None where it was copied as it is
+    reason: why it was
+    """
+
+    source: Path
+    output: Path
+    report: Report | None
+    reason: str = ""
+
+
+def quantize_all(
+    models: Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    samples: pipeline.SampleSource = None,
+    *,
+    progress: Progress | None = None,
+    **options: Unpack[OptionKeywords],
+) -> list[Done]:
+    """Quantize all models of folders and files into one folder, with all files that lie beside them in the folders.
+
+    models: files and folders. The content of a single folder goes into `out` itself, of several into folders there
+    out: the folder; what it holds already stays, but for files of the same names
+    samples, progress, options: as `quantize` takes them; progress is called with models, too
+
+    A model that has no layer to quantize is copied. Raises ComqError as `quantize` does; then nothing is written.
+    """
+    tell = progress or silent
+    folder = Path(out)
+    queue = _check_places(find_queue([Path(model) for model in models], folder, Options(**options)), folder)
+    with private_directory(folder.absolute().parent) as work:
+        stage, done = subdirectory(work, "out"), []
+        for i, job in enumerate(queue.jobs):
+            tell("models", i, len(queue.jobs))
+            done.append(_run(job, stage, folder, samples, progress, options))
+        tell("models", len(queue.jobs), len(queue.jobs))
+        _copy(queue.copies, stage)
+        _move(stage, folder)
+    return done
+
+
+# What there is to do
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def find_queue(models: Sequence[Path], out: Path, options: Options) -> Queue:
+    """List the models of files and folders, and what is copied with them.
+
+    Raises ModelError where there is none, OptionError for what cannot be the folder `out`.
+    """
+    if out.suffix == ".onnx" or (out.exists() and not out.is_dir()):
+        raise OptionError(f"-o {out}: is a file; the models of a folder, or several ones, go to a folder")
+    if not out.absolute().parent.is_dir():
+        raise OptionError(f"-o {out}: no such directory as {out.parent}; make it first")
+    jobs: list[Job] = []
+    copies: dict[Path, Path] = {}
+    for path in models:
+        if path.is_dir():
+            found = _of_folder(path, out, options)
+            # several folders have files of the same names
+            below = Path() if len(models) == 1 else Path(path.resolve().name)
+            jobs += [replace(job, target=below / job.target) for job in found.jobs]
+            copies |= {below / target: source for target, source in found.copies.items()}
+        elif path.is_file():
+            jobs.append(replace(_job(path, path.parent, options), target=Path(path.name)))
+        else:
+            raise ModelError(f"{path}: no such file or folder; give ONNX models, or folders of them")
+    queue = Queue(tuple(jobs), copies)
+    twice = [path for path, count in Counter(queue.targets).items() if count > 1]
+    if twice:
+        raise OptionError(f"two of the models would become {out / twice[0]}; quantize one of them by a call of its own")
+    return queue
+
+
+def _of_folder(folder: Path, out: Path, options: Options) -> Queue:
+    """List the models of a folder, without what an earlier call made of them, and the files beside them."""
+    root, made = folder.resolve(), out.resolve()
+    inside = made != root and made.is_relative_to(root)
+    files = [path for path in _files(folder) if not (inside and path.resolve().is_relative_to(made))]
+    every = [path for path in files if path.suffix.lower() == ".onnx"]
+    stems = {path.with_suffix("") for path in every}
+    models = [p for p in every if not _VARIANT.search(p.stem) or p.with_name(_VARIANT.sub("", p.stem)) not in stems]
+    if not models:
+        raise ModelError(f"{folder}: holds no .onnx file; give an ONNX model, or a folder with one")
+    jobs = [_job(path, folder, options) for path in models]
+    data = {path for job in jobs for path in job.data}
+    copies = {
+        path.relative_to(folder): path
+        for path in files
+        if path not in data
+        and path.suffix.lower() not in _OTHER_WEIGHTS
+        and not any(path.name.startswith(model.name) and path.parent == model.parent for model in every)
+    }
+    return Queue(tuple(jobs), copies)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Yield the files of a folder and of those below it, without hidden ones such as .git."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts):
+            yield path
+
+
+def _job(path: Path, folder: Path, options: Options) -> Job:
+    place, beside = path.relative_to(folder), path.parent.resolve()
+    if place.parts[0] == HUB and len(place.parts) > 1:
+        place = place.with_name(f"{place.stem}_{_width(options)}.onnx")
+    return Job(path, place, frozenset(path.parent / file.relative_to(beside) for file in data_files(path)))
+
+
+def _width(options: Options) -> str:
+    """Return what transformers.js calls a model of these bits."""
+    bits = options.fixed_bits
+    return "quantized" if bits is None or bits == MAX_BITS else f"q{bits}"
+
+
+def _check_places(queue: Queue, out: Path) -> Queue:
+    """Make sure that nothing of the sources is overwritten, and return the queue without copies of files to themselves.
+
+    Raises OptionError.
+    """
+    given = {path.resolve() for path in (*queue.sources, *queue.copies.values())}
+    kept = {target: source for target, source in queue.copies.items() if (out / target).resolve() != source.resolve()}
+    for target in replace(queue, copies=kept).targets:
+        if (out / target).resolve() in given:
+            raise OptionError(f"-o {out}: {target} would overwrite a file of the source; choose another folder")
+    return replace(queue, copies=kept)
+
+
+# Doing it
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _run(
+    job: Job, stage: Path, out: Path, samples: pipeline.SampleSource, progress: Progress | None, options: Any
+) -> Done:
+    """Quantize one model into the folder `stage`; or copy it where it has no layer to quantize."""
+    staged, final = stage / job.target, out / job.target
+    staged.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        report = pipeline.quantize(job.source, staged, samples, progress=progress, **options)
+    except NothingToQuantize as error:
+        beside = {job.target.parent / path.relative_to(job.source.parent): path for path in job.data}
+        _copy({job.target: job.source, **beside}, stage)
+        return Done(job.source, final, None, str(error))
+    except ComqError as error:
+        named = "" if str(job.source) in str(error) else f" ({job.source})"
+        raise type(error)(f"{error}{named}; nothing was written") from error
+    command = report.command.replace(str(staged), str(final))
+    return Done(job.source, final, replace(report, output=str(final), command=command))
+
+
+def _copy(copies: Mapping[Path, Path], folder: Path) -> None:
+    """Copy files into a folder; copies: by their place in it. Raises OptionError."""
+    for target, source in copies.items():
+        try:
+            (folder / target).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, folder / target)
+        except OSError as error:
+            raise OptionError(f"cannot copy {source} ({error.strerror or error}); nothing was written") from error
+
+
+def _move(stage: Path, out: Path) -> None:
+    """Give a finished folder its name, or move its files into the folder that is there. Raises OptionError."""
+    try:
+        if not out.exists():
+            os.replace(stage, out)
+            return
+        # models last: what opens one finds all that belongs to it
+        for path in sorted((p for p in stage.rglob("*") if p.is_file()), key=lambda p: p.suffix == ".onnx"):
+            target = out / path.relative_to(stage)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, target)
+    except OSError as error:
+        raise OptionError(f"-o {out}: cannot be written ({error.strerror or error}); choose another folder") from error

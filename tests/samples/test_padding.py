@@ -44,7 +44,7 @@ def used(report: comq_onnx.Report, samples: Arrays) -> Arrays:
 def found(monkeypatch: pytest.MonkeyPatch) -> list[Found]:
     """Gather what each walk of this test finds."""
     seen: list[Found] = []
-    monkeypatch.setattr(choose, "walk", lambda *given: seen.append(walk(*given)) or seen[-1])
+    monkeypatch.setattr(choose, "walk", lambda *given, **more: seen.append(walk(*given, **more)) or seen[-1])
     return seen
 
 
@@ -213,9 +213,9 @@ def test_padded_sentences_give_the_model_that_sentences_without_padding_give(
     assert any("padding" in note for note in report.notes)
     padded = dict(solved.on)
 
-    def walk_cut(plan: Any, data: Dataset, context: Any) -> Any:
+    def walk_cut(plan: Any, data: Dataset, context: Any, **more: Any) -> Any:
         cut = Cut(data.calibration.arrays, data.calibration.source)
-        found.append(walk(plan, replace(data, calibration=cut, mask=None), context))
+        found.append(walk(plan, replace(data, calibration=cut, mask=None), context, **more))
         return found[-1]
 
     monkeypatch.setattr(choose, "walk", walk_cut)

@@ -211,13 +211,12 @@ def moments(subject: Subject, samples: Samples) -> dict[tuple[object, ...], Mome
         walked=replace(subject.plan.walked, layers=layers),
         grids={layer.name: Grid(8) for layer in layers},
     )
-    found: dict[tuple[object, ...], Moments] = {}
 
-    def keep(together: Sequence[Layer], _weights: Sequence[Array], seen: Moments, _has_bias: bool) -> None:
-        found.update((rows_of(layer), seen) for layer in together)
+    def keep(together: Sequence[Layer], _weights: Sequence[Array], seen: Moments, _bias: bool) -> dict[str, Moments]:
+        return {layer.name: seen for layer in together}
 
-    walk(plan, dataset(subject, samples, samples), context_for(Method("rtn"), independent=True), keep)
-    return found
+    found = walk(plan, dataset(subject, samples, samples), context_for(Method("rtn"), independent=True), keep)
+    return {rows_of(layer): found.observed[layer.name] for layer in layers if layer.name in found.observed}
 
 
 def judge_layers(

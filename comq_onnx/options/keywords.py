@@ -32,7 +32,7 @@ class OptionKeywords(TypedDict, total=False):
     tokenizer: str | None
     """For text: a tokenizer.json. [default: the one beside the model]"""
     text_field: str | None
-    """For .jsonl text: where each line has it. [default: text]"""
+    """For .jsonl text: where each line has it. [default: text, or messages]"""
     length: int | None
     """Tokens of a text at most, points of a sound. [default: the model's, or 128 and 16000]"""
     max_samples: int

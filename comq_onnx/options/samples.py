@@ -92,7 +92,7 @@ class SampleOptions:
         None, SAMPLES, "For text: a tokenizer.json.  [default: the one beside the model]", metavar="FILE"
     )
     text_field: str | None = declare(
-        None, SAMPLES, "For .jsonl text: where each line has it.  [default: text]", metavar="NAME"
+        None, SAMPLES, "For .jsonl text: where each line has it.  [default: text, or messages]", metavar="NAME"
     )
     length: int | None = declare(
         None, SAMPLES, "Tokens of a text at most, points of a sound.  [default: the model's, or 128 and 16000]",

@@ -7,6 +7,7 @@ fit: check arrays against the inputs of a model
 arrays: read .npz and .npy files, and the test data of ONNX models
 images: read pictures, or draw them (a package)
 text: read lines of text through a tokenizer
+chat: write conversations out by the chat template of a tokenizer
 language_inputs: make the inputs that language models have beside their tokens
 next_token: tell whether a model predicts the next token
 cache_shapes: find how many heads a past has and how wide each is, where the inputs of the model leave that free

@@ -120,6 +120,16 @@ def text(inputs: list[Any], lines: str = "the fox\nthe dog", limit: int | None =
     return act
 
 
+def chat(inputs: list[Any]) -> Act:
+    """Load a conversation with a tokenizer beside it."""
+
+    def act(folder: Path) -> Any:
+        a_tokenizer().save(str(folder / "tokenizer.json"))
+        return file("a.jsonl", '{"messages": [{"role": "fox", "content": "the dog"}]}', inputs)(folder)
+
+    return act
+
+
 def sound(inputs: list[Any], points: int = 500, **said: Any) -> Act:
     """Load a .wav file of 16 bits."""
 
@@ -286,6 +296,13 @@ CASES: list[tuple[str, Act]] = [
     ("'past_key_values.0.key' has no fixed heads and width, so an empty past cannot be made; give all inputs in "
      "an .npz",
      text(PAST)),
+    ("~: conversations ('messages') need the chat template of the tokenizer: put its tokenizer_config.json or "
+     "chat_template.jinja beside tokenizer.json, or give lines with a text", chat(BERT)),
+    ("~/tokenizer_config.json: cannot be read as JSON (...)", beside("tokenizer_config.json", "{", chat(BERT))),
+    ("~/tokenizer_config.json: its chat template cannot write these messages (...)",
+     beside("tokenizer_config.json", '{"chat_template": "{% for"}', chat(BERT))),
+    ("the model tokenizes 'a' by itself, without a chat template: give lines of text",
+     chat([an_input(None, name="a", dtype=object)])),
     # sound
     ("~/a.wav: not a readable .wav file (...)", file("a.wav", b"RIFF no", WAVE)),
     ("~/a.wav: holds no sound", sound(WAVE, points=0)),

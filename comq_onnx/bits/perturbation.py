@@ -6,7 +6,7 @@ cut before it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,8 +17,7 @@ import onnx_ir as ir
 from comq_onnx.calibrate import stages
 from comq_onnx.calibrate.segment import extract_segment
 from comq_onnx.calibrate.stages import Stage
-from comq_onnx.model.files import private_directory, to_bytes_or_file
-from comq_onnx.model.judged_session import judged_part
+from comq_onnx.model.judged_session import Load, judged_part, load_part
 from comq_onnx.plan.solved import Solved
 from comq_onnx.runtime.session import Session
 from comq_onnx.write.expose import expose, exposed
@@ -27,8 +26,6 @@ from comq_onnx.write.expose import expose, exposed
 PARTS = 6
 
 Tensors = dict[str, Any]
-# makes a session of a serialized model or a path
-Load = Callable[[bytes | str], Session]
 
 
 @dataclass(frozen=True)
@@ -115,7 +112,7 @@ def _cut_tensors(
     wanted = [name for name in reads if name in whole.makes]
     cuts = [dict(batch) for batch in feeds]
     if wanted:
-        session = _load(extract_segment(model, whole, feeds[0], wanted), load)
+        session = load_part(extract_segment(model, whole, feeds[0], wanted), load)
         for batch in cuts:
             made = session.run({name: batch[name] for name in whole.reads}, wanted)
             batch.update((k, v) for k, v in made.items() if isinstance(v, np.ndarray) and v.dtype != object)
@@ -125,12 +122,7 @@ def _cut_tensors(
 def _exposed_session(model: ir.Model, solved: Solved, members: Sequence[str], load: Load) -> Session:
     """Load a model in which the weights of some layers are inputs."""
     expose(model, [layer for layer in solved.plan.layers if layer.name in members], solved.solutions)
-    return _load(model, load)
-
-
-def _load(model: ir.Model, load: Load) -> Session:
-    with private_directory() as work:
-        return load(to_bytes_or_file(model, work, "part"))
+    return load_part(model, load)
 
 
 def _quantized(solved: Solved, members: Sequence[str]) -> Tensors:

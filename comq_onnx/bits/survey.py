@@ -18,13 +18,13 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from comq_onnx.arrays import spread_indices
-from comq_onnx.bits.perturbation import Load, perturbed
+from comq_onnx.bits.perturbation import perturbed
 from comq_onnx.calibrate.walk import walk
 from comq_onnx.context import Context, Journal
 from comq_onnx.errors import SamplesError
 from comq_onnx.evaluate.language import Language
 from comq_onnx.metrics import divergence, lead_changes, scores_among, sqnr_of
-from comq_onnx.model.judged_session import JudgedSession
+from comq_onnx.model.judged_session import JudgedSession, Load
 from comq_onnx.model.layers import Layer
 from comq_onnx.plan.initial_bits import REFERENCE_BITS
 from comq_onnx.plan.plan import Plan

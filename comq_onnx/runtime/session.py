@@ -41,6 +41,9 @@ _DTYPES = {
 }  # fmt: skip
 _WHOLE = r"tensor\((u?int\d+|bool)\)"
 _FLOATING = ("tensor(float)", "tensor(double)", "tensor(float16)")
+# the optimizations that a session in little memory goes without: folding unpacks weights; and where nothing is folded, a
+# Transpose moves behind a cubic Resize that can only run before it
+_COSTLY = ("ConstantFolding", "TransposeOptimizer", "TransposeOptimizer_CPUExecutionProvider")
 # what allocators say: ONNX Runtime's own, C++'s, Python's, CUDA's
 _NO_MEMORY = re.compile(r"allocate memory|bad.?alloc|out of memory|unable to allocate|ALLOC_FAILED", re.IGNORECASE)
 # the place in its source where a message was made, and the function: its signature, which may have parentheses, or name
@@ -300,7 +303,7 @@ def _inference_session(source: bytes | str, device: str, what: str, given: tuple
     # again, and prints that
     more: dict[str, Any] = {"enable_fallback": 0}
     if given[-1]:  # small
-        more["disabled_optimizers"] = ["ConstantFolding"]
+        more["disabled_optimizers"] = list(_COSTLY)
     try:
         session = runtime.InferenceSession(source, options, providers=providers, **more)
     except Exception as error:

@@ -96,6 +96,27 @@ def test_a_small_session_computes_the_same_and_unpacks_no_weights(tmp_path: Path
     assert "DequantizeLinear" not in seen[False][1]
 
 
+def test_a_small_session_resizes_a_constant_as_another_does() -> None:
+    # folded, the Resize is gone; not folded, its Transpose must stay before it: no kernel makes fewer pixels of channels
+    # that come last
+    source = build(
+        """places (float[n, c, h, w] x) => (float[n, k, 3] y) {
+            turned = Transpose <perm = [0, 3, 1, 2]> (table)
+            batch = Shape <end = 2> (turned)
+            size = Shape <start = 2> (x)
+            sizes = Concat <axis = 0> (batch, size)
+            fewer = Resize <mode = "cubic", cubic_coeff_a = -0.75> (turned, , , sizes)
+            last = Transpose <perm = [0, 2, 3, 1]> (fewer)
+            flat = Reshape (last, form)
+            y = Add (flat, first)
+        }""",
+        {"table": normal(1, 8, 8, 3), "form": np.array([1, -1, 3]), "first": normal(1, 1, 3)},
+    )
+    feeds = {"x": normal(2, 1, 4, 4)}
+    found = [Session(source.SerializeToString(), small=small).run(feeds)["y"] for small in (False, True)]
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-4, atol=1e-5)
+
+
 def test_a_session_that_rests_loads_its_file_again(tmp_path: Path) -> None:
     path, feeds, checks = tmp_path / "m.onnx", {"x": normal(4, 32)}, []
     onnx.save(mlp(), path)

@@ -103,6 +103,15 @@ def zeros(shape: Sequence[int], like: Any, double: bool = False) -> Any:
     return torch.zeros(tuple(shape), dtype=torch.float64 if double else like.dtype, device=like.device)
 
 
+def like(array: npt.NDArray[Any], other: Any) -> Any:
+    """Return a numpy array as the kind, of the type and on the device of `other`."""
+    if not is_tensor(other):
+        return array.astype(other.dtype)
+    import torch
+
+    return torch.as_tensor(array, dtype=other.dtype, device=other.device)
+
+
 def double(x: Any) -> Any:
     """Return x in float64."""
     return x.double() if is_tensor(x) else np.asarray(x, np.float64)

@@ -19,6 +19,7 @@ import onnx_ir as ir
 
 from comq_onnx.arrays import spread_indices
 from comq_onnx.bits.perturbation import perturbed
+from comq_onnx.calibrate.solved_form import solved_grid
 from comq_onnx.calibrate.walk import walk
 from comq_onnx.context import Context, Journal
 from comq_onnx.errors import SamplesError
@@ -188,7 +189,7 @@ def _channel_errors(
     groups = spread_indices(len(weight), CHANNELS)
     channels = spread_indices(weight.shape[1], max(1, CHANNELS // len(groups)))
     some = np.ascontiguousarray(weight[np.ix_(groups, channels)])
-    grids = [plan.grid_at(layer, bits, context.options) for bits in widths]
+    grids = [solved_grid(layer.kind, plan.grid_at(layer, bits, context.options)) for bits in widths]
     return dict(zip(widths, errors_at(some, moments.groups(groups), grids, FAST, has_bias), strict=True))
 
 

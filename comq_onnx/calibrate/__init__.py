@@ -11,6 +11,7 @@ cut_tensors: keep the tensors between two stages
 layer_moments: sum the moments of a layer's input
 shared_weights: the moments of all inputs of a weight that several layers share
 layer_solver: solve the layers of a stage, each weight once
+solved_form: take weights apart for the solver, and put solutions together
 observed_ranges: gather the ranges of activations, and make grids of them
 integer_loss: take layers out of integers whose activations alone make noise of the outputs
 finite: refuse numbers that cannot be calibrated on

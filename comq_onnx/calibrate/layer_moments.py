@@ -52,6 +52,11 @@ class LayerInput:
     counts: Sequence[int]
     masks: Sequence[Mask | None]
 
+    @property
+    def kind(self) -> OpKind:
+        """Return the kind whose rows give the moments."""
+        return self.layer.kind.solved_as
+
 
 def input_moments(
     given: LayerInput, store: Host, seed: int, refuse: Callable[[Any, int], ModelError], fewer: int = 1
@@ -98,7 +103,7 @@ def _add_rows(
     pick: the positions that are taken; None for all
     half_of: for each of them, the half of the samples that it counts for
     """
-    kind = given.layer.kind
+    kind = given.kind
 
     def quantized(array: Any) -> Any:
         return array if array is None or given.grid is None else store.fake_quantize(given.grid, array)
@@ -153,7 +158,7 @@ class _Drawn:
 
 def _draw(given: LayerInput, store: Host, fewer: int) -> _Drawn:
     """Choose how many positions of each array are taken. Raises SamplesError where there are none."""
-    layer, kind = given.layer, given.layer.kind
+    layer, kind = given.layer, given.kind
     shapes = given.x.shapes if isinstance(given.x, _Groups) else [array.shape for array in given.x]
     like = [store.empty(shape) for shape in shapes]
     masks = [*given.masks, *[None] * (len(like) - len(given.masks))]
@@ -194,7 +199,7 @@ def _kept_positions(layer: Layer, batch: Any, kept: Mask | None) -> Indices | No
 
 def in_groups(given: LayerInput, store: Host) -> LayerInput:
     """Put the arrays into groups of GROUP samples, where every sample has the same number of rows."""
-    if not given.layer.kind.rows_follow_samples or not _can_regroup(given.x, given.counts):
+    if not given.kind.rows_follow_samples or not _can_regroup(given.x, given.counts):
         return given
     x, counts = given.x, given.counts
     size = max(1, min(GROUP, moments.CHUNK_BYTES * counts[0] // max(x[0].nbytes, 1)))

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from comq_onnx.calibrate.finite import finite_weight
+from comq_onnx.calibrate.solved_form import as_solved, as_stored, solved_grid, solved_weight
 from comq_onnx.model.layers import Layer
 from comq_onnx.plan.plan import Plan
 from comq_onnx.solve.grid import Array
@@ -138,20 +139,21 @@ class LayerSolver:
         if moments is None and not self._plan.has_bias(layer):
             solution = replace(solution, shift=None)
         if moments is not None:
-            weight = finite_weight(self._plan.walked, layer)
-            solution = judge(weight, moments, solution.weight, self._method, self._plan.has_bias(layer))
+            weight, codes = solved_weight(self._plan.walked, layer), as_solved(layer.kind, solution.weight)
+            judged = judge(weight, moments, codes, self._method, self._plan.has_bias(layer))
+            solution = as_stored(layer.kind, judged, solution.weight.grid)
         self.solutions[layer.name] = solution
         return True
 
     def _solve_together(self, together: Sequence[Layer], moments: Moments) -> None:
         """Solve layers as one, and keep the solution of each."""
-        weights = [finite_weight(self._plan.walked, layer) for layer in together]
+        weights = [solved_weight(self._plan.walked, layer) for layer in together]
         grid, has_bias = self._plan.grids[together[0].name], self._plan.has_bias(together[0])
-        found = solve_together(weights, moments, grid, self._method, has_bias)
+        found = solve_together(weights, moments, solved_grid(together[0].kind, grid), self._method, has_bias)
         if self._observer is not None:
             self.observed.update(self._observer(together, weights, moments, has_bias))
         for layer, solution in zip(together, found, strict=True):
-            self._keep(layer, solution)
+            self._keep(layer, as_stored(layer.kind, solution, grid))
             logger.info(
                 "%s: error %.2f dB (rounding %.2f dB)",
                 layer.name, error_db(solution.error), error_db(solution.rtn_error),

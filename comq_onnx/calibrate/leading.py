@@ -105,8 +105,9 @@ def samples_needed(
     for stage in parts:
         for layer in stage.layers:
             like = np.broadcast_to(np.float32(0), shapes.get(layer.input, (0,)))
-            positions = layer.kind.positions(like) / unit if like.ndim > 1 else 0
-            enough = SPARE * enough_positions(layer.kind, fewer)
+            kind = layer.kind.solved_as
+            positions = kind.positions(like) / unit if like.ndim > 1 else 0
+            enough = SPARE * enough_positions(kind, fewer)
             one = next((tier for tier in tiers if positions * tier >= enough), total)
             needed[stage.index] = max(needed[stage.index], one)
         nested = any(plan.probes.get(x.name) in stage.makes for x in plan.walked.layers)

@@ -9,6 +9,8 @@ import numpy as np
 from comq_onnx.calibrate.layer_moments import enough_positions
 from comq_onnx.calibrate.stages import Stage
 from comq_onnx.model.layers import Layer
+from comq_onnx.model.op_kind import OpKind
+from comq_onnx.solve.grid import Array
 
 # operations of a layer: the moments of its input, once for x^ x^T and half as much for x^ e^T; and the sweeps and
 # roundings of the solver
@@ -40,9 +42,9 @@ def stage_shares(
         costs[i] = STAGE_S + RUN_S * runs
         for layer in stage.layers:
             shape = shapes.get(layer.input, ())
-            positions = layer.kind.positions(np.broadcast_to(np.float32(0), shape)) if len(shape) > 1 else usual
-            costs[i] += _solving(layer, positions * needed[i], fewer)
-            passes[i] += _passing(layer, positions)
+            like_it = np.broadcast_to(np.float32(0), shape)
+            costs[i] += _solving(layer, needed[i] * _positions(layer.kind.solved_as, like_it, usual), fewer)
+            passes[i] += _passing(layer, _positions(layer.kind, like_it, usual))
     here = np.array(needed)
     costs += 2 * here * passes
     # samples that wait run in float ahead, and quantized once a stage needs them
@@ -50,6 +52,11 @@ def stage_shares(
     before = np.cumsum(passes) - passes
     costs[1:] += np.maximum(0, here[1:] - here[:-1]) * before[1:]
     return [float(share) for share in np.cumsum(costs) / costs.sum()]
+
+
+def _positions(kind: OpKind, x: Array, usual: int) -> int:
+    """Return the positions of an input; usual: where its shape is not known."""
+    return kind.positions(x) if x.ndim > 1 else usual
 
 
 def _passing(layer: Layer, positions: int) -> float:
@@ -63,7 +70,7 @@ def _passing(layer: Layer, positions: int) -> float:
 
 def _solving(layer: Layer, positions: int, fewer: int) -> float:
     """Predict the seconds for the moments and the solution of a layer; positions: of all samples that it needs."""
-    kind = layer.kind
+    kind = layer.kind.solved_as
     if kind.is_lookup:
         return 0.0
     taken = min(positions, enough_positions(kind, fewer)) * kind.groups

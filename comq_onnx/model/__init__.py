@@ -15,7 +15,8 @@ normalized: find values that a normalization makes alike in size
 layers: list the layers of a graph, and select among them
 op_kind: define the contract of a kind of layer
 operators: describe matrix products and embeddings as kinds of layers, and list all kinds by operator
-convolutions: describe convolutions and their transposes as kinds of layers
+convolutions: describe convolutions as kinds of layers
+transposed: describe transposed convolutions, and the phases that make them up
 recurrent: describe the weights of LSTM, GRU and RNN, of the input and of the state, as kinds of layers
 states: add to a graph what computes the rows that these weights multiply
 """

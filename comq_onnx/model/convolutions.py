@@ -1,4 +1,4 @@
-"""Define convolutions of any rank and their transposes as kinds of layers (op_kind.py)."""
+"""Define convolutions of any rank as kinds of layers (op_kind.py), and what their transposes share with them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from comq_onnx.solve.windows import Window, take_windows
 
 
 @dataclass(frozen=True)
-class _Spatial(OpKind):
+class Spatial(OpKind):
     """Share what Conv and ConvTranspose have in common: a window over the spatial axes of x [n, channels, *spatial].
 
     group, strides, dilations, pads, auto_pad: the attributes of the operator, with its defaults filled in; pads hold
@@ -76,7 +76,7 @@ class _Spatial(OpKind):
         cut = [slice(max(-a, 0), padded.shape[2 + i] - max(-b, 0)) for i, (a, b) in enumerate(padding)]
         return cast(Array, padded[(slice(None), slice(None), *cut)])
 
-    def _out(self, size: tuple[int, ...]) -> tuple[int, ...]:
+    def out(self, size: tuple[int, ...]) -> tuple[int, ...]:
         """Return how many positions the window has on each spatial axis; size: the spatial axes of the input."""
         each = zip(self._padded_size(size), self._spans, self._window_strides, strict=True)
         return tuple(max(0, (n - span) // s + 1) for n, span, s in each)
@@ -113,7 +113,7 @@ class _Spatial(OpKind):
         """Return the rows of a float32 array with one or two spatial axes."""
         spread, size = self._spread(x), x.shape[2:]
         before = [a for a, _ in self._padding(size)]
-        each = zip(self.kernel, self._window_strides, self.dilations, before, self._out(size), strict=True)
+        each = zip(self.kernel, self._window_strides, self.dilations, before, self.out(size), strict=True)
         moves = [Window(*numbers) for numbers in each]
         if len(moves) == 1:
             spread, moves = spread[:, :, None], [Window(1, 1, 1, 0, 1), *moves]
@@ -127,7 +127,7 @@ class _Spatial(OpKind):
         return self._padded(x) if pays else None
 
     def positions(self, x: Array) -> int:
-        return int(x.shape[0]) * int(np.prod(self._out(x.shape[2:])))
+        return int(x.shape[0]) * int(np.prod(self.out(x.shape[2:])))
 
     @property
     def is_depthwise(self) -> bool:
@@ -139,7 +139,7 @@ class _Spatial(OpKind):
 
 
 @dataclass(frozen=True)
-class Conv(_Spatial):
+class Conv(Spatial):
     """Describe a convolution of any rank, weight [out, in / group, *kernel]."""
 
     op_type: ClassVar[str] = "Conv"
@@ -147,7 +147,7 @@ class Conv(_Spatial):
 
     @classmethod
     def of(cls, node: ir.Node, weight_shape: tuple[int, ...]) -> Conv:
-        return cls(weight_shape, *_window_attributes(node, len(weight_shape) - 2))
+        return cls(weight_shape, *window_attributes(node, len(weight_shape) - 2))
 
     def to_matrix(self, weight: AnyArray) -> AnyArray:
         return weight.reshape(self.group, weight.shape[0] // self.group, -1)
@@ -187,114 +187,7 @@ class Conv(_Spatial):
         return scale.reshape(-1, *[1] * (len(self.weight_shape) - 1))
 
 
-@dataclass(frozen=True)
-class ConvTranspose(_Spatial):
-    """Describe a transposed convolution, weight [in, out / group, *kernel].
-
-    It is a convolution of stride 1 with the flipped kernel over the input with stride - 1 zeros between its elements.
-
-    output_padding: numbers added at the end of each spatial axis of the output.
-    output_shape: the spatial axes of the output; () where the attribute is not given.
-    """
-
-    output_padding: tuple[int, ...] = ()
-    output_shape: tuple[int, ...] = ()
-
-    op_type: ClassVar[str] = "ConvTranspose"
-
-    @classmethod
-    def of(cls, node: ir.Node, weight_shape: tuple[int, ...]) -> ConvTranspose:
-        rank = len(weight_shape) - 2
-        return cls(
-            weight_shape,
-            *_window_attributes(node, rank),
-            tuple(attribute(node, "output_padding", [0] * rank)),
-            tuple(attribute(node, "output_shape", []))[-rank:],
-        )
-
-    def to_matrix(self, weight: AnyArray) -> AnyArray:
-        spatial = tuple(range(3, weight.ndim + 1))
-        grouped = weight.reshape(self.group, weight.shape[0] // self.group, *weight.shape[1:])
-        return np.flip(grouped, spatial).swapaxes(1, 2).reshape(self.group, weight.shape[1], -1)
-
-    def from_matrix(self, matrix: AnyArray) -> AnyArray:
-        inputs, out, *kernel = self.weight_shape
-        grouped = matrix.reshape(self.group, out, inputs // self.group, *kernel).swapaxes(1, 2)
-        flipped = np.flip(grouped, tuple(range(3, grouped.ndim)))
-        return np.ascontiguousarray(flipped).reshape(self.weight_shape)
-
-    def rows_key(self) -> tuple[object, ...]:
-        return (*super().rows_key(), self.output_padding, self.output_shape)
-
-    @property
-    def inputs(self) -> int:
-        return self.weight_shape[0] // self.group * int(np.prod(self.kernel))
-
-    def _cropped(self, size: tuple[int, ...]) -> tuple[list[int], list[int]]:
-        """Return what the operator's pads cut off at the begin and at the end of each axis of the full output.
-
-        size: the spatial axes of the input."""
-        rank = len(size)
-        full = [
-            (n - 1) * s + span + extra
-            for n, s, span, extra in zip(size, self.strides, self._spans, self.output_padding, strict=True)
-        ]
-        if self.output_shape:
-            wanted = list(self.output_shape)
-        elif self.auto_pad in ("SAME_UPPER", "SAME_LOWER"):
-            wanted = [n * s for n, s in zip(size, self.strides, strict=True)]
-        else:
-            begin = [0] * rank if self.auto_pad == "VALID" else list(self.pads[:rank])
-            return begin, [0] * rank if self.auto_pad == "VALID" else list(self.pads[rank:])
-        total = [max(f - w, 0) for f, w in zip(full, wanted, strict=True)]
-        small, large = [t // 2 for t in total], [t - t // 2 for t in total]
-        return (small, large) if self.auto_pad == "SAME_UPPER" else (large, small)
-
-    def _padding(self, size: tuple[int, ...]) -> list[tuple[int, int]]:
-        begin, end = self._cropped(size)
-        return [
-            (span - 1 - b, span - 1 - e + extra)
-            for span, b, e, extra in zip(self._spans, begin, end, self.output_padding, strict=True)
-        ]
-
-    def _spread(self, x: Array) -> Array:
-        spaced: Array = arrays.zeros((*x.shape[:2], *self._spread_size(x.shape[2:])), x)
-        spaced[(slice(None), slice(None), *[slice(None, None, s) for s in self.strides])] = x
-        return spaced
-
-    def _spread_size(self, size: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple((n - 1) * s + 1 for n, s in zip(size, self.strides, strict=True))
-
-    @property
-    def _window_strides(self) -> tuple[int, ...]:
-        return (1,) * len(self.strides)
-
-    @property
-    def axis(self) -> int | None:
-        # one entry per output channel only where there is one group
-        return 1 if self.group == 1 else None
-
-    def takes_blocks(self, block: int) -> bool:
-        # whole kernels: the matrix has them flipped
-        return super().takes_blocks(block) and block % int(np.prod(self.kernel)) == 0
-
-    def scaled_shape(self, blocks: int = 1) -> tuple[int, ...]:
-        if blocks == 1 and (self.group == 1 or self.weight_shape[0] == self.group):
-            return self.weight_shape
-        channels = self.weight_shape[0] // self.group
-        parts = (channels,) if blocks == 1 else (blocks, channels // blocks)
-        return (self.group, *parts, *self.weight_shape[1:])
-
-    def spread_scale(self, scale: AnyArray) -> AnyArray:
-        groups, out, blocks = scale.shape
-        ones = [1] * len(self.kernel)
-        if blocks == 1 and len(self.scaled_shape()) == len(self.weight_shape):
-            return scale.reshape(groups, out, *ones)
-        parts = (1,) if blocks == 1 else (blocks, 1)
-        return scale.swapaxes(1, 2).reshape(groups, *parts, out, *ones)
-
-
-def _window_attributes(node: ir.Node, rank: int) -> tuple[int, tuple[int, ...], tuple[int, ...], tuple[int, ...], str]:
+def window_attributes(node: ir.Node, rank: int) -> tuple[int, tuple[int, ...], tuple[int, ...], tuple[int, ...], str]:
     """Read group, strides, dilations, pads and auto_pad, with their defaults where they are not given."""
     auto_pad = attribute(node, "auto_pad", "NOTSET")
     return (

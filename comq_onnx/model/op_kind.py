@@ -128,6 +128,14 @@ class OpKind(ABC):
         """Return what the rows depend on beside the input: kinds with equal keys have equal rows."""
 
     @property
+    def solved_as(self) -> OpKind:
+        """Return the kind as which it is solved: itself, or one of several smaller matrices that make it up.
+
+        Those share the scales of their output channels (Grid.tied), which the weight has only once.
+        """
+        return self
+
+    @property
     def rows_follow_samples(self) -> bool:
         """Tell whether inputs joined along the first axis give their rows one behind the other, in the same order."""
         return True

@@ -15,9 +15,10 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from comq_onnx import arrays
-from comq_onnx.model.convolutions import Conv, ConvTranspose
+from comq_onnx.model.convolutions import Conv
 from comq_onnx.model.op_kind import AnyArray, NotQuantizable, OpKind, at_positions, attribute
 from comq_onnx.model.recurrent import RecurrentInput, RecurrentState
+from comq_onnx.model.transposed import ConvTranspose
 from comq_onnx.solve.grid import Array
 
 

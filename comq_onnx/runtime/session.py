@@ -41,8 +41,8 @@ _DTYPES = {
 }  # fmt: skip
 _WHOLE = r"tensor\((u?int\d+|bool)\)"
 _FLOATING = ("tensor(float)", "tensor(double)", "tensor(float16)")
-# the optimizations that a session in little memory goes without: folding unpacks weights; and where nothing is folded, a
-# Transpose moves behind a cubic Resize that can only run before it
+# the optimizations that a session in little memory goes without: folding unpacks weights; and where nothing is
+# folded, a Transpose moves behind a cubic Resize that can only run before it
 _COSTLY = ("ConstantFolding", "TransposeOptimizer", "TransposeOptimizer_CPUExecutionProvider")
 # what allocators say: ONNX Runtime's own, C++'s, Python's, CUDA's
 _NO_MEMORY = re.compile(r"allocate memory|bad.?alloc|out of memory|unable to allocate|ALLOC_FAILED", re.IGNORECASE)

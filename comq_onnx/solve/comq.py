@@ -15,6 +15,7 @@ The paper's two closed forms are its moves: a code q_i <- clip(round(q_i + V_i /
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -51,13 +52,17 @@ def solve_comq(weight: Array, moments: Moments, grid: Grid, effort: str | Effort
     def take(g: int, channels: slice) -> Part:
         return take_part(problems[g], weight[g, channels], zero[g, channels].astype(np.float32))
 
+    # those that share scales together: every choice is made on their sums
+    sharing: list[list[tuple[int, slice]]] = [[task] for task in tasks]
     if grid.per_tensor:
-        # one scale for all: every choice is made on their sums
-        with single_threaded_blas():
-            solved = _solve_parts([take(*task) for task in tasks], [scale[task] for task in tasks], search)
-    else:
-        solved = map_in_threads(lambda task: _solve_parts([take(*task)], [scale[task]], search)[0], tasks)
-    return _assemble(weight, grid, [(g, p, problems[g], one) for (g, p), one in zip(tasks, solved, strict=True)])
+        sharing = [tasks]
+    elif grid.tied:
+        sharing = [[(g, channels) for g in range(len(weight))] for channels in channel_slices(weight.shape[1])]
+    found = map_in_threads(
+        lambda some: _solve_parts([take(*task) for task in some], [scale[task] for task in some], search), sharing
+    )
+    pairs = zip(itertools.chain(*sharing), itertools.chain(*found), strict=True)
+    return _assemble(weight, grid, [(g, p, problems[g], one) for (g, p), one in pairs])
 
 
 def solve_gptq(weight: Array, moments: Moments, grid: Grid) -> QuantizedWeight:
@@ -90,7 +95,7 @@ def _pose_groups(moments: Moments, grid: Grid, ridge: float) -> list[Problem]:
 def _solve_parts(parts: Sequence[Part], scales: Sequence[Array], effort: Effort) -> list[Rounding]:
     """Return the best roundings of parts, from their MSE-best scales [channels, blocks].
 
-    The parts share one scale where the grid is per tensor; otherwise there is one part.
+    The parts share their scales: all of them one, or each channel its own with the same channel of the others.
     """
     wholes = [part.whole() for part in parts]
     best = descend(parts, best_start(parts, wholes, scales, effort), effort)

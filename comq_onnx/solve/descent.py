@@ -56,7 +56,10 @@ def refit(parts: Sequence[Part], now: Sequence[Rounding], gradients: Sequence[Ar
     Scales per block by least squares, else the closed form <q, H w*> / <q, H q> = scale (1 + <wq, V> / <wq, H wq>).
     """
     if now[0].scale.shape[1] > 1:
-        return [refit_blocks(part, one, v) for part, one, v in zip(parts, now, gradients, strict=True)]
+        systems = [_block_system(part, one, v) for part, one, v in zip(parts, now, gradients, strict=True)]
+        if parts[0].problem.grid.tied:
+            systems = [tuple(sum(numbers) for numbers in zip(*systems, strict=True))] * len(systems)
+        return [_refit_blocks(one, *system) for one, system in zip(now, systems, strict=True)]
     slopes = [np.einsum("cn,cn->c", one.codes * one.scale, v) for one, v in zip(now, gradients, strict=True)]
     norms = [one.norm for one in now]
     factors = [
@@ -67,14 +70,10 @@ def refit(parts: Sequence[Part], now: Sequence[Rounding], gradients: Sequence[Ar
             for one, by in zip(now, factors, strict=True)]  # fmt: skip
 
 
-def refit_blocks(part: Part, now: Rounding, v: Array) -> Rounding:
-    """Refit all scales of a channel at once, from the gradient v [channels, in].
+def _block_system(part: Part, now: Rounding, v: Array) -> tuple[Array, Array]:
+    """Return <q_a, H q_b> of the codes of all blocks and <q_b, V>: [channels, blocks, blocks] and [channels, blocks].
 
-    With q_b the codes of block b, the changes d solve
-
-        sum_a <q_b, H q_a> d_a = <q_b, V>
-
-    and are kept for the channels whose objective falls and whose scales are at most halved or doubled.
+    v: the gradient, [channels, in]
     """
     problem, blocks = part.problem, now.scale.shape[1]
     rows = [np.flatnonzero(problem.block == b) for b in range(blocks)]
@@ -85,7 +84,19 @@ def refit_blocks(part: Part, now: Rounding, v: Array) -> Rounding:
     for b, r in enumerate(rows):
         image = now.codes[:, r] @ problem.h[np.ix_(r, by_block)]
         products[:, b] = np.add.reduceat(image * codes, edges, axis=1)
-    slopes = np.add.reduceat(v[:, by_block] * codes, edges, axis=1)
+    return products, np.add.reduceat(v[:, by_block] * codes, edges, axis=1)
+
+
+def _refit_blocks(now: Rounding, products: Array, slopes: Array) -> Rounding:
+    """Refit all scales of a channel at once, from what `_block_system` gives.
+
+    With q_b the codes of block b, the changes d solve
+
+        sum_a <q_b, H q_a> d_a = <q_b, V>
+
+    and are kept for the channels whose objective falls and whose scales are at most halved or doubled.
+    """
+    products = products.copy()
     diagonal = np.einsum("cbb->cb", products)
     # without this, blocks of zeros and blocks of equal codes make the system singular
     diagonal += 1e-4 * diagonal.mean(axis=1, keepdims=True) + np.float32(np.finfo(np.float32).tiny)

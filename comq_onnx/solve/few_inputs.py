@@ -18,8 +18,8 @@ FOLLOWED = 6
 
 
 def has_few_inputs(inputs: int, grid: Grid) -> bool:
-    """Tell whether a layer of so many inputs is solved here: few of them, and one scale a channel."""
-    return inputs <= FEW_INPUTS and not grid.per_tensor and grid.blocks(inputs) == 1
+    """Tell whether a layer of so many inputs is solved here: few of them, and one scale a channel alone."""
+    return inputs <= FEW_INPUTS and not (grid.per_tensor or grid.tied) and grid.blocks(inputs) == 1
 
 
 def solve_few_inputs(

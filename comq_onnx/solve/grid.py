@@ -11,7 +11,7 @@ https://onnx.ai/onnx/operators/onnx__DequantizeLinear.html
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -36,6 +36,7 @@ class Grid:
     symmetric: the zero point is 0
     per_tensor: all channels of all groups share one scale
     block_size: so many inputs of a channel share a scale; None for all of them
+    tied: the groups are parts of one matrix: a channel has the same scales and zero points in all of them
 
     Raises ValueError for bits or a block size that cannot be.
     """
@@ -44,6 +45,7 @@ class Grid:
     symmetric: bool = True
     per_tensor: bool = False
     block_size: int | None = None
+    tied: bool = False
 
     def __post_init__(self) -> None:
         if not MIN_BITS <= self.bits <= MAX_BITS:
@@ -105,7 +107,22 @@ def fit_minmax(weight: Array, grid: Grid, shrink: float = 1.0) -> tuple[Array, C
     Symmetric: scale = max|w| / qmax. Asymmetric: scale = (max - min) / (2^bits - 1), 0 always representable.
     A block of zeros gets scale 1.
     """
+    if grid.tied:
+        return _of_all_groups(weight, *fit_minmax(*_joined(weight, grid), shrink))
     return fit_span(*_span(weight, grid), grid, shrink)
+
+
+def _joined(weight: Array, grid: Grid) -> tuple[Array, Grid]:
+    """Put the inputs of tied groups that share a scale beside one another: [1, out, groups * in], with their grid."""
+    groups, out, inputs = weight.shape
+    blocks = grid.blocks(inputs)
+    joined = weight.reshape(groups, out, blocks, -1).transpose(1, 2, 0, 3).reshape(1, out, groups * inputs)
+    return joined, replace(grid, tied=False, block_size=grid.block_size and grid.block_size * groups)
+
+
+def _of_all_groups(weight: Array, scale: Array, zero_point: Codes) -> tuple[Array, Codes]:
+    """Give each group of a weight the scales and zero points [1, out, blocks] that all share."""
+    return np.repeat(scale, len(weight), axis=0), np.repeat(zero_point, len(weight), axis=0)
 
 
 def _span(weight: Array, grid: Grid) -> tuple[Array, Array]:
@@ -146,6 +163,8 @@ def fit_mse(weight: Array, grid: Grid, shrinks: npt.NDArray[np.float32] | None =
     """
     if shrinks is None:
         shrinks = SHRINKS
+    if grid.tied:
+        return _of_all_groups(weight, *fit_mse(*_joined(weight, grid), shrinks))
     rows = np.ascontiguousarray(weight.reshape(-1, weight.shape[-1]))
     size = grid.block_size or max(weight.shape[-1], 1)
     starts = range(0, weight.shape[-1], size)

@@ -83,8 +83,8 @@ class Method:
 
     def on_device(self, inputs: int, grid: Grid) -> bool:
         """Tell whether a layer of so many inputs is solved on the device where its moments lie, not on the CPU."""
-        if self.solver != "comq":
-            return self.solver != "paper"
+        if self.solver != "comq" or grid.tied:
+            return self.solver != "paper" and not grid.tied
         effort = EFFORTS[self.effort]
         return not (has_few_inputs(inputs, grid) or effort.beam or effort.bit_split)
 
@@ -209,7 +209,8 @@ def _solve(
         moments, centred = moments.on_host(), centred.on_host()
     whole = weights[0] if len(weights) == 1 else np.concatenate(weights, axis=1)
     find = _find_on_device if arrays.is_tensor(centred.gram) else _find_on_host
-    candidates = find(whole, centred if shifts else moments, centred, grid, method)
+    # a bias takes one number of a channel away, not one of each of its tied groups: these keep their means
+    candidates = find(whole, centred if shifts and not grid.tied else moments, centred, grid, method)
     ends = np.cumsum([w.shape[1] for w in weights])[:-1]
     return [_choose(candidates, k, shifts) for k in np.split(np.arange(whole.shape[1]), ends)]
 
@@ -248,19 +249,34 @@ def _choose(candidates: _Candidates, k: npt.NDArray[np.intp], shifts: bool) -> S
     variance, offset = (numbers[:, k] for numbers in candidates.solved_error)
     rounded_variance, rounded_offset = (numbers[:, k] for numbers in candidates.rounded_error)
     plain = rounded_variance + rounded_offset**2
-    carried = _significant(variance, offset, candidates.count) * shifts
-    rounded_carried = _significant(rounded_variance, rounded_offset, candidates.count) * shifts
+    grid = candidates.solved.grid
+    carried = _carried(variance, offset, candidates.count, grid) * shifts
+    rounded_carried = _carried(rounded_variance, rounded_offset, candidates.count, grid) * shifts
     error = variance + (offset - carried) ** 2
     rounded_error = rounded_variance + (rounded_offset - rounded_carried) ** 2
     worse = error > rounded_error
-    if candidates.solved.grid.per_tensor:
+    if grid.per_tensor:
         worse = np.full_like(worse, error.sum() > rounded_error.sum())
+    elif grid.tied:
+        worse = np.broadcast_to(error.sum(axis=0) > rounded_error.sum(axis=0), worse.shape)
     energy = max(float(candidates.energy[:, k].sum()), float(np.finfo(np.float64).tiny))
     shift = np.where(worse, rounded_carried, carried).astype(np.float32) if shifts else None
     rounded, solved = (one.part(slice(None), k) for one in (candidates.rounded, candidates.solved))
     best = _select_channels(worse, rounded, solved)
     total = float(np.where(worse, rounded_error, error).sum())
     return Solution(best, shift, total / energy, float(plain.sum()) / energy)
+
+
+def _carried(variance: Matrix, offset: Matrix, count: int, grid: Grid) -> Matrix:
+    """Return the part of the mean errors [groups, out] that a bias is to take away: what is more than chance.
+
+    Tied groups have one bias.
+    """
+    if not grid.tied:
+        return _significant(variance, offset, count)
+    mean = offset.mean(axis=0, keepdims=True)
+    spread = (variance + (offset - mean) ** 2).mean(axis=0, keepdims=True)
+    return np.broadcast_to(_significant(spread, mean, count * len(offset)), offset.shape)
 
 
 def _significant(variance: Matrix, offset: Matrix, count: int) -> Matrix:

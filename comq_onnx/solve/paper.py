@@ -75,12 +75,17 @@ def _fit_scale(weight: Array, q: Array, scale: Array, grams: Array, grid: Grid) 
         for b in range(scale.shape[-1]):
             rest = weight - np.where(block == b, 0, q * scale[..., block])
             part = np.where(block == b, q, 0)
-            scale[..., b] = _best_scale(scale[..., b], _dot(part, grams, rest), _dot(part, grams, part))
+            above, below = _pooled(_dot(part, grams, rest), grid), _pooled(_dot(part, grams, part), grid)
+            scale[..., b] = _best_scale(scale[..., b], above, below)
         return scale
-    above, below = _dot(q, grams, weight), _dot(q, grams, q)
-    if grid.per_tensor:
-        above, below = np.full_like(above, above.sum()), np.full_like(below, below.sum())
+    above, below = _pooled(_dot(q, grams, weight), grid), _pooled(_dot(q, grams, q), grid)
     return _best_scale(scale[..., 0], above, below)[..., None]
+
+
+def _pooled(numbers: Matrix, grid: Grid) -> Matrix:
+    """Return for each channel of each group [groups, out] the sum over all that share its scale."""
+    axes = (0, 1) if grid.per_tensor else 0 if grid.tied else ()
+    return np.broadcast_to(numbers.sum(axis=axes, keepdims=True), numbers.shape)
 
 
 def _dot(left: Array, grams: Array, right: Array) -> Matrix:

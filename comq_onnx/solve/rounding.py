@@ -132,9 +132,11 @@ def beam(part: Part, whole: Array, start: Rounding, width: int) -> Rounding:
 
 def pool_if_shared(parts: Sequence[Part], values: Sequence[npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
     """Return a number for each channel [..., channels]: the sum over all channels of all parts that share a scale."""
-    if not parts[0].problem.grid.per_tensor:
+    grid = parts[0].problem.grid
+    if not (grid.per_tensor or grid.tied):
         return list(values)
-    total = sum(value.sum(axis=-1, keepdims=True, dtype=np.float64) for value in values)
+    axes = -1 if grid.per_tensor else ()
+    total = sum(value.sum(axis=axes, keepdims=True, dtype=np.float64) for value in values)
     return [np.broadcast_to(total, value.shape).astype(value.dtype) for value in values]
 
 

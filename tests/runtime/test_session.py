@@ -97,8 +97,8 @@ def test_a_small_session_computes_the_same_and_unpacks_no_weights(tmp_path: Path
 
 
 def test_a_small_session_resizes_a_constant_as_another_does() -> None:
-    # folded, the Resize is gone; not folded, its Transpose must stay before it: no kernel makes fewer pixels of channels
-    # that come last
+    # folded, the Resize is gone; not folded, its Transpose must stay before it: no kernel makes fewer pixels of
+    # channels that come last
     source = build(
         """places (float[n, c, h, w] x) => (float[n, k, 3] y) {
             turned = Transpose <perm = [0, 3, 1, 2]> (table)

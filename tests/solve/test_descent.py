@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from layers import posed
 from problems import EASY, POSED, Slow, example, in_range, rounded
 
-from comq_onnx.solve.descent import descend, refit, refit_blocks
+from comq_onnx.solve.descent import descend, refit
 from comq_onnx.solve.effort import EFFORTS
 from comq_onnx.solve.grid import Array, Grid
 from comq_onnx.solve.problem import Part
@@ -64,7 +64,7 @@ def test_refitting_the_scales_of_blocks_costs_nothing(given_: tuple[Part, Array]
     part, scale = given_
     start = rounded(part, scale)
     moved = replace(start, scale=start.scale * np.float32(factor))
-    refitted = refit_blocks(part, moved, part.gradient(moved.codes, moved.scale))
+    refitted = refit([part], [moved], [part.gradient(moved.codes, moved.scale)])[0]
     slow = Slow(part)
     noise = slow.noise(moved.codes, moved.scale)
     assert (slow.loss(refitted.codes, refitted.scale) <= slow.loss(moved.codes, moved.scale) + noise).all()
@@ -78,7 +78,7 @@ def test_refitted_scales_of_blocks_are_those_of_least_squares(block: int) -> Non
     part, scale = example(Grid(4, block_size=block), inputs=48)
     start = rounded(part, scale)
     moved = replace(start, scale=start.scale * np.float32(1.1))
-    refitted = refit_blocks(part, moved, part.gradient(moved.codes, moved.scale))
+    refitted = refit([part], [moved], [part.gradient(moved.codes, moved.scale)])[0]
     slow, of = Slow(part), part.problem.block
     m = oracle.lower_factor(slow.h)
     for c in range(len(scale)):
@@ -93,6 +93,6 @@ def test_a_block_of_zeros_keeps_its_scale() -> None:
     start = rounded(part, scale)
     codes = np.where(part.problem.block == 1, 0, start.codes)
     moved = replace(start, codes=codes, scale=start.scale * np.float32(1.1))
-    refitted = refit_blocks(part, moved, part.gradient(moved.codes, moved.scale))
+    refitted = refit([part], [moved], [part.gradient(moved.codes, moved.scale)])[0]
     assert np.array_equal(refitted.scale[:, 1], moved.scale[:, 1])
     assert (refitted.scale[:, 0] != moved.scale[:, 0]).any()

@@ -16,7 +16,7 @@ The paper's two closed forms are its moves: a code q_i <- clip(round(q_i + V_i /
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -35,18 +35,25 @@ from comq_onnx.solve.rounding import Rounding, babai_codes, beam, best_start, be
 GPTQ_RIDGE = 0.01
 
 
-def solve_comq(weight: Array, moments: Moments, grid: Grid, effort: str | Effort = "default") -> QuantizedWeight:
+# makes the problem of each group, for a grid and a ridge
+Posing = Callable[[Grid, float], list[Problem]]
+
+
+def solve_comq(
+    weight: Array, moments: Moments, grid: Grid, effort: str | Effort = "default", posing: Posing | None = None
+) -> QuantizedWeight:
     """Quantize a weight [groups, out, in].
 
     moments: about the mean where a bias takes the mean of the error
     effort: a name in EFFORTS, or an Effort
+    posing: what `pose_once` gives for the moments, where several weights or grids are solved on them
     """
     scale, zero = fit_mse(weight, grid)
     search = EFFORTS[effort] if isinstance(effort, str) else effort
     ridge = choose_ridge(weight, moments, grid) if search.choose_ridge else RIDGE
     if has_few_inputs(weight.shape[-1], grid):
         return solve_few_inputs(weight, moments, grid, ridge, scale, zero)
-    problems = _pose_groups(moments, grid, ridge)
+    problems = (posing or pose_once(moments))(grid, ridge)
     tasks = [(g, channels) for g in range(len(weight)) for channels in channel_slices(weight.shape[1])]
 
     def take(g: int, channels: slice) -> Part:
@@ -81,6 +88,18 @@ def solve_gptq(weight: Array, moments: Moments, grid: Grid) -> QuantizedWeight:
             one = Rounding(codes.T, scale[g], part.zero, np.zeros(len(weight[g]), np.float32))
             solved.append((g, slice(None), problem, one))
     return _assemble(weight, grid, solved)
+
+
+def pose_once(moments: Moments) -> Posing:
+    """Return what makes the problems of moments for any grid: each ridge is factored once."""
+    posed: dict[float, list[Problem]] = {}
+
+    def on(grid: Grid, ridge: float) -> list[Problem]:
+        if ridge not in posed:
+            posed[ridge] = _pose_groups(moments, grid, ridge)
+        return [problem.on(grid) for problem in posed[ridge]]
+
+    return on
 
 
 def _pose_groups(moments: Moments, grid: Grid, ridge: float) -> list[Problem]:

@@ -32,7 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 from comq_onnx import arrays
-from comq_onnx.solve.comq import solve_comq, solve_gptq
+from comq_onnx.solve.comq import Posing, pose_once, solve_comq, solve_gptq
 from comq_onnx.solve.effort import EFFORTS
 from comq_onnx.solve.few_inputs import has_few_inputs
 from comq_onnx.solve.grid import Array, Grid, QuantizedWeight, fit_mse, round_to_grid, rtn
@@ -73,10 +73,10 @@ class Method:
             if name not in names:
                 raise ValueError(f"no {what} {name!r}; there are {', '.join(names)}")
 
-    def __call__(self, weight: Array, moments: Moments, grid: Grid) -> QuantizedWeight:
-        """Quantize a weight [groups, out, in] on the CPU."""
+    def __call__(self, weight: Array, moments: Moments, grid: Grid, posing: Posing | None = None) -> QuantizedWeight:
+        """Quantize a weight [groups, out, in] on the CPU; posing: as `solve_comq` takes it."""
         if self.solver == "comq":
-            return solve_comq(weight, moments, grid, self.effort)
+            return solve_comq(weight, moments, grid, self.effort, posing)
         if self.solver == "paper":
             return solve_paper(weight, moments, grid, self.order, self.sweeps, self.shrink)
         return solve_gptq(weight, moments, grid) if self.solver == "gptq" else rtn(weight, grid)
@@ -136,9 +136,15 @@ def solve_together(
 def errors_at(
     weight: Array, moments: Moments, grids: Sequence[Grid], method: Method = COMQ, has_bias: bool = False
 ) -> list[float]:  # fmt: skip
-    """Return the relative error of the solution of a weight [groups, out, in] on each grid."""
+    """Return the relative error of the solution of a weight [groups, out, in] on each grid, all tied or none."""
     centred = moments.centred()
-    return [_solve([weight], moments, centred, grid, method, has_bias)[0].error for grid in grids]
+    shifts = has_bias and method.solver == "comq"
+    if arrays.is_tensor(centred.gram) and method.on_device(weight.shape[-1], grids[0]):
+        return [_solve([weight], moments, centred, grid, method, has_bias)[0].error for grid in grids]
+    given, centred = _taken(moments, centred, grids[0], shifts).on_host(), centred.on_host()
+    errors, posing, of_all = OutputError(weight, centred), pose_once(given), np.arange(weight.shape[1])
+    found = (_candidates(weight, errors, method(weight, given, grid, posing), centred.count) for grid in grids)
+    return [_choose(one, of_all, shifts).error for one in found]
 
 
 def judge(weight: Array, moments: Moments, quantized: QuantizedWeight, method: Method, has_bias: bool) -> Solution:
@@ -209,18 +215,26 @@ def _solve(
         moments, centred = moments.on_host(), centred.on_host()
     whole = weights[0] if len(weights) == 1 else np.concatenate(weights, axis=1)
     find = _find_on_device if arrays.is_tensor(centred.gram) else _find_on_host
-    # a bias takes one number of a channel away, not one of each of its tied groups: these keep their means
-    candidates = find(whole, centred if shifts and not grid.tied else moments, centred, grid, method)
+    candidates = find(whole, _taken(moments, centred, grid, shifts), centred, grid, method)
     ends = np.cumsum([w.shape[1] for w in weights])[:-1]
     return [_choose(candidates, k, shifts) for k in np.split(np.arange(whole.shape[1]), ends)]
 
 
+def _taken(moments: Moments, centred: Moments, grid: Grid, shifts: bool) -> Moments:
+    """Return the moments that a solver is given; shifts: whether a bias takes the mean of the error."""
+    # a bias takes one number of a channel away, not one of each of its tied groups: these keep their means
+    return centred if shifts and not grid.tied else moments
+
+
 def _find_on_host(weight: Array, moments: Moments, centred: Moments, grid: Grid, method: Method) -> _Candidates:
     """Round and solve a weight on the CPU; moments: what the solver is given."""
-    rounded = rtn(weight, grid)
-    errors = OutputError(weight, centred)
-    solved = rounded if method.solver == "rtn" else method(weight, moments, grid)
-    return _Candidates(rounded, solved, errors.of(rounded), errors.of(solved), errors.energy, centred.count)
+    return _candidates(weight, OutputError(weight, centred), method(weight, moments, grid), centred.count)
+
+
+def _candidates(weight: Array, errors: OutputError, solved: QuantizedWeight, count: int) -> _Candidates:
+    """Put a weight as it was solved beside what plain rounding makes of it; errors: what each costs."""
+    rounded = rtn(weight, solved.grid)
+    return _Candidates(rounded, solved, errors.of(rounded), errors.of(solved), errors.energy, count)
 
 
 def _find_on_device(weight: Array, moments: Moments, centred: Moments, grid: Grid, method: Method) -> _Candidates:

@@ -12,7 +12,7 @@ the objective is || M (w* - wq) ||^2 plus a constant, where M w* = M w + M^-T b.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -55,6 +55,10 @@ class Problem:
     def bounds(self) -> tuple[np.float32, np.float32]:
         """Return the lowest and the highest code in the type that kernels take."""
         return np.float32(self.grid.qmin), np.float32(self.grid.qmax)
+
+    def on(self, grid: Grid) -> Problem:
+        """Return the same problem for codes of another grid."""
+        return replace(self, block=grid.block_of(len(self.order))[self.order], grid=grid)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,8 @@ HELD_BACK_SHARE, MOST_HELD_BACK = 8, 64
 OUTPUT_BYTES = 1 << 26
 # with fewer samples to calibrate on a model is worse than it could be
 ENOUGH = 32
+# the number of samples by which it is told whether all look like those of training
+LOOKED_AT = 4
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def load_dataset(source: FloatModel, samples: Any, context: Context) -> Dataset:
     feeds = next(calibration.batches(size))
     outputs = _first_outputs(source, feeds, everything.source)
     if everything.source != "synthetic":  # made-up samples show nothing that has a class
-        _warn_of_first_batch(feeds, outputs, clues, journal)
+        _warn_of_first_batch(next(calibration.few(LOOKED_AT).batches(size)), outputs, clues, journal)
     mask, is_of_decoder = find_mask(source, calibration, size, journal), predicts_next(source.session.inputs, clues)
     return Dataset(calibration, held_back, feeds, outputs, mask, size, is_of_decoder)
 
@@ -165,6 +167,9 @@ def _warn_of_constants(samples: Samples, journal: Journal) -> None:
 def _warn_of_first_batch(
     feeds: Mapping[str, AnyArray], outputs: Mapping[str, Any], clues: Clues, journal: Journal
 ) -> None:
-    """Warn where the first batch or its outputs look as if the samples were preprocessed wrongly."""
+    """Warn where samples or outputs look as if the samples were preprocessed wrongly.
+
+    feeds: a few samples; outputs: those of the first batch
+    """
     doubts = [suspicious_scores(name, output) for name, output in outputs.items()]
     journal.warnings += filter(None, [*doubts, suspicious_statistics(clues, feeds)])

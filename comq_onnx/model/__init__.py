@@ -6,6 +6,7 @@ source: find, read, check and identify model files
 files: write files whole or not at all, and make directories that vanish
 graph: change onnx-ir graphs, in the few operations that everything else uses
 prepare: clean and fold a loaded model, raise its opset, and list its layers
+fold: fold constants, and join operators
 quantized: find the layers whose weights are quantized already
 unfuse: replace fused operators of ONNX Runtime by operators whose weights can be quantized
 half_precision: turn half-precision arithmetic into float32

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
-from onnxscript import optimizer, version_converter
+from onnxscript import version_converter
 from onnxscript.rewriter import RewritePass, pattern
 from onnxscript.rewriter.rules.common import fuse_hardswish_rules
 
 from comq_onnx.errors import ModelError
 from comq_onnx.model import graph as graphs
+from comq_onnx.model.fold import fold as fold_constants
 from comq_onnx.model.half_precision import upcast
 from comq_onnx.model.layers import WEIGHT_CHAIN, Prepared, list_layers, reaches_layer
 from comq_onnx.model.op_kind import MIN_WEIGHTS
@@ -56,7 +57,7 @@ def prepare_model(
         _turn_shared(model)
         kept = {str(node.name) for node in nodes_of_quantized_weights(model)}
         try:
-            optimizer.optimize_ir(model, should_fold=lambda node: _should_fold(node, kept), onnx_shape_inference=True)
+            fold_constants(model, lambda node: _should_fold(node, kept))
             RewritePass([_AddIntoConv.rule()])(model)
             _adopt(model)
         except Exception as error:  # a library's bug on one graph must not end the run: the graph works unfolded

@@ -70,12 +70,16 @@ def fold(model: ir.Model, should_fold: Callable[[ir.Node], bool | None]) -> None
 
     should_fold: tells whether a node of constants is folded; None leaves it to onnxscript
     """
-    unused = (passes.RemoveUnusedNodesPass(), passes.RemoveUnusedFunctionsPass(), passes.RemoveUnusedOpsetsPass())  # type: ignore[no-untyped-call]
+    unused = (
+        passes.RemoveUnusedNodesPass(),
+        passes.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
+        passes.RemoveUnusedOpsetsPass(),
+    )
     passes.InlinePass()(model)
     for _ in range(ROUNDS):
         folded = optimizer.fold_constants_ir(model, onnx_shape_inference=True, should_fold=should_fold)
-        changed = bool(folded.modified) | RewritePass(_RULES)(model).modified
-        if not (changed | any([one(model).modified for one in unused])):
+        changed = [bool(folded.modified), *(one(model).modified for one in (RewritePass(_RULES), *unused))]
+        if not any(changed):
             break
     ir.passes.Sequential(
         passes.RemoveUnusedNodesPass(),

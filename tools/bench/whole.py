@@ -3,6 +3,7 @@
     python tools/zoo/export.py zoo --only efficientnet_lite0 --only minilm
     python tools/bench/whole.py zoo efficientnet_lite0 minilm
     python tools/bench/whole.py zoo efficientnet_lite0 --bits 8 --busy 2
+    python tools/bench/whole.py zoo smollm2 --bits 4 --no-static --option=--uniform
 
 Every run is a process of its own on one core, in turn with the others, and each figure is the median of the rounds.
 The limit is what no calibration can do without: two passes of the float model over all samples by ONNX Runtime, and the
@@ -39,6 +40,7 @@ ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NU
 # each input with which a Gram matrix has full rank and some to spare
 GRAMS, SOLVER, POSITIONS_PER_INPUT = 1.5, 8, 4
 BATCH = 16
+STATIC = "onnxruntime static, 8 bits"
 
 
 @dataclass(frozen=True)
@@ -148,13 +150,20 @@ def _least_time(function: Callable[[], Any]) -> float:
 @click.option("--bits", multiple=True, type=int, default=(8, 4), show_default=True, help="Numbers of bits.")
 @click.option("--rounds", default=3, show_default=True, help="How often each is run.")
 @click.option("--busy", default=0, show_default=True, help="Also run on all cores, beside so many busy processes.")
-def main(zoo: Path, models: tuple[str, ...], bits: tuple[int, ...], rounds: int, busy: int) -> None:
+@click.option("--static/--no-static", default=True, help="Whether static quantization by ONNX Runtime runs too.")
+@click.option("--option", "options", multiple=True, help="One more option of the command.")
+def main(
+    zoo: Path, models: tuple[str, ...], bits: tuple[int, ...], rounds: int, busy: int, static: bool,
+    options: tuple[str, ...],
+) -> None:  # fmt: skip
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
     for name in models:
         folder = zoo / name
         with tempfile.TemporaryDirectory() as work:
             report = Path(work) / "report.json"
-            tried = _runs(folder, Path(work) / "q.onnx", report, bits, busy)
+            tried = _runs(folder, Path(work) / "q.onnx", report, bits, busy, options)
+            if static:
+                tried = {STATIC: _static_run(folder, Path(work) / "q.onnx"), **tried}
             runs: dict[str, list[Run]] = {what: [] for what in tried}
             for _ in range(rounds):
                 for what, run in tried.items():
@@ -162,15 +171,21 @@ def main(zoo: Path, models: tuple[str, ...], bits: tuple[int, ...], rounds: int,
             _print(name, runs, limit(folder, json.loads(report.read_text())["layers"]))
 
 
-def _runs(folder: Path, out: Path, report: Path, bits: tuple[int, ...], busy: int) -> dict[str, Callable[[], Run]]:
-    """Return what is measured for a model, by what the table calls it."""
+def _static_run(folder: Path, out: Path) -> Callable[[], Run]:
+    """Return what measures static quantization."""
     script = "import sys, pathlib, whole; whole.quantize_static(*map(pathlib.Path, sys.argv[1:]))"
-    static = [sys.executable, "-c", script, str(folder), str(out)]
-    runs: dict[str, Callable[[], Run]] = {"onnxruntime static, 8 bits": partial(measure, static)}
+    return partial(measure, [sys.executable, "-c", script, str(folder), str(out)])
+
+
+def _runs(
+    folder: Path, out: Path, report: Path, bits: tuple[int, ...], busy: int, options: tuple[str, ...]
+) -> dict[str, Callable[[], Run]]:
+    """Return what is measured for a model, by what the table calls it; options: more of the command's."""
+    runs: dict[str, Callable[[], Run]] = {}
     for count in bits:
         command = [
             sys.executable, "-m", "comq_onnx", str(folder / "model.onnx"), "--calib", str(folder / "calib.npz"),
-            "--bits", str(count), "-o", str(out), "--json", str(report), "-q",
+            "--bits", str(count), "-o", str(out), "--json", str(report), "-q", *options,
         ]  # fmt: skip
         what = f"comq-onnx, {count} bits"
         runs[what] = partial(measure, command, report)
@@ -183,7 +198,7 @@ def _runs(folder: Path, out: Path, report: Path, bits: tuple[int, ...], busy: in
 def _print(name: str, runs: dict[str, list[Run]], least: float) -> None:
     """Print the table of a model; least: its limit."""
     medians = {what: statistics.median(run.seconds for run in given) for what, given in runs.items()}
-    static = next(iter(medians.values()))
+    static = medians.get(STATIC, np.nan)
     click.echo(f"{name}: {sum(len(given) for given in runs.values())} runs, limit {least:.1f} CPU s")
     click.echo(f"{'':28} {'CPU s':>8} {'ratio':>7} {'of limit':>9} {'peak MB':>8}  wall s by stage")
     for what, given in runs.items():

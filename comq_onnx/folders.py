@@ -186,10 +186,10 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _job(path: Path, folder: Path, options: Options) -> Job:
-    place, beside = path.relative_to(folder), path.parent.resolve()
+    place = path.relative_to(folder)
     if place.parts[0] == HUB and len(place.parts) > 1:
         place = place.with_name(f"{place.stem}_{_width(options)}.onnx")
-    return Job(path, place, frozenset(path.parent / file.relative_to(beside) for file in data_files(path)))
+    return Job(path, place, frozenset(data_files(path)))
 
 
 def _width(options: Options) -> str:

@@ -76,6 +76,13 @@ def load_source(path: Path) -> tuple[ir.Model, SourceFile]:
 
 def read_model(path: Path) -> ir.Model:
     """Read a model file; external data stays on disk. Raises ModelError for what is no readable ONNX model."""
+    model = _read(path)
+    _follow_links(model, path)
+    return model
+
+
+def _read(path: Path) -> ir.Model:
+    """Read a model file, with external data where it says."""
     try:
         if path.stat().st_size == 0:
             raise ModelError(f"{path}: the file is empty; expected an ONNX model")
@@ -97,9 +104,40 @@ def read_model(path: Path) -> ir.Model:
     return model
 
 
+def _follow_links(model: ir.Model, path: Path) -> None:
+    """Let initializers whose data lie behind links, in the folder of the file behind `path`, name the files there.
+
+    The library refuses a link out of a folder. Caches of the Hugging Face hub are full of them: folders of links to the
+    files of another one.
+    """
+    folder = path.resolve().parent
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            if not isinstance(tensor, ir.ExternalTensor) or os.path.isabs(tensor.location):
+                continue
+            link = path.parent / tensor.location
+            try:
+                file = link.resolve() if link.is_symlink() else link
+            except (OSError, RuntimeError):  # a link to itself, or no name of a file: told when the data are checked
+                continue
+            if file != link and file.is_relative_to(folder):
+                value.const_value = ir.ExternalTensor(
+                    file.relative_to(folder), tensor.offset, tensor.length, tensor.dtype, shape=tensor.shape,
+                    name=tensor.name, base_dir=folder,
+                )  # fmt: skip
+
+
 def data_files(path: Path) -> set[Path]:
-    """Return the files beside a model that hold its external data. Raises ModelError as `load_source` does."""
-    return set(_external_files(read_model(path), path))
+    """Return the files beside a model that hold its external data, under the names that it has for them.
+
+    Raises ModelError as `load_source` does.
+    """
+    model = _read(path)
+    found = {path.parent / tensor.location for _, tensor in _tensors(model) if isinstance(tensor, ir.ExternalTensor)}
+    _follow_links(model, path)
+    list(_external_files(model, path))
+    return found
 
 
 def find_model(path: Path) -> Path:
@@ -230,9 +268,9 @@ def _check_functions(model: ir.Model, path: Path) -> None:
 
 def _external_files(model: ir.Model, path: Path) -> Iterator[Path]:
     """Return the external data files of a model, after checking that each lies beside it and holds what it should."""
-    root = path.parent.resolve()
     for name, tensor in _tensors(model):
         if isinstance(tensor, ir.ExternalTensor):
+            root = Path(tensor.base_dir).resolve()
             _check_external(name, tensor, path, root)
             yield root / os.fspath(tensor.location)
 

@@ -162,6 +162,20 @@ def test_external_data_behind_a_symlink_to_elsewhere_is_refused(tmp_path: Path, 
         comq_onnx.quantize(path, out, samples_for(cnn()), **EIGHT)
 
 
+def test_a_model_and_its_data_behind_links_to_one_folder_are_read(tmp_path: Path, out: Path) -> None:
+    """As caches of the Hugging Face hub have them: a snapshot of links to the files of a folder."""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshot"
+    blobs.mkdir()
+    snapshot.mkdir()
+    path = save_external(cnn(), blobs / "model.onnx")
+    path.rename(blobs / "aa")
+    path.with_name("weights.bin").rename(blobs / "bb")
+    (snapshot / "model.onnx").symlink_to("../blobs/aa")
+    (snapshot / "weights.bin").symlink_to("../blobs/bb")
+    comq_onnx.quantize(snapshot / "model.onnx", out, samples_for(cnn()), **EIGHT)
+    assert worst_sqnr(cnn(), out.resolve(), samples_for(cnn())) >= 25
+
+
 def _relocate(path: Path, location: str) -> None:
     model = onnx.load(path, load_external_data=False)
     for tensor in model.graph.initializer:

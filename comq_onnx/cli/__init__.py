@@ -4,5 +4,4 @@ command: read the command, run it and print the report
 parameters: make the options of the command
 config_file: read and write configuration files
 progress: show bars for long steps
-summary: lay out what became of several models
 """

@@ -19,11 +19,12 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from comq_onnx import folders, pipeline
-from comq_onnx.cli import config_file, summary
+from comq_onnx.cli import config_file
 from comq_onnx.cli.parameters import PROGRAM, grouped, is_in_config, parameters
 from comq_onnx.cli.progress import shown_progress
 from comq_onnx.errors import ComqError, OptionError
 from comq_onnx.options.spelling import OPTIONS, spell
+from comq_onnx.report import several
 from comq_onnx.report.report import Report
 from comq_onnx.runtime import memory
 
@@ -35,6 +36,7 @@ Examples:
   comq-onnx model.onnx --calib samples.npz --activations none --granularity 32 -o model_q.onnx
   comq-onnx model.onnx --calib samples.npz --bits auto --size 20% -o model_q.onnx
   comq-onnx folder/ --calib lines.txt -o folder_q4/
+  comq-onnx a.onnx b.onnx c/ --calib photos/ -o quantized/ --report compared.html
   comq-onnx model.onnx --plan
   comq-onnx model.onnx --config quant.toml
 
@@ -42,7 +44,8 @@ Examples:
 Shell completion, for this shell or in its start-up file:
   eval "$(comq-onnx --completion bash)"      # or zsh; for fish: comq-onnx --completion fish | source
 
-Exit codes: 0 done, 2 the command line, 3 the model, 4 the samples, 5 the runtime."""
+Exit codes: 0 done, 1 a fault of comq-onnx, 2 the command line, 3 the model, 4 the samples, 5 the runtime;
+  of several models, that of the first that failed: the others are written."""
 # the columns of a table that goes to a file, which would be cut at 80 otherwise
 PLAIN_WIDTH = 140
 # an error of more characters is cut in its middle
@@ -156,11 +159,10 @@ def _quantize_or_plan(asked: _Asked, options: dict[str, Any], errors: Console) -
 
 
 def _quantize_to_folder(asked: _Asked, options: dict[str, Any], console: Console, errors: Console) -> None:
-    """Quantize several models, and print what became of them in one table."""
+    """Quantize several models, print what became of them in one table, and exit with the code of the first error."""
     ones = {
         "--plan": asked.plan, "--inspect-samples": asked.inspect, "--contact-sheet": asked.sheet,
-        "--report": asked.report, "--json": asked.json, "--sensitivity": options["sensitivity"],
-        "--workdir": options["workdir"],
+        "--sensitivity": options["sensitivity"],
     }  # fmt: skip
     if given := [name for name, value in ones.items() if value]:
         raise OptionError(f"{given[0]}: is for one model; name one, and for a run a file for it with -o")
@@ -170,13 +172,35 @@ def _quantize_to_folder(asked: _Asked, options: dict[str, Any], console: Console
         config_file.save_config(asked.save_config, spell(_explicit(click.get_current_context())))
     with shown_progress(errors, asked.quiet) as update:
         done = folders.quantize_all(asked.models, asked.output, asked.calib, progress=update, **options)
+    runs = folders.as_runs(done)
+    written = f"; the models were written to {asked.output}"
+    if asked.json is not None:
+        _save("--json", asked.json, lambda path: several.save_json(runs, path), written)
+    if asked.report is not None:
+        _save("--report", asked.report, lambda path: several.save_html(runs, path), written)
+    whole = any(one.error is None for one in done)
+    files = [path for path in (asked.output if whole else None, asked.report, asked.save_config) if path]
     if not asked.quiet:
-        console.print(summary.render(done, asked.verbose))
-        console.print(f"wrote    {asked.output}", soft_wrap=True, highlight=False, markup=False)
-        return
+        console.print(several.table(runs, asked.verbose))
+        _name(files, console)
+    _tell_each(done, asked.quiet)
+    if failed := [one.error.exit_code for one in done if one.error is not None]:
+        sys.exit(failed[0])
+
+
+def _tell_each(done: Sequence[folders.Done], quiet: bool) -> None:
+    """Print the error of each model that failed in one line; if quiet, warnings too."""
     for one in done:
-        for warning in one.report.warnings if one.report is not None else ():
-            errors.print(f"warning: {one.source}: {warning}", markup=False, highlight=False)
+        if one.error is not None:
+            click.echo(f"{PROGRAM}: {_in_one_line(one.named_error)}", err=True)
+        for warning in one.report.warnings if one.report is not None and quiet else ():
+            click.echo(_in_one_line(f"warning: {one.source}: {warning}"), err=True)
+
+
+def _name(files: Sequence[object], console: Console) -> None:
+    """Print the names of files that were written."""
+    for path in files:
+        console.print(f"wrote    {path}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _log_to(errors: Console, verbose: bool) -> None:
@@ -221,8 +245,7 @@ def _print(
             errors.print(f"warning: {warning}", markup=False, highlight=False)
         return
     console.print(report.rich(verbose))
-    for path in files:
-        console.print(f"wrote    {path}", soft_wrap=True, highlight=False, markup=False)
+    _name(files, console)
 
 
 def _console() -> Console:
@@ -324,9 +347,12 @@ def _stop(number: int, _frame: object) -> None:
 
 def _fail(message: str, code: int) -> None:
     """Print an error in one line, and end the process."""
+    click.echo(f"{PROGRAM}: {_in_one_line(message)}", err=True)
+    sys.exit(code)
+
+
+def _in_one_line(message: str) -> str:
+    """Return a message without line breaks, what cannot be printed, and the middle of what is very long."""
     # names in it come from files that anybody may have made
     line = "".join(c if c.isprintable() else "?" for c in " ".join(message.split()))
-    if len(line) > LONGEST_LINE:
-        line = f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 2 :]}"
-    click.echo(f"{PROGRAM}: {line}", err=True)
-    sys.exit(code)
+    return line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 2 :]}"

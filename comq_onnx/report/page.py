@@ -36,7 +36,7 @@ WHY = {
 
 def render(report: Report) -> str:
     """Render a report as a page."""
-    template = _environment().get_template("page.html")
+    template = environment().get_template("page.html")
     return template.render(
         report=report,
         title=re.split(r"[\\/]", report.model)[-1],
@@ -59,8 +59,8 @@ def frame(page: str) -> str:
     return f'<iframe srcdoc="{html.escape(page)}" style="{style}"></iframe>'
 
 
-def _environment() -> Environment:
-    """Make the environment of page.html, with its filters."""
+def environment() -> Environment:
+    """Make the environment of the pages, with their filters."""
     loader = PackageLoader("comq_onnx.report", "")
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.filters["kb"] = lambda size: "" if size is None else f"{size / 1e3:,.1f}"
@@ -119,7 +119,7 @@ def _output_tiles(report: Report) -> list[tuple[str, str, str]]:
 
 
 @dataclass(frozen=True)
-class _Figure:
+class Drawing:
     """Describe a plot of the page.
 
     draw: makes its SVG from an id, `data` and a size
@@ -144,22 +144,22 @@ def _figures(report: Report) -> list[dict[str, Any]]:
     """Draw the plots for which the report has data."""
     layers = report.layers
     figures = [
-        (any(layer.error_db is not None for layer in layers), _Figure(
+        (any(layer.error_db is not None for layer in layers), Drawing(
             "errors", "Error of each layer",
             "The squared error of a layer's output relative to that output: lower is better. Grey is plain rounding on "
             "the same grid, blue what was written.", plots.errors, layers,
         )),
-        (any(layer.bytes_after is not None for layer in layers), _Figure(
+        (any(layer.bytes_after is not None for layer in layers), Drawing(
             "sizes", "Bytes of each layer", "What the weight takes in the source (grey) and in the result (blue).",
             plots.sizes, layers,
         )),
-        (True, _Figure("bits", "Bits of each layer", "Bits of a weight.", plots.bits, layers)),
-        (len(report.frontier) > 1, _Figure(
+        (True, Drawing("bits", "Bits of each layer", "Bits of a weight.", plots.bits, layers)),
+        (len(report.frontier) > 1, Drawing(
             "frontier", "Size against accuracy",
             "What other budgets would give, as predicted before anything was solved: the order is reliable, and the "
             "accuracy mostly better.", plots.frontier, report.frontier,
         )),
-        (bool(report.activations), _Figure(
+        (bool(report.activations), Drawing(
             "ranges", "Ranges of activations",
             "The span of each quantized activation over the samples (grey), and that of the central 99.9% of its "
             "values (blue). Where grey goes far beyond blue, a few outliers take the codes from all others.",

@@ -46,6 +46,7 @@ class Marks:
     titles: what each says when pointed at
     colour: a key of COLOURS
     base: where each bar begins; None for 0
+    names: what is written beside each point; () for nothing
     """
 
     label: str
@@ -54,6 +55,7 @@ class Marks:
     titles: Sequence[str]
     colour: str = "accent"
     base: Sequence[float] | None = None
+    names: Sequence[str] = ()
 
 
 def errors(name: str, layers: Sequence[LayerReport], size: tuple[float, float] = WIDE) -> str:
@@ -188,7 +190,10 @@ def points(
                 label=marks.label, zorder=2 + i,
             )  # fmt: skip
             drawn.set_gid(f"marks-{i}")
-        axes.margins(x=0.02, y=0.12)
+            for text, x, y in zip(marks.names, marks.x, marks.y, strict=False):
+                axes.annotate(text, (x, y), (0, 6), textcoords="offset points", ha="center")
+        named = any(marks.names for marks in series)
+        axes.margins(x=0.06 if named else 0.02, y=0.25 if named else 0.12)
 
     return _plot(name, series, labels, size, draw)
 

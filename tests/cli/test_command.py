@@ -64,7 +64,8 @@ def test_help_lists_every_option_with_its_meaning(run: Callable[..., Said], opti
             assert all(name in said.out for name in parameter.opts)
             assert parameter.help
     words = " ".join(said.out.split())
-    assert "Exit codes: 0 done, 1 a fault of comq-onnx, 2 the command line, 3 the model, 4 the samples, 5 the runtime;" in words
+    codes = "0 done, 1 a fault of comq-onnx, 2 the command line, 3 the model, 4 the samples, 5 the runtime;"
+    assert f"Exit codes: {codes}" in words
 
 
 def test_the_exit_codes_of_the_help_are_those_of_the_errors() -> None:

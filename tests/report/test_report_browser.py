@@ -22,6 +22,7 @@ from reports import activation, layer, plan, report
 
 from comq_onnx.metrics import OutputComparison
 from comq_onnx.report.report import Report
+from comq_onnx.report.several import Run, render
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "chrome-headless-shell")
 BROWSER = os.environ.get("COMQ_BROWSER") or next((path for name in NAMES if (path := shutil.which(name))), None)
@@ -103,6 +104,30 @@ CASES: dict[str, Callable[[], Report]] = {
 }
 
 
+def compared(count: int, failed: int = 0) -> str:
+    """Make the page that compares `count` runs of long names, some of which failed."""
+    runs = [
+        Run(
+            f"{'out/' * 9}a_model_with_a_long_name_{i}.onnx",
+            report(
+                9 + i, size={"before": 4_000_000, "after": 400_000 + 90_000 * (i % 5)}, warnings=[f"{LONG} is slower"],
+                outputs=[OutputComparison("logits", 20.0 + 7 * i % 11, 0.99, 0.97)], peak_rss_mb=500.0 + i,
+                latency_ms={"before": 10.0, "after": 3.0 + i % 4}, options={"bits": i % 3, "exclude": (LONG,)},
+            ),
+            link="report.html",
+        )
+        for i in range(count)
+    ]  # fmt: skip
+    return render([*runs, *(Run(f"{LONG}{i}", None, said=LONG, failed=True) for i in range(failed))], "compared")
+
+
+# pages that compare runs, and the marks of their plots
+COMPARED: dict[str, tuple[Callable[[], str], list[int]]] = {
+    "compared": (lambda: compared(12, failed=2), [12, 12]),
+    "none done": (lambda: compared(0, failed=2), []),
+}
+
+
 def host(pages: dict[str, tuple[int, str]], height: int) -> str:
     """Make a page with others in frames; pages: their widths and texts by id."""
     frames = "".join(
@@ -128,7 +153,7 @@ def browse(folder: Path, page: str, dark: bool, *options: str) -> str:
 @pytest.fixture(scope="module")
 def pages() -> dict[str, tuple[int, str]]:
     """Render every case at both widths."""
-    made = {case: make().to_html() for case, make in CASES.items()}
+    made = {case: make().to_html() for case, make in CASES.items()} | {n: make() for n, (make, _) in COMPARED.items()}
     return {f"{case} {width}": (width, page) for case, page in made.items() for width in WIDTHS}
 
 
@@ -165,6 +190,15 @@ def test_plots_have_marks_and_nothing_overflows(seen: dict[str, Any], case: str,
         assert svg["width"] > 0.85 * min(width, 1184)
     assert all(found["pictures"])
     assert len(found["pictures"]) == sum(len(i.pictures) for i in shown.inputs)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("case", COMPARED)
+def test_pages_that_compare_have_marks_and_nothing_overflows(seen: dict[str, Any], case: str, width: int) -> None:
+    found = seen[f"{case} {width}"]
+    assert (found["width"], found["scrolls"], found["beyond"]) == (width, 0, [])
+    assert [svg["marks"] for svg in found["svgs"]] == COMPARED[case][1]
+    assert all(svg["outside"] == 0 and svg["letters"] >= 8.5 for svg in found["svgs"])
 
 
 @pytest.mark.parametrize("width", WIDTHS)

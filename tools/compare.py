@@ -5,7 +5,8 @@
     python tools/compare.py four.json eight.json --html compared.html
 
 Of two models it tells how near the outputs are, size, speed, and the kernels of the second one. Any two models with
-the same inputs and outputs will do, quantized by whatever tool. Without --samples both run on synthetic ones: that tells their speed, and little else. tools/evaluate.py measures against labels.
+the same inputs and outputs will do, quantized by whatever tool. Without --samples both run on synthetic ones: that
+tells their speed, and little else. tools/evaluate.py measures against labels.
 
 Reports are what --json of comq-onnx wrote, of one model or of several: the table has a line for each, and --html is
 the page that comq-onnx writes for several models.

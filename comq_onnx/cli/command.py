@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import tempfile
+import webbrowser
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +74,7 @@ class _Asked:
     inspect: only show the samples
     sheet: where the pictures of the samples are written
     report, json: where the report is written, as a page and as JSON
+    open: open the page in the browser
     save_config: where the options are written
     quiet, verbose: print less, or more
     """
@@ -84,6 +86,7 @@ class _Asked:
     inspect: bool
     sheet: Path | None
     report: Path | None
+    open: bool
     json: Path | None
     save_config: Path | None
     quiet: bool
@@ -117,14 +120,13 @@ def _run(**given: Any) -> None:
             "--contact-sheet": asked.sheet,
         },
     )
+    if asked.open and asked.report is None:
+        raise OptionError("--open: opens the page of a report; give its path with --report")
     if asked.to_folder:
         return _quantize_to_folder(asked, options, console, errors)
     if asked.inspect or asked.sheet is not None:
         return _inspect(asked, options)
-    if not asked.plan and asked.output is None:
-        raise OptionError("no output: give the quantized model's path with -o, or --plan to only look")
-    if options["sensitivity"] and not asked.plan:
-        raise OptionError("--sensitivity: only with --plan; the report of a run holds the same figures (--json)")
+    _check_one(asked, options)
     if asked.save_config is not None:
         config_file.save_config(asked.save_config, spell(_explicit(click.get_current_context())))
     report = _quantize_or_plan(asked, options, errors)
@@ -134,6 +136,7 @@ def _run(**given: Any) -> None:
     if asked.report is not None:
         _save("--report", asked.report, report.save_html, written)
     files = [path for path in (report.output, asked.report, asked.save_config) if path]
+    _open(asked, errors)
     try:
         _print(report, files, console, errors, asked.quiet, asked.verbose)
     except OSError as error:
@@ -148,6 +151,14 @@ command = _Command(
     ],
     callback=_run, help=_run.__doc__, epilog=EPILOG, context_settings=SETTINGS,
 )  # fmt: skip
+
+
+def _check_one(asked: _Asked, options: dict[str, Any]) -> None:
+    """Raise OptionError where a run of one model lacks something, or is asked for what it does not do."""
+    if not asked.plan and asked.output is None:
+        raise OptionError("no output: give the quantized model's path with -o, or --plan to only look")
+    if options["sensitivity"] and not asked.plan:
+        raise OptionError("--sensitivity: only with --plan; the report of a run holds the same figures (--json)")
 
 
 def _quantize_or_plan(asked: _Asked, options: dict[str, Any], errors: Console) -> Report:
@@ -178,6 +189,7 @@ def _quantize_to_folder(asked: _Asked, options: dict[str, Any], console: Console
         _save("--json", asked.json, lambda path: several.save_json(runs, path), written)
     if asked.report is not None:
         _save("--report", asked.report, lambda path: several.save_html(runs, path), written)
+    _open(asked, errors)
     whole = any(one.error is None for one in done)
     files = [path for path in (asked.output if whole else None, asked.report, asked.save_config) if path]
     if not asked.quiet:
@@ -195,6 +207,14 @@ def _tell_each(done: Sequence[folders.Done], quiet: bool) -> None:
             click.echo(f"{PROGRAM}: {_in_one_line(one.named_error)}", err=True)
         for warning in one.report.warnings if one.report is not None and quiet else ():
             click.echo(_in_one_line(f"warning: {one.source}: {warning}"), err=True)
+
+
+def _open(asked: _Asked, errors: Console) -> None:
+    """Open the page of the report in the browser, if asked; where there is none, say so."""
+    if asked.open and asked.report is not None and not webbrowser.open(asked.report.resolve().as_uri()):
+        errors.print(
+            f"warning: --open: no browser was found; the page is {asked.report}", markup=False, highlight=False
+        )
 
 
 def _name(files: Sequence[object], console: Console) -> None:

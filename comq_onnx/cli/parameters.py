@@ -231,7 +231,9 @@ def _flag(flags: str, help: str) -> click.Option:
 
 
 # parameters of one run, not of how a model is quantized: no configuration file may have them
-ONE_RUN = frozenset({"model", "config", "save_config", "plan", "inspect", "sheet", "version", "completion", "help"})
+ONE_RUN = frozenset(
+    {"model", "config", "save_config", "plan", "inspect", "sheet", "open", "version", "completion", "help"}
+)
 
 
 def is_in_config(parameter: str) -> bool:
@@ -245,6 +247,7 @@ def parameters() -> dict[str, list[click.Option]]:
         INPUT_OUTPUT: [
             _file("-o --output", "Where the quantized model goes."),
             _file("--report", "Write the report as one HTML page.", "FILE"),
+            _flag("--open", "Open the page of --report in the browser when it is written."),
             _file("--json", "Write the report as JSON.", "FILE"),
             _flag("--plan", "List layers, bits and stages; calibrate and write nothing."),
             *from_library(INPUT_OUTPUT),

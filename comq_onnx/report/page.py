@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from comq_onnx.evaluate.kernels import FLOAT_PRODUCTS
 from comq_onnx.model.judged import without_caches
-from comq_onnx.report import plots
+from comq_onnx.report import network, plots
 from comq_onnx.report.advice import advise
 from comq_onnx.report.terminal import describe_language
 from comq_onnx.targets.catalog import TARGETS
@@ -26,6 +26,8 @@ FRAME_HEIGHT = 900
 MOST_TWICE = 250
 # activations and skipped nodes beyond these are counted, not listed
 MOST_ROWS = 400
+# the network of more layers is not drawn
+MOST_DRAWN = 600
 
 # by the form of a layer, why it does not run in integers
 WHY = {
@@ -44,6 +46,10 @@ def render(report: Report) -> str:
         advice=advise(report),
         language=None if report.language is None else describe_language(report.language),
         figures=_figures(report),
+        histograms=[
+            {"title": one.name, "drawn": Markup(plots.weights(f"weights-{i}", one))}
+            for i, one in enumerate(report.histograms)
+        ],
         why=lambda layer: _why(layer, report),
         float_operators=_float_operators(report),
         in_float=[x for x in report.layers if x.form != "integer" or x.runs_in_float],
@@ -158,6 +164,11 @@ def _figures(report: Report) -> list[dict[str, Any]]:
             "frontier", "Size against accuracy",
             "What other budgets would give, as predicted before anything was solved: the order is reliable, and the "
             "accuracy mostly better.", plots.frontier, report.frontier,
+        )),
+        (0 < len(layers) <= MOST_DRAWN, Drawing(
+            "network", "The network",
+            "The layers from left to right as they follow one another, line by line; what lies between them is left "
+            "out. A layer's shape tells how it is written, its colour the error of its output.", network.draw, layers,
         )),
         (bool(report.activations), Drawing(
             "ranges", "Ranges of activations",

@@ -117,7 +117,7 @@ def test_the_json_report_holds_every_figure(run: Callable[..., Said], files: Pat
         "name", "op", "weight_shape", "bits", "granularity", "error_db", "rtn_error_db", "seconds"
     }  # fmt: skip
     assert "--exclude" in report["skipped"]["stem"]
-    assert set(report["outputs"][0]) == {"name", "sqnr_db", "cosine", "top1_agreement"}
+    assert set(report["outputs"][0]) == {"name", "sqnr_db", "cosine", "top1_agreement", "changed"}
     assert set(report["latency_ms"]) == {"before", "after"}
     assert report["peak_rss_mb"] > 0
 
@@ -143,6 +143,17 @@ def test_a_perfect_layer_is_json_too(run: Callable[..., Said], files: Path) -> N
     json.loads((files / "r.json").read_text(), parse_constant=lambda x: pytest.fail(f"{x} is no JSON"))
     # the weights are exact, but ONNX Runtime's MatMulNBits rounds activations to 8 bits in blocks: some 45 dB
     assert worst_sqnr(files / "m.onnx", files / "q.onnx", samples_for(mlp())) > 40
+
+
+@pytest.mark.parametrize("found", [True, False])
+def test_open_shows_the_page_in_the_browser(
+    run: Callable[..., Said], files: Path, monkeypatch: pytest.MonkeyPatch, found: bool
+) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr(cli.webbrowser, "open", lambda address: opened.append(address) or found)
+    said = run(files / "mlp.onnx", "--plan", "--report", files / "plan.html", "--open")
+    assert (said.code, opened) == (0, [(files / "plan.html").as_uri()])
+    assert ("no browser was found" in said.err) != found
 
 
 def test_the_page_is_written_and_named(run: Callable[..., Said], files: Path) -> None:

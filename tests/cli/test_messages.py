@@ -68,6 +68,8 @@ CASES: list[tuple[Setup, Sequence[str], int, str]] = [
     (nothing, [], 2, "Missing argument 'MODEL...'." + HELP),
     (nothing, ["m.onnx", "b.onnx", "-o", "q.onnx"], 2,
      "-o q.onnx: is a file; the models of a folder, or several ones, go to a folder"),
+    (nothing, ["m.onnx", "-o", "q.onnx", "--open"], 2,
+     "--open: opens the page of a report; give its path with --report"),
     (nothing, ["m.onnx", "b.onnx"], 2, "no output: give the folder that the models go to with -o"),
     (nothing, ["m.onnx", "b.onnx", "-o", "q", "--sensitivity"], 2,
      "--sensitivity: is for one model; name one, and for a run a file for it with -o"),

@@ -44,7 +44,7 @@ const measure = page => {{
   const svgs = [...page.querySelectorAll("figure svg")].filter(shown);
   const outside = svg => {{
     const box = svg.getBoundingClientRect();
-    return [...svg.querySelectorAll(".mark > *:not(title), text")].filter(e => {{
+    return [...svg.querySelectorAll(".mark > *:not(title, .reach), text")].filter(e => {{
       const b = e.getBoundingClientRect();
       return b.left < box.left - 1 || b.right > box.right + 1 || b.top < box.top - 1 || b.bottom > box.bottom + 1;
     }}).length;
@@ -58,7 +58,8 @@ const measure = page => {{
     svgs: svgs.map(svg => ({{
       marks: [...svg.querySelectorAll(".mark")].filter(shown).length, outside: outside(svg),
       width: svg.getBoundingClientRect().width, letters: letters(svg),
-      colours: [...new Set([...svg.querySelectorAll(".mark > *:not(title)")].map(e => getComputedStyle(e).fill))],
+      colours: [...new Set([...svg.querySelectorAll(".mark > *:not(title, .label, .reach)")].map(
+        e => getComputedStyle(e).fill))],
     }})),
     tiles: [...page.querySelectorAll(".tile")].map(e => e.getBoundingClientRect().bottom),
     pictures: [...page.querySelectorAll("img")].map(e => e.complete && e.naturalWidth > 0),
@@ -182,14 +183,18 @@ def test_plots_have_marks_and_nothing_overflows(seen: dict[str, Any], case: str,
     assert (found["scrolls"], found["beyond"]) == (0, [])
     layers, activations = len(shown.layers), len(shown.activations)
     expected = [layers] if shown.layers[0].error_db is None else [layers] * 3
-    assert [svg["marks"] for svg in found["svgs"]] == expected + [activations] * bool(activations)
-    for svg in found["svgs"]:
+    # the frontier, the network, the ranges of activations, the weights of the worst layers
+    expected += [len(shown.frontier), layers] + [activations] * bool(activations) + [40] * len(shown.histograms)
+    assert [svg["marks"] for svg in found["svgs"]] == expected
+    for i, svg in enumerate(found["svgs"]):
         assert svg["outside"] == 0
         # letters that can be read, plots that fill the page
         assert svg["letters"] >= 8.5
-        assert svg["width"] > 0.85 * min(width, 1184)
+        assert svg["width"] > (0.85 if i < len(found["svgs"]) - len(shown.histograms) or width < 700 else 0.4) * min(
+            width, 1184
+        )
     assert all(found["pictures"])
-    assert len(found["pictures"]) == sum(len(i.pictures) for i in shown.inputs)
+    assert len(found["pictures"]) == sum(len(i.pictures) for i in shown.inputs) + len(shown.answers)
 
 
 @pytest.mark.parametrize("width", WIDTHS)

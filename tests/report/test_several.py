@@ -13,6 +13,7 @@ from rich.console import Console
 from comq_onnx.errors import OptionError
 from comq_onnx.metrics import LanguageComparison, OutputComparison
 from comq_onnx.report import several
+from comq_onnx.report.changes import ChangedAnswer
 from comq_onnx.report.read import read_runs
 from comq_onnx.report.several import Run
 
@@ -88,7 +89,7 @@ def test_where_none_was_quantized_there_is_a_page_too(empty: list[Run]) -> None:
 def test_reports_come_back_from_json(tmp_path: Path) -> None:
     whole = report(
         language=LanguageComparison("logits", 0.1, 0.9, 100, {"before": 3.0, "after": 3.1}),
-        peak_rss_mb=float("inf"), inputs=[],
+        peak_rss_mb=float("inf"), inputs=[], answers=[ChangedAnswer("logits", 3, 1, 2)],
     )  # fmt: skip
     whole.save_json(tmp_path / "one.json")
     (read,) = read_runs(tmp_path / "one.json")

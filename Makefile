@@ -3,12 +3,13 @@ VENV ?= .venv
 ZOO ?= zoo
 BIN = $(VENV)/bin
 
-.PHONY: help test lint docs bench
+.PHONY: help test lint docs site bench
 
 help:
 	@echo "make test    run the tests"
 	@echo "make lint    check style, types and layering, as CI does"
 	@echo "make docs    write what is made from the code: docs/options.md, comq_onnx/options/keywords.py"
+	@echo "make site    build the site to build/site, every warning an error; needs the extra docs"
 	@echo "make bench   measure the solver, and the models of ZOO where that folder is"
 
 test:
@@ -23,6 +24,9 @@ lint:
 docs:
 	$(BIN)/python tools/option_keywords.py > keywords.part && mv keywords.part comq_onnx/options/keywords.py
 	$(BIN)/python tools/option_reference.py > options.part && mv options.part docs/options.md
+
+site:
+	$(BIN)/python tools/make_site.py
 
 bench:
 	$(BIN)/python tools/bench/solve.py

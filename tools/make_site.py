@@ -102,7 +102,8 @@ def main(reports: bool) -> None:
     write_pages()
     write_reference()
     write_gallery(reports)
-    done = subprocess.run([sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet"], cwd=ROOT)
+    # not --quiet, which hides warnings from --strict too
+    done = subprocess.run([sys.executable, "-m", "mkdocs", "build", "--strict"], cwd=ROOT)
     if done.returncode:
         sys.exit(done.returncode)
     click.echo(f"wrote    {SITE}")

@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from comq_onnx.cli.config_file import load_config
+from comq_onnx.cli.demo import run_demo
 from comq_onnx.errors import OptionError, did_you_mean
 from comq_onnx.options.option import GROUPS, INPUT_OUTPUT, OUTPUT, QUANTIZATION, RUNNING, SAMPLES, SOLVER
 from comq_onnx.options.option import Option as Declared
@@ -232,7 +233,7 @@ def _flag(flags: str, help: str) -> click.Option:
 
 # parameters of one run, not of how a model is quantized: no configuration file may have them
 ONE_RUN = frozenset(
-    {"model", "config", "save_config", "plan", "inspect", "sheet", "open", "version", "completion", "help"}
+    {"model", "config", "save_config", "plan", "inspect", "sheet", "open", "version", "demo", "completion", "help"}
 )
 
 
@@ -269,6 +270,8 @@ def parameters() -> dict[str, list[click.Option]]:
             _flag("-q --quiet", "Print only warnings and errors."),
             _flag("-v --verbose", "Log every layer and list them all."),
             _version(),
+            click.Option(["--demo"], is_flag=True, is_eager=True, expose_value=False, callback=run_demo,
+                         help="Quantize a small model that comes with this package, in the folder comq-demo."),
             click.Option(["--completion"], type=Choice(["bash", "zsh", "fish"]), is_eager=True, expose_value=False,
                          callback=_print_completion, help="Print the completion script of a shell."),
         ],

@@ -145,6 +145,20 @@ def test_a_perfect_layer_is_json_too(run: Callable[..., Said], files: Path) -> N
     assert worst_sqnr(files / "m.onnx", files / "q.onnx", samples_for(mlp())) > 40
 
 
+def test_the_demo_runs_the_command_that_it_prints(
+    run: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = run("--demo")
+    assert (said.code, said.err) == (0, "")
+    first = said.out.splitlines()[0]
+    assert first.startswith("$ comq-onnx comq-demo/model.onnx --calib comq-demo/samples.npz --bits 4 -o ")
+    assert sorted(path.name for path in (tmp_path / "comq-demo").iterdir()) == [
+        "model.onnx", "model_q.onnx", "report.html", "samples.npz",
+    ]  # fmt: skip
+    assert "17 layers" in said.out
+
+
 @pytest.mark.parametrize("found", [True, False])
 def test_open_shows_the_page_in_the_browser(
     run: Callable[..., Said], files: Path, monkeypatch: pytest.MonkeyPatch, found: bool

@@ -70,6 +70,8 @@ CASES: list[tuple[Setup, Sequence[str], int, str]] = [
      "-o q.onnx: is a file; the models of a folder, or several ones, go to a folder"),
     (nothing, ["m.onnx", "-o", "q.onnx", "--open"], 2,
      "--open: opens the page of a report; give its path with --report"),
+    (folder("comq-demo"), ["--demo"], 2,
+     "--demo: comq-demo cannot be made here (File exists); run it in another directory"),
     (nothing, ["m.onnx", "b.onnx"], 2, "no output: give the folder that the models go to with -o"),
     (nothing, ["m.onnx", "b.onnx", "-o", "q", "--sensitivity"], 2,
      "--sensitivity: is for one model; name one, and for a run a file for it with -o"),

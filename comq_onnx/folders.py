@@ -4,32 +4,39 @@ A folder goes to a folder that the same readers open: configurations, tokenizers
 models is copied. Models keep their names, as ONNX Runtime GenAI wants it; where they lie in `onnx/`, as on the Hugging
 Face hub, transformers.js tells the widths apart by names: model_quantized.onnx, model_q4.onnx.
 
-All is made in a folder of its own beside the output, and moves when the last model is done: a run that fails leaves
-nothing.
+All is made in a folder of its own beside the output, and moves when the last model is done: a run that is stopped
+leaves nothing. A model that fails does not stop the others, and nothing of it is written.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import re
+import shlex
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from typing_extensions import Unpack
 
-from comq_onnx import pipeline
+from comq_onnx import finished, pipeline
 from comq_onnx.context import Progress, silent
-from comq_onnx.errors import ComqError, ModelError, NothingToQuantize, OptionError
+from comq_onnx.errors import ComqError, InternalError, ModelError, NothingToQuantize, OptionError, OutOfMemory
 from comq_onnx.model.files import private_directory, subdirectory
 from comq_onnx.model.source import data_files
 from comq_onnx.options.keywords import OptionKeywords
 from comq_onnx.options.options import Options
 from comq_onnx.report.report import Report
+from comq_onnx.report.several import Run
+from comq_onnx.runtime import memory
 from comq_onnx.solve.grid import MAX_BITS
+
+logger = logging.getLogger(__name__)
 
 # where the models of a repository of the Hugging Face hub lie
 HUB = "onnx"
@@ -48,11 +55,20 @@ class Job:
     source: its file
     target: the quantized model, below the output
     data: the files of its external data
+    folder: the place below the output of what is copied with it
+    error: why it cannot be read; None where it can
     """
 
     source: Path
     target: Path
     data: frozenset[Path] = frozenset()
+    folder: Path = Path()
+    error: ComqError | None = None
+
+    @property
+    def written(self) -> list[Path]:
+        """Return the files that may be written, below the output; external data has a file beside its model."""
+        return [self.target, self.target.with_name(f"{self.target.name}.data")]
 
 
 @dataclass(frozen=True)
@@ -73,24 +89,42 @@ class Queue:
 
     @property
     def targets(self) -> list[Path]:
-        """Return the files that may be written, below the output; external data has a file beside its model."""
-        written = [path for job in self.jobs for path in (job.target, job.target.with_name(f"{job.target.name}.data"))]
-        return [*written, *self.copies]
+        """Return the files that may be written, below the output."""
+        return [*(path for job in self.jobs for path in job.written), *self.copies]
 
 
 @dataclass(frozen=True)
 class Done:
     """Hold what became of one model.
 
-    source, output: its file, and the one that was written
-    report: of its quantization; None where it was copied as it is
-    reason: why it was
+    source, output: its file, and the one that was written; output is None where the model failed
+    report: of its quantization; None where it failed, or was copied as it is
+    reason: why it was copied
+    error: why it failed; None where it did not
     """
 
     source: Path
-    output: Path
+    output: Path | None
     report: Report | None
     reason: str = ""
+    error: ComqError | None = None
+
+    @property
+    def named_error(self) -> str:
+        """Return the error with the name of the model, which may be in it already; "" where there is none."""
+        said = "" if self.error is None else str(self.error)
+        return said if not said or str(self.source) in said else f"{self.source}: {said}"
+
+
+def as_runs(done: Sequence[Done]) -> list[Run]:
+    """Return what became of models as runs that can be compared."""
+    return [
+        Run(
+            str(one.output or one.source), one.report, failed=one.error is not None,
+            said=one.reason if one.error is None else str(one.error).removeprefix(f"{one.source}: "),
+        )
+        for one in done
+    ]  # fmt: skip
 
 
 def quantize_all(
@@ -105,21 +139,33 @@ def quantize_all(
 
     models: files and folders. The content of a single folder goes into `out` itself, of several into folders there
     out: the folder; what it holds already stays, but for files of the same names
-    samples, progress, options: as `quantize` takes them; progress is called with models, too
+    samples, progress, options: as `quantize` takes them; progress is called with models, too. With `workdir`, models
+        that are finished are not quantized again when the same call is made once more
 
-    A model that has no layer to quantize is copied. Raises ComqError as `quantize` does; then nothing is written.
+    A model that has no layer to quantize is copied. One that fails does not stop the others: its `Done` has the error.
+    Raises ComqError for what concerns all models; then nothing is written.
     """
     tell = progress or silent
-    folder = Path(out)
-    queue = _check_places(find_queue([Path(model) for model in models], folder, Options(**options)), folder)
-    with private_directory(folder.absolute().parent) as work:
+    folder, sources = Path(out), [Path(model) for model in models]
+    chosen = Options(**options)
+    queue = _check_places(find_queue(sources, folder, chosen), folder)
+
+    def quantize(model: Path, target: Path, more: Mapping[str, Any]) -> Report:
+        return pipeline.quantize(model, target, samples, progress=progress, **{**options, **more})
+
+    with private_directory(folder.absolute().parent) as work, finished.opened(chosen, sources, samples) as kept:
         stage, done = subdirectory(work, "out"), []
         for i, job in enumerate(queue.jobs):
             tell("models", i, len(queue.jobs))
-            done.append(_run(job, stage, folder, samples, progress, options))
+            memory.forget_peak()
+            done.append(_run(job, i, stage, folder, kept, quantize))
         tell("models", len(queue.jobs), len(queue.jobs))
-        _copy(queue.copies, stage)
-        _move(stage, folder)
+        whole = [job.folder for job, one in zip(queue.jobs, done, strict=True) if one.error is None]
+        if whole:
+            _copy({t: s for t, s in queue.copies.items() if any(t.is_relative_to(f) for f in whole)}, stage)
+            _move(stage, folder)
+        if kept is not None:
+            kept.end(failed=len(whole) < len(done))
     return done
 
 
@@ -143,10 +189,10 @@ def find_queue(models: Sequence[Path], out: Path, options: Options) -> Queue:
             found = _of_folder(path, out, options)
             # several folders have files of the same names
             below = Path() if len(models) == 1 else Path(path.resolve().name)
-            jobs += [replace(job, target=below / job.target) for job in found.jobs]
+            jobs += [replace(job, target=below / job.target, folder=below) for job in found.jobs]
             copies |= {below / target: source for target, source in found.copies.items()}
         elif path.is_file():
-            jobs.append(replace(_job(path, path.parent, options), target=Path(path.name)))
+            jobs.append(replace(_job(path, path.parent, options), target=Path(path.name), folder=Path(path.name)))
         else:
             raise ModelError(f"{path}: no such file or folder; give ONNX models, or folders of them")
     queue = Queue(tuple(jobs), copies)
@@ -186,10 +232,14 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _job(path: Path, folder: Path, options: Options) -> Job:
+    """Look at a model of a folder: where it goes, which other files it has, and whether it can be read."""
     place = path.relative_to(folder)
     if place.parts[0] == HUB and len(place.parts) > 1:
         place = place.with_name(f"{place.stem}_{_width(options)}.onnx")
-    return Job(path, place, frozenset(data_files(path)))
+    try:
+        return Job(path, place, frozenset(data_files(path)))
+    except ModelError as error:
+        return Job(path, place, error=error)
 
 
 def _width(options: Options) -> str:
@@ -216,22 +266,76 @@ def _check_places(queue: Queue, out: Path) -> Queue:
 
 
 def _run(
-    job: Job, stage: Path, out: Path, samples: pipeline.SampleSource, progress: Progress | None, options: Any
-) -> Done:
-    """Quantize one model into the folder `stage`; or copy it where it has no layer to quantize."""
+    job: Job, place: int, stage: Path, out: Path, kept: finished.Finished | None,
+    quantize: Callable[[Path, Path, Mapping[str, Any]], Report],
+) -> Done:  # fmt: skip
+    """Quantize one model into the folder `stage`; or copy it where it has no layer to quantize.
+
+    place: of the model in the queue
+    kept: models that are finished
+    quantize: is called with the paths of the model and of the result, and with more options
+    """
+    try:
+        if job.error is not None:
+            raise job.error
+        report = kept.take(place, job.source, stage) if kept is not None else None
+        if report is None:
+            report = _quantized(job, stage, out, quantize, None if kept is None else kept.of_model(place))
+            if kept is not None:
+                kept.keep(place, job.source, stage, [p for p in job.written if (stage / p).is_file()], report)
+        return Done(job.source, out / job.target, report)
+    except NothingToQuantize as error:
+        return _copied(job, stage, out, str(error))
+    except Exception as error:
+        return _failed(job, stage, error)
+
+
+def _quantized(
+    job: Job, stage: Path, out: Path, quantize: Callable[[Path, Path, Mapping[str, Any]], Report], workdir: str | None
+) -> Report:
+    """Quantize a model into the folder `stage`, and return its report with the names that the files get in the end."""
     staged, final = stage / job.target, out / job.target
     staged.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        report = pipeline.quantize(job.source, staged, samples, progress=progress, **options)
-    except NothingToQuantize as error:
-        beside = {job.target.parent / path.relative_to(job.source.parent): path for path in job.data}
-        _copy({job.target: job.source, **beside}, stage)
-        return Done(job.source, final, None, str(error))
-    except ComqError as error:
-        named = "" if str(job.source) in str(error) else f" ({job.source})"
-        raise type(error)(f"{error}{named}; nothing was written") from error
+    report = quantize(job.source, staged, {} if workdir is None else {"workdir": workdir})
     command = report.command.replace(str(staged), str(final))
-    return Done(job.source, final, replace(report, output=str(final), command=command))
+    if workdir is not None:
+        # of the run of several models: one alone needs none
+        command = command.replace(f" --workdir {shlex.quote(workdir)}", "")
+    return replace(report, output=str(final), command=command)
+
+
+def _copied(job: Job, stage: Path, out: Path, reason: str) -> Done:
+    """Copy a model that has no layer to quantize into the folder `stage`."""
+    beside = {job.target.parent / path.relative_to(job.source.parent): path for path in job.data}
+    try:
+        _copy({job.target: job.source, **beside}, stage)
+    except OptionError as error:
+        return _failed(job, stage, error)
+    return Done(job.source, out / job.target, None, reason)
+
+
+def _failed(job: Job, stage: Path, error: Exception) -> Done:
+    """Remove what a model that failed has left in the folder `stage`."""
+    for path in job.written:
+        (stage / path).unlink(missing_ok=True)
+    folder = (stage / job.target).parent
+    with contextlib.suppress(OSError):
+        while folder != stage:
+            folder.rmdir()
+            folder = folder.parent
+    return Done(job.source, None, None, error=_foreseen(error))
+
+
+def _foreseen(error: Exception) -> ComqError:
+    """Return an error of one model as one that is told in one line."""
+    if isinstance(error, ComqError):
+        return error
+    if isinstance(error, MemoryError):
+        return OutOfMemory("out of memory; try a smaller --batch-size, fewer --samples, or --memory")
+    if isinstance(error, OSError):
+        return OptionError(f"{error}; free some space, or check the permissions")
+    logger.info("unforeseen", exc_info=error)
+    return InternalError(f"{type(error).__name__}: {error}; a fault of comq-onnx: -v shows where, please report it")
 
 
 def _copy(copies: Mapping[Path, Path], folder: Path) -> None:

@@ -17,6 +17,8 @@ Floats = npt.NDArray[np.float64]
 MATCHED_SHARE = 0.05
 # so many numbers are looked at together: logits over a vocabulary are too many for a copy of them
 PIECE = 1 << 20
+# so many rows with another best class are kept
+MOST_CHANGED = 12
 
 # Outputs of two models ------------------------------------------------------------------------------------------------
 
@@ -29,12 +31,14 @@ class OutputComparison:
     sqnr_db: signal to quantization noise in dB
     cosine: the cosine of the angle between both outputs
     top1_agreement: the share of rows with the same best class; None where the output holds no class scores
+    changed: of the first rows with another best class: (row, class before, class after)
     """
 
     name: str
     sqnr_db: float
     cosine: float
     top1_agreement: float | None
+    changed: tuple[tuple[int, int, int], ...] = ()
 
 
 class ComparisonSums:
@@ -45,6 +49,7 @@ class ComparisonSums:
         self.signal = self.noise = self.dot = self.energy = 0.0
         self.agree = self.rows = 0
         self.scores = scores
+        self.changed: list[tuple[int, int, int]] = []
 
     def add(self, before: npt.NDArray[Any], after: npt.NDArray[Any]) -> None:
         """Add an output of the model before and after quantization, of the same shape.
@@ -58,7 +63,9 @@ class ComparisonSums:
         if self.scores is None:
             self.scores = looks_like_scores(before)
         if self.scores:
-            first, second = before.argmax(-1), after.argmax(-1)
+            first, second = before.argmax(-1).ravel(), after.argmax(-1).ravel()
+            for row in np.flatnonzero(first != second)[: MOST_CHANGED - len(self.changed)]:
+                self.changed.append((self.rows + int(row), int(first[row]), int(second[row])))
             self.agree += int((first == second).sum())
             self.rows += first.size
 
@@ -81,7 +88,8 @@ class ComparisonSums:
         sqnr = 10 * float(np.log10(ratio)) if ratio > 0 else -np.inf
         length = float(np.sqrt(self.signal * self.energy))
         cosine = self.dot / length if length > 0 else float(self.noise == 0)
-        return OutputComparison(name, sqnr, cosine, self.agree / self.rows if self.rows else None)
+        agreement = self.agree / self.rows if self.rows else None
+        return OutputComparison(name, sqnr, cosine, agreement, tuple(self.changed))
 
 
 @dataclass(frozen=True)

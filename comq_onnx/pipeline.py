@@ -192,18 +192,25 @@ def _kept(source: FloatModel, data: Dataset, context: Context) -> Iterator[Conte
     if context.options.workdir is None:
         yield context
         return
-    lasting = {f"--{o.name}": getattr(context.options, f) for f, o in options_of(context.options).items() if o.lasting}
     run = {
         "model": source.file.sha256,
         "samples": data.sha256,
-        **{name: repr(value) for name, value in sorted(lasting.items())},
-        "onnxruntime version": session.require().__version__,
-        **{f"{package} version": metadata.version(package) for package in VERSIONS},
+        **what_lasts(context.options),
         "kind of device": "cuda" if is_gpu(context.device) else "cpu",
     }
     with workdir.opened(Path(context.options.workdir), run) as work:
         yield replace(context, workdir=work)
         context.journal.warnings += [f"{context.options.workdir}: {what}" for what in work.damaged]
+
+
+def what_lasts(options: Options) -> dict[str, str]:
+    """Return what the bytes of a result depend on beside model, samples and device, by what messages call it."""
+    lasting = {f"--{o.name}": getattr(options, field) for field, o in options_of(options).items() if o.lasting}
+    return {
+        **{name: repr(value) for name, value in sorted(lasting.items())},
+        "onnxruntime version": session.require().__version__,
+        **{f"{package} version": metadata.version(package) for package in VERSIONS},
+    }
 
 
 def _plan(path: Path, samples: SampleSource, context: Context) -> Report:

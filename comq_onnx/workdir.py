@@ -48,10 +48,12 @@ class Workdir:
 
     path: the directory
     damaged: what could not be read, for the report
+    stays: what is kept stays when the run ends well, too
     """
 
     path: Path
     damaged: list[str] = field(default_factory=list)
+    stays: bool = False
     _arrays: dict[int, tuple[weakref.ref[Any], str]] = field(default_factory=dict, init=False)
     _sums: dict[str, int] = field(default_factory=dict, init=False)
     _count: int = field(default=0, init=False)
@@ -212,7 +214,7 @@ class _Unpickler(pickle.Unpickler):
 
 @contextlib.contextmanager
 def opened(path: Path, run: Mapping[str, str]) -> Iterator[Workdir]:
-    """Open a directory for the states of a run, and empty it when the block ends well.
+    """Open a directory for the states of a run, and empty it when the block ends well, unless it stays.
 
     run: what tells this run from others, by what it is called in messages
 
@@ -236,7 +238,8 @@ def opened(path: Path, run: Mapping[str, str]) -> Iterator[Workdir]:
         work = Workdir(path)
         _check_run(work, run)
         yield work
-        work.empty()
+        if not work.stays:
+            work.empty()
     finally:
         if lock is not None:
             os.close(lock)

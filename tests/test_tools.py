@@ -17,9 +17,11 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from reports import report
 from script import run_script
 
 import comq_onnx
+from comq_onnx.metrics import OutputComparison
 from models import infer, mlp, samples_for, sqnr
 
 ROOT = Path(__file__).parents[1]
@@ -185,6 +187,22 @@ def test_models_that_do_not_fit_are_one_line(tmp_path: Path) -> None:
         done = run_script(ROOT / "tools" / "compare.py", *arguments)
         assert done.code == 3
         assert re.fullmatch(rf"compare: [^\n]*{words}[^\n]*\n", done.err)
+
+
+def test_reports_of_several_runs_are_compared_on_one_page(tmp_path: Path) -> None:
+    for name, db in (("a", 20.0), ("b", 30.0)):
+        made = report(3, outputs=[OutputComparison("logits", db, 0.99, None)])
+        made.save_json(tmp_path / f"{name}.json")
+    page = tmp_path / "c.html"
+    done = run_script(ROOT / "tools" / "compare.py", tmp_path / "a.json", tmp_path / "b.json", "--html", page)
+    assert (done.code, done.err) == (0, "")
+    assert re.search(r"a\.json .* 20\.0 .*\n.*b\.json .* 30\.0 ", done.out)
+    assert "2 models compared" in page.read_text()
+    assert (tmp_path / "c_models" / "02-b.html").is_file()
+    wrong = run_script(ROOT / "tools" / "compare.py", tmp_path / "a.json", tmp_path / "m.onnx", "--html", page)
+    assert (wrong.code, "give two models, or reports of --json" in wrong.err) == (2, True)
+    unread = run_script(ROOT / "tools" / "compare.py", tmp_path / "none.json")
+    assert (unread.code, "cannot be read (No such file or directory)" in unread.err) == (2, True)
 
 
 def test_inspecting_a_model_tells_what_it_consists_of(tmp_path: Path, quantized_cnn: Path) -> None:

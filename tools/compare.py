@@ -1,10 +1,15 @@
-"""Compare two models on the same samples: how near the outputs are, size, speed, and the kernels of the second one.
+"""Compare two models on the same samples, or the reports of several runs.
 
     python tools/compare.py model.onnx model_q.onnx --samples test.npz
     python tools/compare.py model.onnx model_q.onnx --samples photos/ --preprocess imagenet --json compared.json
+    python tools/compare.py four.json eight.json --html compared.html
 
-Any two models with the same inputs and outputs will do, quantized by whatever tool. Without --samples both run on
-synthetic ones: that tells their speed, and little else. tools/evaluate.py measures against labels.
+Of two models it tells how near the outputs are, size, speed, and the kernels of the second one. Any two models with
+the same inputs and outputs will do, quantized by whatever tool. Without --samples both run on synthetic ones: that
+tells their speed, and little else. tools/evaluate.py measures against labels.
+
+Reports are what --json of comq-onnx wrote, of one model or of several: the table has a line for each, and --html is
+the page that comq-onnx writes for several models.
 """
 
 from __future__ import annotations
@@ -12,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -20,6 +26,8 @@ from rich.console import Console
 from rich.table import Table
 
 import comq_onnx
+from comq_onnx.report import several
+from comq_onnx.report.read import read_runs
 from comq_onnx.report.terminal import describe_language
 
 
@@ -46,26 +54,39 @@ def tables(found: comq_onnx.Comparison) -> list[Table]:
     return [outputs, both]
 
 
+def compare_reports(paths: Sequence[Path], html: Path | None) -> None:
+    """Print the runs of reports as one table, and write the page that compares them."""
+    runs = [run for path in paths for run in read_runs(path)]
+    console = Console()
+    (console if console.is_terminal else Console(width=140)).print(several.table(runs))
+    if html is not None:
+        several.save_html(runs, html)
+
+
 @click.command()
-@click.argument("before", type=click.Path(path_type=Path))
-@click.argument("after", type=click.Path(path_type=Path))
+@click.argument("files", type=click.Path(path_type=Path), nargs=-1, required=True)
 @click.option("--samples", type=click.Path(path_type=Path), help="Samples, as comq-onnx --calib takes them.")
 @click.option("--preprocess", help="For images, as comq-onnx takes it.")
 @click.option("--count", default=256, show_default=True, help="Samples to run, at most.")
 @click.option("--batch-size", default=16, show_default=True, help="Samples run at once.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda[:N] or tensorrt[:N].")
 @click.option("--seconds", default=2.0, show_default=True, help="How long to time both models.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the figures as JSON.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the figures of two models as JSON.")
+@click.option("--html", type=click.Path(path_type=Path), help="Write the page that compares reports.")
 def main(
-    before: Path, after: Path, samples: Path | None, preprocess: str | None, count: int, batch_size: int, device: str,
-    seconds: float, json_path: Path | None,
+    files: Sequence[Path], samples: Path | None, preprocess: str | None, count: int, batch_size: int, device: str,
+    seconds: float, json_path: Path | None, html: Path | None,
 ) -> None:  # fmt: skip
-    """Compare model BEFORE with model AFTER on the same samples."""
+    """Compare two models on the same samples, the first with the second; or the reports of runs (.json)."""
+    of_reports = all(path.suffix == ".json" for path in files)
+    if not of_reports and (len(files) != 2 or html is not None):
+        raise click.UsageError("give two models, or reports of --json; --html is for reports")
     try:
+        if of_reports:
+            return compare_reports(files, html)
         found = comq_onnx.compare(
-            before, after, samples, preprocess=preprocess, count=count, batch_size=batch_size, device=device,
-            seconds=seconds,
-        )  # fmt: skip
+            *files, samples, preprocess=preprocess, count=count, batch_size=batch_size, device=device, seconds=seconds
+        )
     except comq_onnx.ComqError as error:
         click.echo(f"compare: {error}", err=True)
         sys.exit(error.exit_code)

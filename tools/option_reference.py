@@ -42,7 +42,9 @@ def row(option: click.Option, ctx: click.Context) -> str:
     names, meaning = record
     known = [name for name, other in by_long_name(command).items() if other is option]
     in_config = "" if not known or not is_in_config(str(option.name)) else ", ".join(f"`{name}`" for name in known)
-    return f"| `{cell(names)}` | {cell(' '.join(meaning.replace(chr(8), '').split()))} | {in_config} |"
+    # brackets would be links
+    said = cell(" ".join(meaning.replace(chr(8), "").split())).replace("[", "\\[")
+    return f"| `{cell(names)}` | {said} | {in_config} |"
 
 
 def reference() -> str:

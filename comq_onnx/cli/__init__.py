@@ -3,6 +3,6 @@
 command: read the command, run it and print the report
 parameters: make the options of the command
 config_file: read and write configuration files
+demo: run the command on a model that comes with the package
 progress: show bars for long steps
-summary: lay out what became of several models
 """

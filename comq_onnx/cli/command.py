@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import tempfile
+import webbrowser
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +20,12 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from comq_onnx import folders, pipeline
-from comq_onnx.cli import config_file, summary
+from comq_onnx.cli import config_file
 from comq_onnx.cli.parameters import PROGRAM, grouped, is_in_config, parameters
 from comq_onnx.cli.progress import shown_progress
 from comq_onnx.errors import ComqError, OptionError
 from comq_onnx.options.spelling import OPTIONS, spell
+from comq_onnx.report import several
 from comq_onnx.report.report import Report
 from comq_onnx.runtime import memory
 
@@ -35,6 +37,7 @@ Examples:
   comq-onnx model.onnx --calib samples.npz --activations none --granularity 32 -o model_q.onnx
   comq-onnx model.onnx --calib samples.npz --bits auto --size 20% -o model_q.onnx
   comq-onnx folder/ --calib lines.txt -o folder_q4/
+  comq-onnx a.onnx b.onnx c/ --calib photos/ -o quantized/ --report compared.html
   comq-onnx model.onnx --plan
   comq-onnx model.onnx --config quant.toml
 
@@ -42,7 +45,8 @@ Examples:
 Shell completion, for this shell or in its start-up file:
   eval "$(comq-onnx --completion bash)"      # or zsh; for fish: comq-onnx --completion fish | source
 
-Exit codes: 0 done, 2 the command line, 3 the model, 4 the samples, 5 the runtime."""
+Exit codes: 0 done, 1 a fault of comq-onnx, 2 the command line, 3 the model, 4 the samples, 5 the runtime;
+  of several models, that of the first that failed: the others are written."""
 # the columns of a table that goes to a file, which would be cut at 80 otherwise
 PLAIN_WIDTH = 140
 # an error of more characters is cut in its middle
@@ -70,6 +74,7 @@ class _Asked:
     inspect: only show the samples
     sheet: where the pictures of the samples are written
     report, json: where the report is written, as a page and as JSON
+    open: open the page in the browser
     save_config: where the options are written
     quiet, verbose: print less, or more
     """
@@ -81,6 +86,7 @@ class _Asked:
     inspect: bool
     sheet: Path | None
     report: Path | None
+    open: bool
     json: Path | None
     save_config: Path | None
     quiet: bool
@@ -114,14 +120,13 @@ def _run(**given: Any) -> None:
             "--contact-sheet": asked.sheet,
         },
     )
+    if asked.open and asked.report is None:
+        raise OptionError("--open: opens the page of a report; give its path with --report")
     if asked.to_folder:
         return _quantize_to_folder(asked, options, console, errors)
     if asked.inspect or asked.sheet is not None:
         return _inspect(asked, options)
-    if not asked.plan and asked.output is None:
-        raise OptionError("no output: give the quantized model's path with -o, or --plan to only look")
-    if options["sensitivity"] and not asked.plan:
-        raise OptionError("--sensitivity: only with --plan; the report of a run holds the same figures (--json)")
+    _check_one(asked, options)
     if asked.save_config is not None:
         config_file.save_config(asked.save_config, spell(_explicit(click.get_current_context())))
     report = _quantize_or_plan(asked, options, errors)
@@ -131,6 +136,7 @@ def _run(**given: Any) -> None:
     if asked.report is not None:
         _save("--report", asked.report, report.save_html, written)
     files = [path for path in (report.output, asked.report, asked.save_config) if path]
+    _open(asked, errors)
     try:
         _print(report, files, console, errors, asked.quiet, asked.verbose)
     except OSError as error:
@@ -147,6 +153,14 @@ command = _Command(
 )  # fmt: skip
 
 
+def _check_one(asked: _Asked, options: dict[str, Any]) -> None:
+    """Raise OptionError where a run of one model lacks something, or is asked for what it does not do."""
+    if not asked.plan and asked.output is None:
+        raise OptionError("no output: give the quantized model's path with -o, or --plan to only look")
+    if options["sensitivity"] and not asked.plan:
+        raise OptionError("--sensitivity: only with --plan; the report of a run holds the same figures (--json)")
+
+
 def _quantize_or_plan(asked: _Asked, options: dict[str, Any], errors: Console) -> Report:
     """Run the library, and show its progress."""
     if asked.plan:
@@ -156,11 +170,10 @@ def _quantize_or_plan(asked: _Asked, options: dict[str, Any], errors: Console) -
 
 
 def _quantize_to_folder(asked: _Asked, options: dict[str, Any], console: Console, errors: Console) -> None:
-    """Quantize several models, and print what became of them in one table."""
+    """Quantize several models, print what became of them in one table, and exit with the code of the first error."""
     ones = {
         "--plan": asked.plan, "--inspect-samples": asked.inspect, "--contact-sheet": asked.sheet,
-        "--report": asked.report, "--json": asked.json, "--sensitivity": options["sensitivity"],
-        "--workdir": options["workdir"],
+        "--sensitivity": options["sensitivity"],
     }  # fmt: skip
     if given := [name for name, value in ones.items() if value]:
         raise OptionError(f"{given[0]}: is for one model; name one, and for a run a file for it with -o")
@@ -170,13 +183,44 @@ def _quantize_to_folder(asked: _Asked, options: dict[str, Any], console: Console
         config_file.save_config(asked.save_config, spell(_explicit(click.get_current_context())))
     with shown_progress(errors, asked.quiet) as update:
         done = folders.quantize_all(asked.models, asked.output, asked.calib, progress=update, **options)
+    runs = folders.as_runs(done)
+    written = f"; the models were written to {asked.output}"
+    if asked.json is not None:
+        _save("--json", asked.json, lambda path: several.save_json(runs, path), written)
+    if asked.report is not None:
+        _save("--report", asked.report, lambda path: several.save_html(runs, path), written)
+    _open(asked, errors)
+    whole = any(one.error is None for one in done)
+    files = [path for path in (asked.output if whole else None, asked.report, asked.save_config) if path]
     if not asked.quiet:
-        console.print(summary.render(done, asked.verbose))
-        console.print(f"wrote    {asked.output}", soft_wrap=True, highlight=False, markup=False)
-        return
+        console.print(several.table(runs, asked.verbose))
+        _name(files, console)
+    _tell_each(done, asked.quiet)
+    if failed := [one.error.exit_code for one in done if one.error is not None]:
+        sys.exit(failed[0])
+
+
+def _tell_each(done: Sequence[folders.Done], quiet: bool) -> None:
+    """Print the error of each model that failed in one line; if quiet, warnings too."""
     for one in done:
-        for warning in one.report.warnings if one.report is not None else ():
-            errors.print(f"warning: {one.source}: {warning}", markup=False, highlight=False)
+        if one.error is not None:
+            click.echo(f"{PROGRAM}: {_in_one_line(one.named_error)}", err=True)
+        for warning in one.report.warnings if one.report is not None and quiet else ():
+            click.echo(_in_one_line(f"warning: {one.source}: {warning}"), err=True)
+
+
+def _open(asked: _Asked, errors: Console) -> None:
+    """Open the page of the report in the browser, if asked; where there is none, say so."""
+    if asked.open and asked.report is not None and not webbrowser.open(asked.report.resolve().as_uri()):
+        errors.print(
+            f"warning: --open: no browser was found; the page is {asked.report}", markup=False, highlight=False
+        )
+
+
+def _name(files: Sequence[object], console: Console) -> None:
+    """Print the names of files that were written."""
+    for path in files:
+        console.print(f"wrote    {path}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _log_to(errors: Console, verbose: bool) -> None:
@@ -221,8 +265,7 @@ def _print(
             errors.print(f"warning: {warning}", markup=False, highlight=False)
         return
     console.print(report.rich(verbose))
-    for path in files:
-        console.print(f"wrote    {path}", soft_wrap=True, highlight=False, markup=False)
+    _name(files, console)
 
 
 def _console() -> Console:
@@ -324,9 +367,12 @@ def _stop(number: int, _frame: object) -> None:
 
 def _fail(message: str, code: int) -> None:
     """Print an error in one line, and end the process."""
+    click.echo(f"{PROGRAM}: {_in_one_line(message)}", err=True)
+    sys.exit(code)
+
+
+def _in_one_line(message: str) -> str:
+    """Return a message without line breaks, what cannot be printed, and the middle of what is very long."""
     # names in it come from files that anybody may have made
     line = "".join(c if c.isprintable() else "?" for c in " ".join(message.split()))
-    if len(line) > LONGEST_LINE:
-        line = f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 2 :]}"
-    click.echo(f"{PROGRAM}: {line}", err=True)
-    sys.exit(code)
+    return line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 2 :]}"

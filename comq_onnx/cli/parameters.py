@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from comq_onnx.cli.config_file import load_config
+from comq_onnx.cli.demo import run_demo
 from comq_onnx.errors import OptionError, did_you_mean
 from comq_onnx.options.option import GROUPS, INPUT_OUTPUT, OUTPUT, QUANTIZATION, RUNNING, SAMPLES, SOLVER
 from comq_onnx.options.option import Option as Declared
@@ -231,7 +232,9 @@ def _flag(flags: str, help: str) -> click.Option:
 
 
 # parameters of one run, not of how a model is quantized: no configuration file may have them
-ONE_RUN = frozenset({"model", "config", "save_config", "plan", "inspect", "sheet", "version", "completion", "help"})
+ONE_RUN = frozenset(
+    {"model", "config", "save_config", "plan", "inspect", "sheet", "open", "version", "demo", "completion", "help"}
+)
 
 
 def is_in_config(parameter: str) -> bool:
@@ -245,6 +248,7 @@ def parameters() -> dict[str, list[click.Option]]:
         INPUT_OUTPUT: [
             _file("-o --output", "Where the quantized model goes."),
             _file("--report", "Write the report as one HTML page.", "FILE"),
+            _flag("--open", "Open the page of --report in the browser when it is written."),
             _file("--json", "Write the report as JSON.", "FILE"),
             _flag("--plan", "List layers, bits and stages; calibrate and write nothing."),
             *from_library(INPUT_OUTPUT),
@@ -266,6 +270,8 @@ def parameters() -> dict[str, list[click.Option]]:
             _flag("-q --quiet", "Print only warnings and errors."),
             _flag("-v --verbose", "Log every layer and list them all."),
             _version(),
+            click.Option(["--demo"], is_flag=True, is_eager=True, expose_value=False, callback=run_demo,
+                         help="Quantize a small model that comes with this package, in the folder comq-demo."),
             click.Option(["--completion"], type=Choice(["bash", "zsh", "fish"]), is_eager=True, expose_value=False,
                          callback=_print_completion, help="Print the completion script of a shell."),
         ],

@@ -20,6 +20,8 @@ from comq_onnx.model.layers import Layer, calibrated
 from comq_onnx.plan.forms import may_overflow
 from comq_onnx.plan.plan import Plan
 from comq_onnx.plan.solved import Solved
+from comq_onnx.report.changes import changed_answers, worst_weights
+from comq_onnx.report.flow import layers_before
 from comq_onnx.report.inputs import describe
 from comq_onnx.report.report import ActivationReport, LayerReport, Report
 from comq_onnx.runtime import session as runtime
@@ -42,13 +44,17 @@ def build_plan_report(chosen: Chosen, source: FloatModel, data: Dataset, context
     }
     journal.seconds["total"] = time.perf_counter() - journal.started
     tradeoff, allocation = chosen.tradeoff, chosen.allocation
+    before = layers_before(plan.walked.model, plan.walked.layers)
     return Report(
         model=str(source.path),
         output=None,
         version=version(),
         target=plan.target.name,
         bits=options.bits,
-        layers=[_planned_layer(layer, chosen, source, stage_of.get(layer.name, 0)) for layer in plan.layers],
+        layers=[
+            replace(_planned_layer(x, chosen, source, stage_of.get(x.name, 0)), before=before.get(x.name, ()))
+            for x in plan.layers
+        ],
         skipped=plan.written.skipped,
         notes=[*journal.notes, *_cpu_notes(plan)],
         warnings=journal.warnings,
@@ -86,6 +92,8 @@ def build_report(
         layers=[_solved_layer(layer, solved, stored, of_layer) for layer in report.layers],
         size={"before": source.file.size, "after": size},
         activations=_activations(solved),
+        histograms=worst_weights(solved),
+        answers=changed_answers(evaluation.outputs, data.held_back.arrays),
         outputs=evaluation.outputs,
         language=evaluation.language,
         matches=evaluation.matches,

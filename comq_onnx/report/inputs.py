@@ -44,7 +44,7 @@ def describe(arrays: Mapping[str, npt.NDArray[Any]]) -> list[InputReport]:
 def _describe(name: str, array: npt.NDArray[Any]) -> InputReport:
     numbers = array.dtype.kind in "iufb" and array.size > 0
     some = array[: min(len(array), 64)]
-    pictures = tuple(_picture(array[i]) for i in _choose_places(len(array))) if _is_image(array) else ()
+    pictures = tuple(picture(array[i]) for i in _choose_places(len(array))) if is_image(array) else ()
     first = np.asarray(array[0]).reshape(-1)[:SHOWN_VALUES]
     return InputReport(
         name=name,
@@ -63,7 +63,7 @@ def _choose_places(count: int) -> list[int]:
     return sorted({round(i) for i in np.linspace(0, count - 1, PICTURES)})
 
 
-def _is_image(array: npt.NDArray[Any]) -> bool:
+def is_image(array: npt.NDArray[Any]) -> bool:
     """Tell whether samples look like images: 1 or 3 channels, sides of 8 pixels or more."""
     if array.ndim != 4 or array.dtype.kind not in "fu" or min(array.shape) == 0:
         return False
@@ -72,7 +72,7 @@ def _is_image(array: npt.NDArray[Any]) -> bool:
     return (first in (1, 3) or last in (1, 3)) and min(height, width) >= 8
 
 
-def _picture(sample: npt.NDArray[Any]) -> str:
+def picture(sample: npt.NDArray[Any]) -> str:
     """Draw a sample [channels, height, width] or [height, width, channels], its range from black to white, as a URI."""
     pixels = np.asarray(sample, np.float32)
     if pixels.shape[0] in (1, 3):

@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from comq_onnx.evaluate.kernels import FLOAT_PRODUCTS
 from comq_onnx.model.judged import without_caches
-from comq_onnx.report import plots
+from comq_onnx.report import network, plots
 from comq_onnx.report.advice import advise
 from comq_onnx.report.terminal import describe_language
 from comq_onnx.targets.catalog import TARGETS
@@ -26,6 +26,8 @@ FRAME_HEIGHT = 900
 MOST_TWICE = 250
 # activations and skipped nodes beyond these are counted, not listed
 MOST_ROWS = 400
+# the network of more layers is not drawn
+MOST_DRAWN = 600
 
 # by the form of a layer, why it does not run in integers
 WHY = {
@@ -36,7 +38,7 @@ WHY = {
 
 def render(report: Report) -> str:
     """Render a report as a page."""
-    template = _environment().get_template("page.html")
+    template = environment().get_template("page.html")
     return template.render(
         report=report,
         title=re.split(r"[\\/]", report.model)[-1],
@@ -44,6 +46,10 @@ def render(report: Report) -> str:
         advice=advise(report),
         language=None if report.language is None else describe_language(report.language),
         figures=_figures(report),
+        histograms=[
+            {"title": one.name, "drawn": Markup(plots.weights(f"weights-{i}", one))}
+            for i, one in enumerate(report.histograms)
+        ],
         why=lambda layer: _why(layer, report),
         float_operators=_float_operators(report),
         in_float=[x for x in report.layers if x.form != "integer" or x.runs_in_float],
@@ -59,8 +65,8 @@ def frame(page: str) -> str:
     return f'<iframe srcdoc="{html.escape(page)}" style="{style}"></iframe>'
 
 
-def _environment() -> Environment:
-    """Make the environment of page.html, with its filters."""
+def environment() -> Environment:
+    """Make the environment of the pages, with their filters."""
     loader = PackageLoader("comq_onnx.report", "")
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.filters["kb"] = lambda size: "" if size is None else f"{size / 1e3:,.1f}"
@@ -119,7 +125,7 @@ def _output_tiles(report: Report) -> list[tuple[str, str, str]]:
 
 
 @dataclass(frozen=True)
-class _Figure:
+class Drawing:
     """Describe a plot of the page.
 
     draw: makes its SVG from an id, `data` and a size
@@ -144,22 +150,27 @@ def _figures(report: Report) -> list[dict[str, Any]]:
     """Draw the plots for which the report has data."""
     layers = report.layers
     figures = [
-        (any(layer.error_db is not None for layer in layers), _Figure(
+        (any(layer.error_db is not None for layer in layers), Drawing(
             "errors", "Error of each layer",
             "The squared error of a layer's output relative to that output: lower is better. Grey is plain rounding on "
             "the same grid, blue what was written.", plots.errors, layers,
         )),
-        (any(layer.bytes_after is not None for layer in layers), _Figure(
+        (any(layer.bytes_after is not None for layer in layers), Drawing(
             "sizes", "Bytes of each layer", "What the weight takes in the source (grey) and in the result (blue).",
             plots.sizes, layers,
         )),
-        (True, _Figure("bits", "Bits of each layer", "Bits of a weight.", plots.bits, layers)),
-        (len(report.frontier) > 1, _Figure(
+        (True, Drawing("bits", "Bits of each layer", "Bits of a weight.", plots.bits, layers)),
+        (len(report.frontier) > 1, Drawing(
             "frontier", "Size against accuracy",
             "What other budgets would give, as predicted before anything was solved: the order is reliable, and the "
             "accuracy mostly better.", plots.frontier, report.frontier,
         )),
-        (bool(report.activations), _Figure(
+        (0 < len(layers) <= MOST_DRAWN, Drawing(
+            "network", "The network",
+            "The layers from left to right as they follow one another, line by line; what lies between them is left "
+            "out. A layer's shape tells how it is written, its colour the error of its output.", network.draw, layers,
+        )),
+        (bool(report.activations), Drawing(
             "ranges", "Ranges of activations",
             "The span of each quantized activation over the samples (grey), and that of the central 99.9% of its "
             "values (blue). Where grey goes far beyond blue, a few outliers take the codes from all others.",

@@ -10,6 +10,7 @@ and two labels: `points` and `bars` draw any plot, the functions above them the 
 from __future__ import annotations
 
 import io
+import itertools
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Sequence
@@ -24,16 +25,22 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 if TYPE_CHECKING:
     from comq_onnx.bits.tradeoff import FrontierPoint
+    from comq_onnx.report.changes import WeightHistogram
     from comq_onnx.report.report import ActivationReport, LayerReport
 
 # stand-ins for the page's colours: matplotlib knows no CSS variables
 COLOURS = {
     "ink": "#010101", "grid": "#020202", "soft": "#030303", "accent": "#040404", "warn": "#050505", "paper": "#060606",
+    "heat1": "#070707", "heat2": "#080808", "heat3": "#090909", "heat4": "#0a0a0a",
 }  # fmt: skip
 # inches of 72 points: for pages as wide as a desktop and as a phone
 WIDE, NARROW = (11.0, 2.7), (3.9, 2.5)
+# and for half of a desktop, which fills a phone
+HALF = (5.0, 2.2)
 # an axis is logarithmic where the largest size is more than so many times the middle one
 UNEVEN = 40
+# of the labels that show when a mark is pointed at, in points: their letters are about so wide, their lines so high
+LETTER, LINE, REACH = 4.9, 12.0, 9.0
 _SVG = "http://www.w3.org/2000/svg"
 
 
@@ -46,6 +53,7 @@ class Marks:
     titles: what each says when pointed at
     colour: a key of COLOURS
     base: where each bar begins; None for 0
+    names: what is written beside each point; () for nothing
     """
 
     label: str
@@ -54,6 +62,7 @@ class Marks:
     titles: Sequence[str]
     colour: str = "accent"
     base: Sequence[float] | None = None
+    names: Sequence[str] = ()
 
 
 def errors(name: str, layers: Sequence[LayerReport], size: tuple[float, float] = WIDE) -> str:
@@ -89,7 +98,7 @@ def frontier(name: str, found: Sequence[FrontierPoint], size: tuple[float, float
     others, chosen = [p for p in found if not p.chosen], [p for p in found if p.chosen]
     return points(
         name, [marks("possible", others, "soft"), marks("chosen", chosen, "accent")], ("MB", "predicted SQNR, dB"),
-        size, lines=True,
+        size, lines=True, labelled=True,
     )  # fmt: skip
 
 
@@ -160,6 +169,31 @@ def ranges(name: str, activations: Sequence[ActivationReport], size: tuple[float
     )  # fmt: skip
 
 
+def weights(name: str, one: WeightHistogram, size: tuple[float, float] = HALF) -> str:
+    """Draw how many weights of a layer have which size, before and after."""
+    middles = [(a + b) / 2 for a, b in itertools.pairwise(one.edges)]
+    step = one.edges[1] - one.edges[0]
+    titles = [
+        f"{a:.3g} to {b:.3g}\n{before:,} weights before, {after:,} after"
+        for (a, b), before, after in zip(itertools.pairwise(one.edges), one.before, one.after, strict=True)
+    ]
+    places = [i + 0.5 for i in range(len(middles))]
+
+    def adjust(axes: Axes) -> None:
+        _logarithmic(axes)
+        # whole steps from 0 without what rounding leaves
+        first = one.edges[0] / step
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda at, _: f"{step * round(first + at, 3):.2g}"))
+
+    base = [0.5] * len(middles)
+    return bars(
+        name,
+        [Marks("before", places, [max(n, 0.5) for n in one.before], titles, "soft", base),
+         Marks("after", places, [max(n, 0.5) for n in one.after], titles, "accent", base)],
+        ("weight", "how many, logarithmic"), size, adjust,
+    )  # fmt: skip
+
+
 def points(
     name: str,
     series: Sequence[Marks],
@@ -167,12 +201,14 @@ def points(
     size: tuple[float, float] = WIDE,
     joined: bool = False,
     lines: bool = False,
+    labelled: bool = False,
 ) -> str:
     """Draw series of points.
 
     labels: of the axes, x and y
     joined: a line joins the points of two series at one place
     lines: a line joins the points of a series, in order
+    labelled: pointing at a point, or touching it, shows its title at once
     """
 
     def draw(axes: Axes) -> None:
@@ -188,9 +224,12 @@ def points(
                 label=marks.label, zorder=2 + i,
             )  # fmt: skip
             drawn.set_gid(f"marks-{i}")
-        axes.margins(x=0.02, y=0.12)
+            for text, x, y in zip(marks.names, marks.x, marks.y, strict=False):
+                axes.annotate(text, (x, y), (0, 6), textcoords="offset points", ha="center")
+        named = any(marks.names for marks in series)
+        axes.margins(x=0.06 if named else 0.02, y=0.25 if named else 0.12)
 
-    return _plot(name, series, labels, size, draw)
+    return plot(name, series, labels, size, draw, labelled)
 
 
 def bars(
@@ -221,13 +260,19 @@ def bars(
         if whole:
             axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
 
-    return _plot(name, series, labels, size, draw)
+    return plot(name, series, labels, size, draw)
 
 
-def _plot(
-    name: str, series: Sequence[Marks], labels: tuple[str, str], size: tuple[float, float], draw: Callable[[Axes], None]
-) -> str:
-    """Draw a plot with matplotlib; draw: puts its marks on the axes, with the ids that `_marks` looks for."""
+def plot(
+    name: str, series: Sequence[Marks], labels: tuple[str, str], size: tuple[float, float],
+    draw: Callable[[Axes], None], labelled: bool = False, legend: bool = False,
+) -> str:  # fmt: skip
+    """Draw a plot with matplotlib.
+
+    draw: puts the marks on the axes: those of series i in a group of the id `marks-i`, bar j as `marks-i-j`
+    labelled: pointing at a mark shows its title at once
+    legend: one series has a legend, too
+    """
     style: Any = {
         "svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9, "axes.edgecolor": COLOURS["grid"],
         "axes.labelcolor": COLOURS["ink"], "text.color": COLOURS["ink"], "xtick.color": COLOURS["grid"],
@@ -246,20 +291,23 @@ def _plot(
         axes.set_ylabel(labels[1])
         places = all(isinstance(x, int) for marks in series for x in marks.x)
         axes.xaxis.set_major_locator(MaxNLocator(integer=places, nbins=10 if size[0] > 6 else 5))
-        if len(series) > 1:
-            figure.legend(loc="outside upper left", ncols=len(series), frameon=False, handlelength=1.2, borderpad=0)
+        if len(series) > 1 or legend:
+            columns = min(len(series), 5 if size[0] > NARROW[0] else 2)
+            figure.legend(loc="outside upper left", ncols=columns, frameon=False, handlelength=1.2, borderpad=0)
         data = io.StringIO()
         figure.savefig(data, format="svg", metadata={"Date": None})
     # on a phone there is no pointer
-    return _finish(data.getvalue(), name, series, labels, titled=size[0] > NARROW[0])
+    return _finish(data.getvalue(), name, series, labels, size[0] > NARROW[0], labelled)
 
 
-def _finish(svg: str, name: str, series: Sequence[Marks], labels: tuple[str, str], titled: bool) -> str:
+def _finish(svg: str, name: str, series: Sequence[Marks], labels: tuple[str, str], titled: bool, labelled: bool) -> str:
     """Make the SVG of matplotlib ready for the page: marks with titles, colours and font of the page, unique ids."""
     ET.register_namespace("", _SVG)
     ET.register_namespace("xlink", "http://www.w3.org/1999/xlink")
     root = ET.fromstring(svg)
-    _group_marks(root, series, titled)
+    groups = _group_marks(root, series, titled and not labelled)
+    for title, group in groups.items() if labelled else ():
+        _label(group, title, *map(float, root.get("viewBox", "").split()[2:]))
     root.set("role", "img")
     root.set("aria-label", f"{labels[1]} by {labels[0]}")
     for unwanted in ("width", "height"):
@@ -275,8 +323,28 @@ def _finish(svg: str, name: str, series: Sequence[Marks], labels: tuple[str, str
     return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
 
 
-def _group_marks(root: ET.Element, series: Sequence[Marks], titled: bool) -> None:
-    """Put all marks of one title in one group, so that pointing at any of them shows it; titled: give it the title."""
+def _label(group: ET.Element, title: str, width: float, height: float) -> None:
+    """Add what shows when a mark is pointed at: its title beside it, within the plot; and make the mark easy to hit."""
+    x, y = (float(group[0].get(axis, "0")) for axis in "xy")
+    lines = title.split("\n")
+    wide, high = max(map(len, lines)) * LETTER + 12, len(lines) * LINE + 6
+    left, top = min(max(x - wide / 2, 1), max(width - wide - 1, 1)), y - high - REACH
+    top = top if top > 0 else min(y + REACH, height - high)
+    ET.SubElement(group, f"{{{_SVG}}}circle", {"class": "reach", "cx": f"{x}", "cy": f"{y}", "r": f"{REACH}"})
+    label = ET.SubElement(group, f"{{{_SVG}}}g", {"class": "label"})
+    sides = {"x": f"{left:.1f}", "y": f"{top:.1f}", "width": f"{wide:.1f}", "height": f"{high:.1f}", "rx": "3"}
+    ET.SubElement(label, f"{{{_SVG}}}rect", sides)
+    for i, line in enumerate(lines):
+        place = {"x": f"{left + 6:.1f}", "y": f"{top + LINE * (i + 1):.1f}", "style": "font: 9px sans-serif"}
+        ET.SubElement(label, f"{{{_SVG}}}text", place).text = line
+    group.set("tabindex", "0")
+
+
+def _group_marks(root: ET.Element, series: Sequence[Marks], titled: bool) -> dict[str, ET.Element]:
+    """Put all marks of one title in one group, so that pointing at any of them shows it, and return the groups.
+
+    titled: give each the title
+    """
     parents = {child: parent for parent in root.iter() for child in parent}
     groups: dict[str, ET.Element] = {}
     for i, marks in sorted(_marks(root).items()):
@@ -292,6 +360,7 @@ def _group_marks(root: ET.Element, series: Sequence[Marks], titled: bool) -> Non
             groups[title].append(mark)
             if holder in axes and not list(holder.iter(f"{{{_SVG}}}defs")):
                 axes.remove(holder)
+    return groups
 
 
 def _marks(root: ET.Element) -> dict[int, list[tuple[ET.Element, ET.Element]]]:

@@ -13,6 +13,7 @@ from comq_onnx.bits.tradeoff import FrontierPoint
 from comq_onnx.evaluate.kernels import FLOAT_PRODUCTS
 from comq_onnx.metrics import LanguageComparison, OutputComparison, OutputMatch
 from comq_onnx.model.files import write_text
+from comq_onnx.report.changes import ChangedAnswer, WeightHistogram
 from comq_onnx.report.inputs import InputReport
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class LayerReport:
     output_noise_db: the noise that its quantization alone brings to the outputs of the model, over their energy, in dB,
         as the survey measured it
     slower: it is weight-only because integers would take longer
+    before: the nearest layers whose outputs come to it through no other layer
     """
 
     name: str
@@ -55,6 +57,7 @@ class LayerReport:
     kernel: str | None = None
     output_noise_db: float | None = None
     slower: bool = False
+    before: tuple[str, ...] = ()
 
     @property
     def gain_db(self) -> float | None:
@@ -125,6 +128,8 @@ class Report:
     activations: the quantized ones, in graph order
     inputs: the samples, described
     frontier: what other budgets would give, as predicted
+    histograms: the weights of the layers that lose most, by size
+    answers: samples whose best class became another, where they are pictures
     command: the command line that does the same again
     in_memory: the result, where it was not written to a file
     """
@@ -154,6 +159,8 @@ class Report:
     activations: list[ActivationReport] = field(default_factory=list)
     inputs: list[InputReport] = field(default_factory=list)
     frontier: list[FrontierPoint] = field(default_factory=list)
+    histograms: list[WeightHistogram] = field(default_factory=list)
+    answers: list[ChangedAnswer] = field(default_factory=list)
     command: str = ""
     in_memory: bytes | None = field(default=None, repr=False, compare=False)
 
@@ -163,6 +170,8 @@ class Report:
         del values["in_memory"]
         for given in values["inputs"]:
             del given["pictures"]
+        for answer in values["answers"]:
+            del answer["picture"]
         return values
 
     def to_json(self) -> str:

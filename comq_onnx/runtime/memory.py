@@ -47,6 +47,12 @@ def limit() -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
 
 
+def forget_peak() -> None:
+    """Let the most memory that this process took be counted anew, where the system can."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def _pages(name: str) -> int | None:
     """Return the bytes of the pages that os.sysconf counts under a name; None where it does not."""
     try:

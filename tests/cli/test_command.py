@@ -64,7 +64,8 @@ def test_help_lists_every_option_with_its_meaning(run: Callable[..., Said], opti
             assert all(name in said.out for name in parameter.opts)
             assert parameter.help
     words = " ".join(said.out.split())
-    assert "Exit codes: 0 done, 2 the command line, 3 the model, 4 the samples, 5 the runtime" in words
+    codes = "0 done, 1 a fault of comq-onnx, 2 the command line, 3 the model, 4 the samples, 5 the runtime;"
+    assert f"Exit codes: {codes}" in words
 
 
 def test_the_exit_codes_of_the_help_are_those_of_the_errors() -> None:
@@ -116,7 +117,7 @@ def test_the_json_report_holds_every_figure(run: Callable[..., Said], files: Pat
         "name", "op", "weight_shape", "bits", "granularity", "error_db", "rtn_error_db", "seconds"
     }  # fmt: skip
     assert "--exclude" in report["skipped"]["stem"]
-    assert set(report["outputs"][0]) == {"name", "sqnr_db", "cosine", "top1_agreement"}
+    assert set(report["outputs"][0]) == {"name", "sqnr_db", "cosine", "top1_agreement", "changed"}
     assert set(report["latency_ms"]) == {"before", "after"}
     assert report["peak_rss_mb"] > 0
 
@@ -142,6 +143,31 @@ def test_a_perfect_layer_is_json_too(run: Callable[..., Said], files: Path) -> N
     json.loads((files / "r.json").read_text(), parse_constant=lambda x: pytest.fail(f"{x} is no JSON"))
     # the weights are exact, but ONNX Runtime's MatMulNBits rounds activations to 8 bits in blocks: some 45 dB
     assert worst_sqnr(files / "m.onnx", files / "q.onnx", samples_for(mlp())) > 40
+
+
+def test_the_demo_runs_the_command_that_it_prints(
+    run: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = run("--demo")
+    assert (said.code, said.err) == (0, "")
+    first = said.out.splitlines()[0]
+    assert first.startswith("$ comq-onnx comq-demo/model.onnx --calib comq-demo/samples.npz --bits 4 -o ")
+    assert sorted(path.name for path in (tmp_path / "comq-demo").iterdir()) == [
+        "model.onnx", "model_q.onnx", "report.html", "samples.npz",
+    ]  # fmt: skip
+    assert "17 layers" in said.out
+
+
+@pytest.mark.parametrize("found", [True, False])
+def test_open_shows_the_page_in_the_browser(
+    run: Callable[..., Said], files: Path, monkeypatch: pytest.MonkeyPatch, found: bool
+) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr(cli.webbrowser, "open", lambda address: opened.append(address) or found)
+    said = run(files / "mlp.onnx", "--plan", "--report", files / "plan.html", "--open")
+    assert (said.code, opened) == (0, [(files / "plan.html").as_uri()])
+    assert ("no browser was found" in said.err) != found
 
 
 def test_the_page_is_written_and_named(run: Callable[..., Said], files: Path) -> None:

@@ -22,6 +22,7 @@ from reports import activation, layer, plan, report
 
 from comq_onnx.metrics import OutputComparison
 from comq_onnx.report.report import Report
+from comq_onnx.report.several import Run, render
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "chrome-headless-shell")
 BROWSER = os.environ.get("COMQ_BROWSER") or next((path for name in NAMES if (path := shutil.which(name))), None)
@@ -43,7 +44,7 @@ const measure = page => {{
   const svgs = [...page.querySelectorAll("figure svg")].filter(shown);
   const outside = svg => {{
     const box = svg.getBoundingClientRect();
-    return [...svg.querySelectorAll(".mark > *:not(title), text")].filter(e => {{
+    return [...svg.querySelectorAll(".mark > *:not(title, .reach), text")].filter(e => {{
       const b = e.getBoundingClientRect();
       return b.left < box.left - 1 || b.right > box.right + 1 || b.top < box.top - 1 || b.bottom > box.bottom + 1;
     }}).length;
@@ -57,7 +58,8 @@ const measure = page => {{
     svgs: svgs.map(svg => ({{
       marks: [...svg.querySelectorAll(".mark")].filter(shown).length, outside: outside(svg),
       width: svg.getBoundingClientRect().width, letters: letters(svg),
-      colours: [...new Set([...svg.querySelectorAll(".mark > *:not(title)")].map(e => getComputedStyle(e).fill))],
+      colours: [...new Set([...svg.querySelectorAll(".mark > *:not(title, .label, .reach)")].map(
+        e => getComputedStyle(e).fill))],
     }})),
     tiles: [...page.querySelectorAll(".tile")].map(e => e.getBoundingClientRect().bottom),
     pictures: [...page.querySelectorAll("img")].map(e => e.complete && e.naturalWidth > 0),
@@ -103,6 +105,30 @@ CASES: dict[str, Callable[[], Report]] = {
 }
 
 
+def compared(count: int, failed: int = 0) -> str:
+    """Make the page that compares `count` runs of long names, some of which failed."""
+    runs = [
+        Run(
+            f"{'out/' * 9}a_model_with_a_long_name_{i}.onnx",
+            report(
+                9 + i, size={"before": 4_000_000, "after": 400_000 + 90_000 * (i % 5)}, warnings=[f"{LONG} is slower"],
+                outputs=[OutputComparison("logits", 20.0 + 7 * i % 11, 0.99, 0.97)], peak_rss_mb=500.0 + i,
+                latency_ms={"before": 10.0, "after": 3.0 + i % 4}, options={"bits": i % 3, "exclude": (LONG,)},
+            ),
+            link="report.html",
+        )
+        for i in range(count)
+    ]  # fmt: skip
+    return render([*runs, *(Run(f"{LONG}{i}", None, said=LONG, failed=True) for i in range(failed))], "compared")
+
+
+# pages that compare runs, and the marks of their plots
+COMPARED: dict[str, tuple[Callable[[], str], list[int]]] = {
+    "compared": (lambda: compared(12, failed=2), [12, 12]),
+    "none done": (lambda: compared(0, failed=2), []),
+}
+
+
 def host(pages: dict[str, tuple[int, str]], height: int) -> str:
     """Make a page with others in frames; pages: their widths and texts by id."""
     frames = "".join(
@@ -128,7 +154,7 @@ def browse(folder: Path, page: str, dark: bool, *options: str) -> str:
 @pytest.fixture(scope="module")
 def pages() -> dict[str, tuple[int, str]]:
     """Render every case at both widths."""
-    made = {case: make().to_html() for case, make in CASES.items()}
+    made = {case: make().to_html() for case, make in CASES.items()} | {n: make() for n, (make, _) in COMPARED.items()}
     return {f"{case} {width}": (width, page) for case, page in made.items() for width in WIDTHS}
 
 
@@ -157,14 +183,27 @@ def test_plots_have_marks_and_nothing_overflows(seen: dict[str, Any], case: str,
     assert (found["scrolls"], found["beyond"]) == (0, [])
     layers, activations = len(shown.layers), len(shown.activations)
     expected = [layers] if shown.layers[0].error_db is None else [layers] * 3
-    assert [svg["marks"] for svg in found["svgs"]] == expected + [activations] * bool(activations)
-    for svg in found["svgs"]:
+    # the frontier, the network, the ranges of activations, the weights of the worst layers
+    expected += [len(shown.frontier), layers] + [activations] * bool(activations) + [40] * len(shown.histograms)
+    assert [svg["marks"] for svg in found["svgs"]] == expected
+    for i, svg in enumerate(found["svgs"]):
         assert svg["outside"] == 0
         # letters that can be read, plots that fill the page
         assert svg["letters"] >= 8.5
-        assert svg["width"] > 0.85 * min(width, 1184)
+        assert svg["width"] > (0.85 if i < len(found["svgs"]) - len(shown.histograms) or width < 700 else 0.4) * min(
+            width, 1184
+        )
     assert all(found["pictures"])
-    assert len(found["pictures"]) == sum(len(i.pictures) for i in shown.inputs)
+    assert len(found["pictures"]) == sum(len(i.pictures) for i in shown.inputs) + len(shown.answers)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("case", COMPARED)
+def test_pages_that_compare_have_marks_and_nothing_overflows(seen: dict[str, Any], case: str, width: int) -> None:
+    found = seen[f"{case} {width}"]
+    assert (found["width"], found["scrolls"], found["beyond"]) == (width, 0, [])
+    assert [svg["marks"] for svg in found["svgs"]] == COMPARED[case][1]
+    assert all(svg["outside"] == 0 and svg["letters"] >= 8.5 for svg in found["svgs"])
 
 
 @pytest.mark.parametrize("width", WIDTHS)

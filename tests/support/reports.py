@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from comq_onnx.bits.tradeoff import FrontierPoint
 from comq_onnx.metrics import OutputComparison
-from comq_onnx.report.inputs import describe
+from comq_onnx.report.changes import ChangedAnswer, WeightHistogram
+from comq_onnx.report.inputs import describe, picture
 from comq_onnx.report.report import ActivationReport, LayerReport, Report
 
 # elements of HTML that have no end tag
@@ -24,6 +26,7 @@ def layer(i: int, **changes: Any) -> LayerReport:
         name=f"/features/block{i}/conv", op="Conv", weight_shape=(64, 32, 3, 3), bits=4, granularity="channel",
         form="integer", stage=i, error_db=-25.0 + i % 5, rtn_error_db=-19.0 + i % 5, seconds=0.1, input=f"x{i}",
         bytes_before=73728, bytes_after=9472, kernel="QLinearConv",
+        before=(f"/features/block{i - 1}/conv",) if i else (),
     )  # fmt: skip
     return dataclasses.replace(made, **changes)
 
@@ -32,6 +35,13 @@ def activation(i: int, **changes: Any) -> ActivationReport:
     """Make activation i of a made-up net, without outliers."""
     made = ActivationReport(f"x{i}", -1.0, 3.0 + i % 3, -0.9, 2.5 + i % 3, 0.0157, 64, "uint8")
     return dataclasses.replace(made, **changes)
+
+
+def histogram(name: str) -> WeightHistogram:
+    """Make the weights of a layer before and after, these on every fourth step."""
+    before = [round(900 * np.exp(-(((i - 20) / 8) ** 2))) for i in range(40)]
+    after = [sum(before[i : i + 4]) if i % 4 == 0 else 0 for i in range(40)]
+    return WeightHistogram(name, tuple(i / 20 - 1.0 for i in range(41)), tuple(before), tuple(after))
 
 
 def report(count: int = 12, **changes: Any) -> Report:
@@ -49,6 +59,9 @@ def report(count: int = 12, **changes: Any) -> Report:
         outputs=[OutputComparison("logits", 24.3, 0.998, 0.97)], latency_ms={"before": 10.0, "after": 5.0},
         kernels={"QLinearConv": count}, float_kernels={"Softmax": 1, "Add": 2, "QuantizeLinear": 1},
         activations=[activation(i) for i in range(count)], inputs=describe({"image": images}),
+        frontier=[FrontierPoint(100_000 * i, 1.0 + i, 10.0 + 5 * i, 0.9, i == 3) for i in range(1, 8)],
+        histograms=[histogram(f"/features/block{i}/conv") for i in range(4)],
+        answers=[ChangedAnswer("logits", 7 * i, i, i + 1, picture(images[i])) for i in range(3)],
         command="comq-onnx models/net.onnx --calib photos -o net_q.onnx",
     )  # fmt: skip
     return dataclasses.replace(made, **changes)
@@ -59,7 +72,7 @@ def plan(count: int = 12) -> Report:
     bare = {"error_db": None, "rtn_error_db": None, "seconds": None, "bytes_after": None, "kernel": None}
     return report(
         count, output=None, layers=[layer(i, **bare) for i in range(count)], size={}, outputs=[], latency_ms={},
-        kernels={}, float_kernels={}, activations=[], peak_rss_mb=float("nan"),
+        kernels={}, float_kernels={}, activations=[], peak_rss_mb=float("nan"), histograms=[], answers=[],
     )  # fmt: skip
 
 

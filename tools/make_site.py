@@ -1,0 +1,113 @@
+"""Build the site: README.md, CONTRIBUTING.md, CHANGELOG.md and docs/, an API reference and a gallery of reports.
+
+    python tools/make_site.py
+    python tools/make_site.py --no-reports
+
+It needs the extra `docs`, and for the reports ONNX Runtime. The pages are written to build/docs, with links between
+them as mkdocs wants them; mkdocs builds them to build/site, and any warning (a link or an anchor that leads nowhere,
+a page that is in no menu) ends it with an error. --no-reports leaves the reports of the gallery out, which takes a
+few seconds instead of a minute.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+
+import comq_onnx
+from comq_onnx.report import several
+
+ROOT = Path(__file__).parents[1]
+PAGES, SITE = ROOT / "build" / "docs", ROOT / "build" / "site"
+# pages beside docs/, by their names in the site
+BESIDE = {"README.md": "start.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+# what the gallery shows: (file, what it is, model, options)
+GALLERY = (
+    ("cnn-4", "A small convolutional network at 4 bits", "fashion_cnn", {"bits": 4}),
+    ("cnn-3", "The same network at 3 bits, all layers alike", "fashion_cnn", {"bits": 3, "uniform": True}),
+    ("cnn-auto", "The same network at 18% of its size", "fashion_cnn", {"bits": "auto", "size": "18%"}),
+    ("vit-4", "A small vision transformer at 4 bits", "fashion_vit", {"bits": 4}),
+)
+
+
+def in_site(text: str, folder: Path) -> str:
+    """Return a page with its links as they are in the site; folder: where the page lies in the repository.
+
+    Links to code lose their address: the site has no code.
+    """
+
+    def moved(match: re.Match[str]) -> str:
+        label, target, anchor = match[1], match[2], match[3] or ""
+        place = (folder / target).resolve().relative_to(ROOT)
+        if str(place) in BESIDE:
+            return f"[{label}]({BESIDE[str(place)]}{anchor})"
+        if place.parts[0] == "docs":
+            name = "index.md" if place.name == "README.md" else str(place.relative_to("docs"))
+            return f"[{label}]({name}{anchor})"
+        return label
+
+    return re.sub(r"\[([^\]]*)\]\((?!\w+://|#)([^)#\s]+)(#[^)\s]*)?\)", moved, text)
+
+
+def write_pages() -> None:
+    """Write all pages that are in the repository."""
+    shutil.rmtree(PAGES, ignore_errors=True)
+    PAGES.mkdir(parents=True)
+    for path in sorted((ROOT / "docs").iterdir()):
+        if path.suffix == ".md":
+            name = "index.md" if path.name == "README.md" else path.name
+            (PAGES / name).write_text(in_site(path.read_text(encoding="utf-8"), path.parent), encoding="utf-8")
+        else:
+            shutil.copyfile(path, PAGES / path.name)
+    for source, name in BESIDE.items():
+        (PAGES / name).write_text(in_site((ROOT / source).read_text(encoding="utf-8"), ROOT), encoding="utf-8")
+
+
+def write_reference() -> None:
+    """Write the page that mkdocstrings fills with all public names."""
+    entries = "\n\n".join(f"::: comq_onnx.{name}" for name in comq_onnx.__all__)
+    text = (
+        "# API reference\n\nEverything that `import comq_onnx` has; [From Python](python.md) tells how it is used.\n\n"
+    )
+    (PAGES / "api.md").write_text(f"{text}{entries}\n", encoding="utf-8")
+
+
+def write_gallery(reports: bool) -> None:
+    """Write the gallery; reports: quantize its models, or only say that they are left out."""
+    lines = ["# Gallery of reports", "", "What `--report` writes, of the models in this repository.", ""]
+    if not reports:
+        lines.append("The reports were left out of this build.")
+    else:
+        runs = []
+        for name, title, model, options in GALLERY:
+            source, calib = (ROOT / "models" / file for file in (f"{model}.onnx", "fashion_calib.npz"))
+            report = comq_onnx.quantize(source, None, calib, max_samples=128, **options)  # type: ignore[arg-type]
+            report.save_html(PAGES / f"report-{name}.html")
+            lines.append(f"- [{title}](report-{name}.html)")
+            runs.append(several.Run(title, report))
+        several.save_html(runs, PAGES / "compared.html")
+        lines.append("- [All of them compared](compared.html), as several models in one call are")
+    (PAGES / "gallery.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+@click.command()
+@click.option("--reports/--no-reports", default=True, show_default=True, help="Quantize the models of the gallery.")
+def main(reports: bool) -> None:
+    """Build the site to build/site."""
+    write_pages()
+    write_reference()
+    write_gallery(reports)
+    # not --quiet, which hides warnings from --strict too
+    done = subprocess.run([sys.executable, "-m", "mkdocs", "build", "--strict"], cwd=ROOT)
+    if done.returncode:
+        sys.exit(done.returncode)
+    click.echo(f"wrote    {SITE}")
+
+
+if __name__ == "__main__":
+    main()

@@ -41,7 +41,7 @@ from comq_onnx.write.emit import emit
 # the most samples that give the moments, and the most others on which layers are quantized one by one: of all samples
 # no more than one in PERTURBED_SHARE, and no more than LEAST_PERTURBED where all layers on them would take longer than
 # two passes of all samples
-SURVEYED, PERTURBED, PERTURBED_SHARE, LEAST_PERTURBED = 64, 8, 8, 4
+SURVEYED, PERTURBED, PERTURBED_SHARE, LEAST_PERTURBED = 64, 8, 8, 2
 # one in so many positions gives moments: they only serve to compare errors
 FEWER_POSITIONS = 4
 # the number of channels of a layer, and of rows of an embedding, whose errors are measured

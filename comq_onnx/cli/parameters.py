@@ -104,6 +104,19 @@ class Bits(click.ParamType[int | float | str]):
         return int(number) if number.is_integer() else number
 
 
+class Gigabytes(click.FloatRange):
+    """Take a number of gigabytes, or one with its unit, such as 500MB."""
+
+    name = "GB"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return the gigabytes."""
+        found = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*([kmgt])b?", str(value).strip().lower())
+        if found is None:
+            return float(super().convert(value, param, ctx))
+        return float(found[1]) * 1000.0 ** ("kmgt".index(found[2]) - 2)
+
+
 # The options of the library
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -116,6 +129,8 @@ CONVERTERS: list[tuple[Any, click.ParamType[Any]]] = [
     (Size | None, Pixels()),
     (tuple[tuple[str, int], ...], BitsFor()),
 ]
+# those of options whose numbers have a unit
+BY_NAME: dict[str, click.ParamType[Any]] = {"memory": Gigabytes(0)}
 
 
 def from_library(group: str) -> list[click.Option]:
@@ -142,7 +157,7 @@ def _click_option(field: str, option: Declared) -> click.Option:
 
 def _click_type(kind: Any, option: Declared) -> click.ParamType[Any] | None:
     """Choose what converts a text to the value of an option; kind: the type of the field."""
-    found = next((converter for known, converter in CONVERTERS if known == kind), None)
+    found = BY_NAME.get(option.name) or next((converter for known, converter in CONVERTERS if known == kind), None)
     if found is not None:
         return found
     if option.choices:

@@ -83,7 +83,7 @@ class OptionKeywords(TypedDict, total=False):
     device: str
     """Where to calibrate and solve; N is the number of a GPU."""
     memory_gb: float | None
-    """For tensors kept between stages, then the disk. [default: half of what is free]"""
+    """For tensors kept between stages, then the disk; 500MB too. [default: half of what is free]"""
     workdir: str | None
     """Keep the state of the run in a directory: the same command goes on where it was cut off."""
     sensitivity: bool

@@ -134,7 +134,7 @@ class Options(SampleOptions):
         check=check_name,
     )  # fmt: skip
     memory_gb: float | None = declare(
-        None, RUNNING, "For tensors kept between stages, then the disk.  [default: half of what is free]",
+        None, RUNNING, "For tensors kept between stages, then the disk; 500MB too.  [default: half of what is free]",
         name="memory",
         metavar="GB",
         bounds=(0.0, np.inf), expected="0 or more gigabytes", lasting=False,

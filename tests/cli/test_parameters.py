@@ -1,4 +1,4 @@
-"""Test what the parameters offer beside their values: completion in a shell, and suggestions for typing errors."""
+"""Test what the parameters offer: completion in a shell, suggestions for typing errors, numbers with units."""
 
 # fixtures are imported by their names
 # ruff: noqa: F401, F811
@@ -11,9 +11,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import click
 import pytest
 from command import Said, files, run
 from shell import ENVIRONMENT, assert_one_line
+
+from comq_onnx.cli.parameters import Gigabytes
 
 # Completion -----------------------------------------------------------------------------------------------------------
 
@@ -69,3 +72,20 @@ def test_what_is_like_nothing_gets_none(run: Callable[..., Said], files: Path) -
     said = run(files / "cnn.onnx", "--calib", files / "cnn.npz", "-o", files / "q.onnx", "--include", "zzzz")
     assert "did you mean" not in said.err
     assert "--plan" in said.err
+
+
+# Units ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "gigabytes"),
+    [("1", 1.0), ("1.5", 1.5), ("1GB", 1.0), ("500 MB", 0.5), ("2g", 2.0), ("0", 0.0), (".5TB", 500.0), ("3e-1", 0.3)],
+)
+def test_memory_takes_a_unit(text: str, gigabytes: float) -> None:
+    assert Gigabytes(0).convert(text, None, None) == pytest.approx(gigabytes)
+
+
+@pytest.mark.parametrize("text", ["GB", "1XB", "-1GB", "1 2"])
+def test_memory_that_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(click.BadParameter):
+        Gigabytes(0).convert(text, None, None)

@@ -30,6 +30,7 @@ from comq_onnx.options.spelling import command_line, differing
 from comq_onnx.plan.faithful import prepare_faithfully
 from comq_onnx.plan.forms import BLOCKS_OPSET
 from comq_onnx.plan.make import make_plan
+from comq_onnx.plan.nbits import note_on_forms
 from comq_onnx.plan.plan import Plan
 from comq_onnx.report.build import build_plan_report, build_report
 from comq_onnx.report.report import Report
@@ -179,6 +180,7 @@ def _run(path: Path, out: Path, samples: SampleSource, context: Context) -> Repo
     context.progress("prepare", 1, 1)
     with _kept(source, data, context) as context:
         quantized = choose_and_solve(planned, source, data, context)
+        context.journal.notes += note_on_forms(quantized.chosen.plan)
         # a file that does not load or run never gets the name of the output
         with written(quantized.emitted.model, out) as (file, size), context.journal.timed("compare"):
             check_smaller(quantized.emitted, size, source, context)
@@ -223,10 +225,13 @@ def _plan(path: Path, samples: SampleSource, context: Context) -> Report:
             context.journal.notes.append(
                 "without samples it cannot be told which layers gain most from more bits: shown with equal bits"
             )
+        context.journal.notes += note_on_forms(planned)
         return build_plan_report(Chosen(planned), source, data, context)
     with _kept(source, data, context) as context:
         tradeoff = make_tradeoff(planned, source, data, context)
-        return build_plan_report(choose_bits(planned, tradeoff, source, context), source, data, context)
+        chosen = choose_bits(planned, tradeoff, source, context)
+        context.journal.notes += note_on_forms(chosen.plan)
+        return build_plan_report(chosen, source, data, context)
 
 
 # With less memory

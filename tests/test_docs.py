@@ -2,7 +2,8 @@
 is that of the code.
 
 A block behind `<!-- needs: NAME -->` runs only where NAME is there: a file below the repository, such as zoo/minilm
-(what tools/zoo/export.py makes; COMQ_ZOO names such a folder elsewhere), or a module.
+(what tools/zoo/export.py makes; COMQ_ZOO names such a folder elsewhere), or a module; several with
+commas between them.
 """
 
 from __future__ import annotations
@@ -89,7 +90,9 @@ def steps(found: Iterable[Block]) -> list[list[str]]:
 
 
 def there(need: str) -> bool:
-    """Tell whether what a block needs is there."""
+    """Tell whether what a block needs is there; several things have commas between them."""
+    if "," in need:
+        return all(there(one) for one in need.split(","))
     if need.startswith("zoo/"):
         return (ZOO / need.removeprefix("zoo/")).exists()
     return find_spec(need) is not None

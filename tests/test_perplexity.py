@@ -79,7 +79,8 @@ def test_the_benchmark_of_quantizers_prints_a_line_for_each(folder: Path) -> Non
     done = run_script(TOOL.parent / "bench" / "language.py", folder, "--only", "comq-onnx rounding, per")
     assert done.code == 0, done.err
     (line,) = (line for line in done.out.splitlines() if line.startswith("comq-onnx rounding, per channel"))
-    (of_float,) = (float(line.split()[-2]) for line in done.out.splitlines() if line.startswith("float"))
-    *_, perplexity, times = map(float, line.split()[-5:])
+    (of_float,) = (float(line.split()[-3]) for line in done.out.splitlines() if line.startswith("float"))
+    *_, perplexity, times, rate = map(float, line.split()[-6:])
     # both figures are printed with few digits
     assert times == pytest.approx(perplexity / of_float, rel=2e-3)
+    assert rate > 0

@@ -19,17 +19,11 @@ from pathlib import Path
 import click
 import numpy as np
 import onnxruntime
+from _language_model import LanguageModel
 from tokenizers import Tokenizer
 
 from comq_onnx.errors import ComqError
-from comq_onnx.evaluate.language import language_of
 from comq_onnx.metrics import LanguageSums
-from comq_onnx.model.source import find_model, read_model
-from comq_onnx.runtime.session import Session
-from comq_onnx.samples.cache_shapes import cache_shapes, with_cache_shapes
-from comq_onnx.samples.fit import fit_to_inputs
-from comq_onnx.samples.language_inputs import complete, token_inputs
-from comq_onnx.samples.samples import ModelInput
 
 
 @dataclass(frozen=True)
@@ -62,42 +56,9 @@ def cut(text: str, tokenizer: Tokenizer, context: int, tokens: int) -> np.ndarra
     return np.asarray(ids[: len(ids) // context * context], np.int64).reshape(-1, context)
 
 
-@dataclass(frozen=True)
-class Model:
-    """Hold a language model that is open.
-
-    inputs: described as far as the model tells
-    """
-
-    path: Path
-    session: Session
-    inputs: Sequence[ModelInput]
-
-    @classmethod
-    def open(cls, path: Path) -> Model:
-        """Open a file, or the one model of a folder."""
-        path = find_model(path)
-        session = Session(path, "cpu", what=str(path))
-        return cls(path, session, with_cache_shapes(session.inputs, cache_shapes(read_model(path), path.parent)))
-
-    def logits(self, ids: np.ndarray) -> np.ndarray:
-        """Return the logits of a window [1, context], [context, vocabulary]; the past is empty."""
-        tokens = token_inputs(self.inputs)
-        if len(tokens) != 1:
-            raise click.ClickException(f"{self.path}: {len(tokens)} inputs take tokens; give models with one")
-        given = {tokens[0].name: ids.astype(tokens[0].dtype)}
-        arrays = complete(given, self.inputs, ids, np.ones_like(ids), np.zeros_like(ids))
-        feeds = next(fit_to_inputs(arrays, self.inputs, "text").batches(1))
-        outputs = self.session.run(feeds)
-        language = language_of(self.inputs, feeds, outputs, predicts_next=True)
-        if language is None:
-            raise click.ClickException(f"{self.path}: no output has a score for each token of a vocabulary")
-        return np.asarray(outputs[language.output][0])
-
-
 def measure(models: Sequence[Path], windows: np.ndarray) -> list[Figures]:
     """Run all models on all windows."""
-    opened = [Model.open(path) for path in models]
+    opened = [LanguageModel.open(path) for path in models]
     sums, seconds = [LanguageSums() for _ in models], np.zeros(len(models))
     for window in windows:
         ids, following = window[None], np.append(window[1:], -1)

@@ -100,6 +100,10 @@ class Options(SampleOptions):
         metavar="channel|tensor|BLOCK", check=_check_granularity,
     )  # fmt: skip
     symmetric: bool = declare(True, QUANTIZATION, "Whether weights have zero point 0.", off="asymmetric")
+    nbits_op: bool = declare(
+        False, QUANTIZATION,
+        "Write weight-only products as MatMulNBits, an operator of ONNX Runtime alone, not as QDQ.",
+    )  # fmt: skip
     target: str = declare(
         "ort-cpu", QUANTIZATION,
         "What will run the model.\n\n\b\n" + "\n".join(f"{t.name}: {t.about}." for t in TARGETS.values()),
@@ -185,6 +189,11 @@ class Options(SampleOptions):
             raise OptionError(f"--activations {self.activations}: {error}; use auto or none") from None
         if not (self.symmetric or target.weight_zero_points):
             raise OptionError(f"--asymmetric: {self.target} takes only weights of zero point 0; leave it out")
+        if self.nbits_op and target.runs_outside_ort:
+            raise OptionError(
+                f"--nbits-op: MatMulNBits is an operator of ONNX Runtime alone, "
+                f"and {self.target} has none; leave it out"
+            )
 
     def for_decoder(self) -> Options:
         """Return these options with what suits a decoder where they leave it open: float activations, small blocks."""

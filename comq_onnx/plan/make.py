@@ -37,7 +37,10 @@ def make_plan(source: FloatModel, prepared: Prepared, data: Dataset, context: Co
     _check_reached(specialized, source)
     dtype = context.target.activation_dtype(context.options.activations)
     _check_opset(prepared, dtype, context)
-    plan = Plan(prepared, specialized.prepared, specialized.probes, ActivationPlan("float32"), context.target)
+    plan = Plan(
+        prepared, specialized.prepared, specialized.probes, ActivationPlan("float32"), context.target,
+        nbits_op=context.options.nbits_op,
+    )  # fmt: skip
     plan = _choose_activations(plan, dtype, data, context)
     plan = _unpack_in_branches(plan, data.is_of_decoder)
     plan = tie(plan, context)

@@ -41,6 +41,7 @@ class Plan:
     unpacked: the names of weight-only products and tables that are unpacked to floats at load because packed weights
         would make them slower
     tied: the name of the embedding whose codes a product has too, transposed, by the name of the product
+    nbits_op: weight-only products are written as MatMulNBits where that is possible
     """
 
     written: Prepared
@@ -53,6 +54,7 @@ class Plan:
     slower: frozenset[str] = frozenset()
     unpacked: frozenset[str] = frozenset()
     tied: Mapping[str, str] = field(default_factory=dict)
+    nbits_op: bool = False
 
     @property
     def layers(self) -> Sequence[Layer]:

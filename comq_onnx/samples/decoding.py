@@ -19,14 +19,28 @@ def decoding_feeds(inputs: Sequence[ModelInput], feeds: Arrays, outputs: Arrays)
 
     feeds, outputs: of one sample, which began with an empty past
     """
-    caches = {_place(name): array for name, array in outputs.items() if name.lower().startswith("present")}
+    pasts, caches = [i.name for i in inputs if role_of(i.name) == "past"], _caches(outputs)
+    if not pasts or not all(_goes_on(np.asarray(feeds[name]), caches.get(_place(name))) for name in pasts):
+        return None
+    return next_feeds(inputs, feeds, outputs)
+
+
+def next_feeds(inputs: Sequence[ModelInput], feeds: Arrays, outputs: Arrays) -> dict[str, Any]:
+    """Return the feeds of one more token, with the cache that a model returned; the token is the last one once more.
+
+    feeds, outputs: of the tokens before, by a model that can take up its own cache
+    """
+    caches = _caches(outputs)
     made: dict[str, Any] = {}
     for info in inputs:
-        role, given = role_of(info.name), np.asarray(feeds[info.name])
-        if role == "past" and not _goes_on(given, caches.get(_place(info.name))):
-            return None
-        made[info.name] = caches[_place(info.name)] if role == "past" else _next(role, given)
-    return made if any(role_of(i.name) == "past" for i in inputs) else None
+        role = role_of(info.name)
+        made[info.name] = caches[_place(info.name)] if role == "past" else _next(role, np.asarray(feeds[info.name]))
+    return made
+
+
+def _caches(outputs: Arrays) -> dict[str, Any]:
+    """Return the caches among the outputs, by what their names have in common with those of the past."""
+    return {_place(name): array for name, array in outputs.items() if name.lower().startswith("present")}
 
 
 def _place(name: str) -> str:

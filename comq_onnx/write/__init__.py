@@ -7,6 +7,7 @@ activations: write the pairs of QuantizeLinear and DequantizeLinear of activatio
 walls: keep products apart from operators that a runtime would join them with in float
 codes: store integer codes in containers or as bit planes
 expose: make weights inputs of the float model, to try quantized ones without a new session
+nbits: write weight-only products as MatMulNBits, in place of the QDQ form
 provenance: make the metadata of the file
 check: check a written model against its plan and the rules of its target
 size: compare its size with that of its source

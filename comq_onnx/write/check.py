@@ -22,11 +22,13 @@ from comq_onnx.plan.solved import Solved
 from comq_onnx.solve.grid import QuantizedWeight
 from comq_onnx.targets.target import Target
 from comq_onnx.write.activations import QUANTIZES, is_of_source
+from comq_onnx.write.nbits import LOOKUP, PRODUCT, stored_codes
 from comq_onnx.write.weights import channel_scale
 
 Numbers = npt.NDArray[Any]
 # the number of findings that one line names at most
 MOST_NAMED = 3
+OTHER_CODES = "reads other codes than were solved for"
 INTEGERS = (ir.DataType.INT8, ir.DataType.INT4, ir.DataType.INT2)
 # the nodes that may stand between the codes of a weight and its layer: they unpack constants
 _UNPACKING = frozenset(
@@ -96,18 +98,22 @@ def _fault(node: ir.Node, layer: Layer, solved: Solved) -> str:
     stored_as = layer if table is None else table
     codes = [v for v in _constants_behind(weight) if str(v.name).startswith(f"{stored_as.weight}.codes")]
     types = {v.dtype for v in codes}
-    wanted = ir.DataType.UINT8 if planes else ir.DataType[container]
+    is_nbits = node.op_type in (PRODUCT, LOOKUP)
+    wanted = ir.DataType.UINT8 if planes or is_nbits else ir.DataType[container]
     if len(codes) != max(1, len(planes)) or types != {wanted}:
         stored = ", ".join(sorted(t.name for t in types if t is not None)) or "no codes"
         return f"reads {stored} where {wanted.name} was planned"
+    numbers = graphs.constant(codes[0])
+    if is_nbits:
+        same = numbers is not None and np.array_equal(stored_codes(node, numbers), solution.codes[0])
+        return "" if same else OTHER_CODES
     last = None if weight is None else weight.producer()
     if form in (WeightForm.INTEGER, WeightForm.BLOCKED) and (last is None or last.op_type != "DequantizeLinear"):
         return "does not read its weight from a DequantizeLinear"
-    numbers = graphs.constant(codes[0])
     if not planes and (
         numbers is None or not _same_codes(numbers, last, stored_as, solved.plan.form(stored_as), solution)
     ):
-        return "reads other codes than were solved for"
+        return OTHER_CODES
     if form is WeightForm.INTEGER and not _dequantized(node.inputs[layer.kind.input_index]):
         return "reads an input that is not quantized"
     return ""

@@ -17,6 +17,7 @@ from comq_onnx.model import graph as graphs
 from comq_onnx.model.layers import nodes_by_name
 from comq_onnx.plan.solved import Solved
 from comq_onnx.write.activations import emit_activation, integer_readers, keep_float, mark_source
+from comq_onnx.write.nbits import write_nbits
 from comq_onnx.write.walls import build_walls
 from comq_onnx.write.weights import emit_layer, stored_bytes
 
@@ -47,6 +48,7 @@ def emit_model(solved: Solved, provenance: Mapping[str, str], described: Set[str
     """
     model = solved.plan.written.model.clone()
     emit(model, solved)
+    write_nbits(model, solved)
     for graph in (model.graph, *model.graph.subgraphs()):
         for node in graph:
             for value in node.outputs:

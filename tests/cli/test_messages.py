@@ -117,6 +117,8 @@ CASES: list[tuple[Setup, Sequence[str], int, str]] = [
      "--activations 8: ort-cuda runs nothing with activations of 8 bits; use auto or none"),
     (nothing, [*RUN, "--target", "tensorrt", "--asymmetric"], 2,
      "--asymmetric: tensorrt takes only weights of zero point 0; leave it out"),
+    (nothing, [*RUN, "--target", "openvino", "--nbits-op"], 2,
+     "--nbits-op: MatMulNBits is an operator of ONNX Runtime alone, and openvino has none; leave it out"),
     (no_converter(mlp()), [*RUN, "--activations", "16"], 2,
      "--activations 16 needs opset 21; this model could not be raised above 17"),
     (nothing, [*RUN, "--json", "no/r.json"], 2,

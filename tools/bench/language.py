@@ -1,19 +1,24 @@
-"""Quantize a language model to 4 bits here and by ONNX Runtime's own tools: perplexity, size, CPU seconds, memory.
+"""Quantize a language model to 4 bits here and by ONNX Runtime's own tools: perplexity, size, seconds, memory, speed.
 
     python tools/zoo/export.py zoo --only smollm2
     python tools/bench/language.py zoo/smollm2 --tokens ids.npy --context 256
+    python tools/bench/language.py genai_folder --calib texts.jsonl --text moby-dick.txt --block 32
 
-Every quantizer runs in a process of its own. ONNX Runtime's leave the embedding float; `k_quant` needs blocks, `hqq`
-too. The perplexity is that of the tokens in an .npy file [tokens], cut into windows, or of the model's test.npz.
+Every quantizer runs in a process of its own. ONNX Runtime's leave the embedding float; `k_quant` and `hqq` need blocks.
+`gptq` is the solver of that name in comq-onnx: ONNX Runtime's runs the whole model once for every layer and sample. The
+perplexity is that of a text, or of the tokens in an .npy file [tokens], cut into windows, or of the model's test.npz.
+Tokens a second are those behind a prompt, on one thread, of the models one by one and around again: each has the best
+of its rounds.
 """
 
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +26,17 @@ from pathlib import Path
 import click
 import numpy as np
 import onnxruntime
+from tokenizers import Tokenizer
 
-from comq_onnx.evaluate.language import language_of
 from comq_onnx.metrics import LanguageSums
-from comq_onnx.runtime.session import Session
+from comq_onnx.model.source import find_model
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from _language_model import LanguageModel
+
+# tokens of the prompt, and behind it, when decoding is timed; how often each model is
+PROMPT, DECODED, ROUNDS = 32, 32, 3
 
 # run in a process; the model is loaded with its external data, which the file that is written would point at otherwise
 ORT_SCRIPT = """
@@ -50,13 +62,12 @@ class Row:
     """Hold what a quantizer took and made."""
 
     what: str
-    seconds: float
-    megabytes: float
-    size: float
-    perplexity: float
+    path: Path
+    seconds: float = 0.0
+    megabytes: float = 0.0
 
 
-def commands(source: Path, calib: Path, out: Path, blocks: Sequence[int]) -> dict[str, list[str]]:
+def commands(source: Path, calib: Path, length: int, out: Path, blocks: Sequence[int]) -> dict[str, list[str]]:
     """Return the command of each quantizer, by what it is called."""
     found = {
         f"onnxruntime {how}, blocks of {block}": [
@@ -67,11 +78,14 @@ def commands(source: Path, calib: Path, out: Path, blocks: Sequence[int]) -> dic
     }  # fmt: skip
     ours = [sys.executable, "-m", "comq_onnx", str(source), "-o", str(out), "-q", "--bits", "4", "--uniform"]
     ours += ["--activations", "none"]
+    given = ["--calib", str(calib), "--length", str(length)]
     for granularity in (*map(str, blocks), "channel"):
         name = f"blocks of {granularity}" if granularity.isdigit() else f"per {granularity}"
         options = [*ours, "--granularity", granularity]
         found[f"comq-onnx rounding, {name}"] = [*options, "--solver", "rtn"]
-        found[f"comq-onnx, {name}"] = [*options, "--calib", str(calib)]
+        found[f"comq-onnx gptq, {name}"] = [*options, *given, "--solver", "gptq"]
+        found[f"comq-onnx, {name}"] = [*options, *given]
+        found[f"comq-onnx, {name}, asymmetric"] = [*options, *given, "--asymmetric"]
     return found
 
 
@@ -89,18 +103,19 @@ def run(command: list[str]) -> tuple[float, float]:
 
 
 def perplexity(path: Path, windows: np.ndarray) -> float:
-    """Return the perplexity of a model with one input of tokens on windows [windows, context]."""
-    session, sums = Session(path, "cpu", threads=1), LanguageSums()
-    (tokens,) = session.inputs
+    """Return the perplexity of a model on windows [windows, context]; a past is empty."""
+    model, sums = LanguageModel.open(path, threads=1), LanguageSums()
     for window in windows:
-        feeds = {tokens.name: window[None].astype(tokens.dtype)}
-        outputs = session.run(feeds)
-        language = language_of(session.inputs, feeds, outputs, predicts_next=True)
-        if language is None:
-            raise click.ClickException(f"{path}: no output has a score for each token of a vocabulary")
-        logits = outputs[language.output][0]
+        logits = model.logits(window[None])
         sums.add(logits, logits, np.append(window[1:], -1))
     return sums.result("").perplexity["after"]
+
+
+def rates(paths: Sequence[Path], prompt: np.ndarray) -> list[float]:
+    """Return the tokens a second of each model behind a prompt [tokens], the models one by one and around again."""
+    models = [LanguageModel.open(path, threads=1) for path in paths]
+    rounds = [[model.greedy(prompt.tolist(), DECODED).rate for model in models] for _ in range(ROUNDS)]
+    return np.max(rounds, axis=0).tolist()
 
 
 def _size(path: Path) -> float:
@@ -108,34 +123,57 @@ def _size(path: Path) -> float:
     return sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*")) / 1e6
 
 
+def _windows(folder: Path, text: Path | None, tokens: Path | None, context: int, count: int) -> np.ndarray:
+    """Return the windows [windows, context] of a text, of tokens or of the test samples of a model."""
+    if text is not None:
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        ids = np.asarray(tokenizer.encode(text.read_text(encoding="utf-8"), add_special_tokens=False).ids[:count])
+    elif tokens is not None:
+        ids = np.load(tokens)[:count]
+    else:
+        return np.asarray(next(iter(np.load(folder / "test.npz").values())))
+    return ids[: len(ids) // context * context].reshape(-1, context)
+
+
+def _print(rows: Sequence[Row], windows: np.ndarray) -> None:
+    """Print the figures of all models; the first one is the float model."""
+    found = [perplexity(row.path, windows) for row in rows]
+    for row, value, rate in zip(rows, found, rates([row.path for row in rows], windows[0, :PROMPT]), strict=True):
+        made = f"{row.seconds:7.0f} {row.megabytes:8.0f}" if row.seconds else f"{'':7} {'':8}"
+        figures = f"{made} {_size(row.path):7.1f} {value:10.2f} {value / found[0]:6.3f} {rate:9.1f}"
+        click.echo(f"{row.what:40} {figures}")
+
+
 @click.command(help=__doc__.split("\n")[0] if __doc__ else None)
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--calib", type=click.Path(exists=True, path_type=Path), help="Samples.  [default: calib.npz]")
+@click.option("--text", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="To be judged on, UTF-8.")
 @click.option("--tokens", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="An .npy of token ids.")
 @click.option("--context", default=256, show_default=True, help="Tokens of a window.")
 @click.option("--count", default=12288, show_default=True, help="Tokens at most.")
 @click.option("--block", "blocks", multiple=True, default=(32,), type=int, show_default=True, help="May be repeated.")
-@click.option("--only", default="", help="Only quantizers whose name holds this.")
-def main(folder: Path, tokens: Path | None, context: int, count: int, blocks: tuple[int, ...], only: str) -> None:
-    source, calib = folder / "model.onnx", folder / "calib.npz"
-    if tokens is None:
-        windows = next(iter(np.load(folder / "test.npz").values()))
-    else:
-        ids = np.load(tokens)[:count]
-        windows = ids[: len(ids) // context * context].reshape(-1, context)
+@click.option("--only", default="", help="Only quantizers whose name matches this.", metavar="RE")
+@click.option("--also", multiple=True, type=click.Path(exists=True, path_type=Path), help="A model made before.")
+def main(
+    folder: Path, calib: Path | None, text: Path | None, tokens: Path | None, context: int, count: int,
+    blocks: tuple[int, ...], only: str, also: tuple[Path, ...],
+) -> None:  # fmt: skip
+    source = folder / "model.onnx"
+    windows = _windows(folder, text, tokens, context, count)
+    found = commands(source, calib or folder / "calib.npz", context, Path("q.onnx"), blocks)
     click.echo(f"onnxruntime {onnxruntime.__version__}, {windows.size:,} tokens in windows of {windows.shape[1]}")
-    click.echo(f"{'':36} {'CPU s':>7} {'peak MB':>8} {'MB':>7} {'perplexity':>10} {'times':>6}")
-    start = time.process_time()
-    least = perplexity(source, windows)
-    click.echo(f"{'float':36} {time.process_time() - start:7.0f} {'':>8} {_size(source):7.1f} {least:10.2f} {1:6.3f}")
-    for what, command in commands(source, calib, Path("q.onnx"), blocks).items():
-        if only not in what:
-            continue
-        with tempfile.TemporaryDirectory() as work:
-            out = Path(work) / "q.onnx"
-            seconds, megabytes = run([str(out) if part == "q.onnx" else part for part in command])
-            row = Row(what, seconds, megabytes, _size(out), perplexity(out, windows))
-        figures = f"{row.seconds:7.0f} {row.megabytes:8.0f} {row.size:7.1f} {row.perplexity:10.2f}"
-        click.echo(f"{row.what:36} {figures} {row.perplexity / least:6.3f}")
+    click.echo(f"{'':40} {'CPU s':>7} {'peak MB':>8} {'MB':>7} {'perplexity':>10} {'times':>6} {'tokens/s':>9}")
+    rows = [Row("float", source)]
+    with tempfile.TemporaryDirectory() as work:
+        for what, command in found.items():
+            if not re.search(only, what):
+                continue
+            out = Path(work) / str(len(rows)) / "model.onnx"
+            out.parent.mkdir()
+            for beside in folder.glob("*.json"):
+                shutil.copy(beside, out.parent)
+            rows.append(Row(what, out, *run([str(out) if part == "q.onnx" else part for part in command])))
+        _print([*rows, *(Row(str(path.parent.name), path) for path in map(find_model, also))], windows)
 
 
 if __name__ == "__main__":

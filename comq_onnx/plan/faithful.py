@@ -90,7 +90,7 @@ def _fidelity(prepared: Prepared, source: FloatModel, data: Dataset, context: Co
         model = to_bytes_or_file(prepared.model, work, "prepared")
         # large models go by a file
         session = Session(model, context.device, what="the prepared model", small=isinstance(model, str))
-        feeds = next(data.calibration.few(COMPARED).batches(data.batch_size))
+        feeds = next(data.calibration.first(COMPARED).batches(data.batch_size))
         outputs = session.run(feeds)
     # a rounding error moves rows that are selected, which says nothing
     expected = {n: x for n, x in source.session.run(feeds).items() if n not in prepared.judged.selected}

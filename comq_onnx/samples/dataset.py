@@ -92,7 +92,7 @@ def load_dataset(source: FloatModel, samples: Any, context: Context) -> Dataset:
     feeds = next(calibration.batches(size))
     outputs = _first_outputs(source, feeds, everything.source)
     if everything.source != "synthetic":  # made-up samples show nothing that has a class
-        _warn_of_first_batch(next(calibration.few(LOOKED_AT).batches(size)), outputs, clues, journal)
+        _warn_of_first_batch(next(calibration.first(LOOKED_AT).batches(size)), outputs, clues, journal)
     mask, is_of_decoder = find_mask(source, calibration, size, journal), predicts_next(source.session.inputs, clues)
     return Dataset(calibration, held_back, feeds, outputs, mask, size, is_of_decoder)
 

@@ -109,6 +109,11 @@ class Samples:
         first = spread_indices(len(self) // unit, max(1, most // unit)) * unit
         return self.take((first[:, None] + np.arange(unit)).ravel())
 
+    def first(self, most: int) -> Samples:
+        """Take the first samples, at most `most`; where the model fixes the batch size whole batches, at least one."""
+        unit = self.fixed_batch or 1
+        return self.take(np.arange(min(len(self), max(unit, most // unit * unit))))
+
     def number(self, index: int) -> int:
         """Return the place in the source, from 0, of the sample at `index`."""
         return index if self.numbers is None else self.numbers[index]

@@ -31,7 +31,7 @@ class OutputComparison:
     sqnr_db: signal to quantization noise in dB
     cosine: the cosine of the angle between both outputs
     top1_agreement: the share of rows with the same best class; None where the output holds no class scores
-    changed: of the first rows with another best class: (row, class before, class after)
+    changed: of the first rows of an output [rows, classes] with another best class: (row, class before, class after)
     """
 
     name: str
@@ -64,7 +64,8 @@ class ComparisonSums:
             self.scores = looks_like_scores(before)
         if self.scores:
             first, second = before.argmax(-1).ravel(), after.argmax(-1).ravel()
-            for row in np.flatnonzero(first != second)[: MOST_CHANGED - len(self.changed)]:
+            room = MOST_CHANGED - len(self.changed) if before.ndim == 2 else 0
+            for row in np.flatnonzero(first != second)[:room]:
                 self.changed.append((self.rows + int(row), int(first[row]), int(second[row])))
             self.agree += int((first == second).sum())
             self.rows += first.size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,15 +11,18 @@ import numpy as np
 
 from comq_onnx.metrics import OutputComparison
 from comq_onnx.report.inputs import is_image, picture
-from comq_onnx.solve.layer import error_db
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from comq_onnx.model.layers import Layer
     from comq_onnx.plan.solved import Solved
 
 # how many layers have their weights shown, and in how many steps of size
 WORST, BINS = 4, 40
+# weights are counted of every second, third, ... channel or group where there are more; a layer that has far more is
+# left out, since its weights would be in memory once more
+MOST_COUNTED, MOST_READ = 1 << 21, 1 << 25
 # how many answers are shown
 MOST_ANSWERS = 12
 
@@ -56,13 +60,19 @@ class ChangedAnswer:
 
 def worst_weights(solved: Solved) -> list[WeightHistogram]:
     """Count the weights of the layers that lose most, the worst first."""
-    worst = sorted(solved.solutions, key=lambda name: (-error_db(solved.solutions[name].error), name))[:WORST]
-    layers = {layer.name: layer for layer in solved.plan.layers}
-    return [
-        _histogram(name, solved.plan.written.weight(layers[name]), solved.solutions[name].weight.dequantize())
-        for name in worst
-        if name in layers
-    ]
+    layers = {x.name: x for x in solved.plan.layers if math.prod(x.weight_shape) <= MOST_READ}
+    known = [name for name in solved.solutions if name in layers]
+    worst = sorted(known, key=lambda name: (-solved.solutions[name].error, name))[:WORST]
+    return [_of_layer(layers[name], solved) for name in worst]
+
+
+def _of_layer(layer: Layer, solved: Solved) -> WeightHistogram:
+    """Count the weights of one layer."""
+    before = solved.plan.written.weight(layer)
+    some, every = slice(None, None, -(-before.size // MOST_COUNTED)), slice(None)
+    groups, channels = (some, every) if len(before) > 1 else (every, some)
+    after = solved.solutions[layer.name].weight.part(groups, channels).dequantize()
+    return _histogram(layer.name, before[groups, channels], after)
 
 
 def _histogram(name: str, before: npt.NDArray[Any], after: npt.NDArray[Any]) -> WeightHistogram:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -11,7 +12,7 @@ from conftest import Done
 
 from comq_onnx.metrics import MOST_CHANGED, ComparisonSums, OutputComparison
 from comq_onnx.model.prepare import prepare_model
-from comq_onnx.report import flow
+from comq_onnx.report import changes, flow
 from comq_onnx.report.changes import BINS, MOST_ANSWERS, changed_answers
 from models import build, cnn, normal
 
@@ -31,6 +32,20 @@ def test_a_run_counts_the_weights_of_the_layers_that_lose_most(quantized: Callab
         assert spread[1] == pytest.approx(spread[0], rel=0.4)
 
 
+def test_of_large_layers_some_channels_are_counted_and_of_the_largest_none(
+    quantized: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(changes, "MOST_COUNTED", 100)
+    monkeypatch.setattr(changes, "MOST_READ", 1000)
+    found = quantized(cnn(), uniform=True).report
+    sizes = {layer.name: math.prod(layer.weight_shape) for layer in found.layers}
+    assert {one.name for one in found.histograms} == {name for name, size in sizes.items() if size <= 1000}
+    for one in found.histograms:
+        assert sum(one.before) == sum(one.after)
+        # of 144 weights every second, of 432 and 160 every fifth and second
+        assert sum(one.before) <= 112 < 144 <= sizes[one.name]
+
+
 def test_rows_with_another_best_class_are_known() -> None:
     before, after = np.eye(5, 4, dtype=np.float32)[[0, 1, 2, 3, 0]], np.eye(5, 4, dtype=np.float32)[[0, 2, 2, 1, 0]]
     sums = ComparisonSums()
@@ -40,6 +55,10 @@ def test_rows_with_another_best_class_are_known() -> None:
     for _ in range(20):
         sums.add(before, after)
     assert len(sums.result("y").changed) == MOST_CHANGED
+    # positions of a text are no samples
+    longer = ComparisonSums(scores=True)
+    longer.add(before[None], after[None])
+    assert longer.result("y").changed == ()
     same = ComparisonSums()
     same.add(before, before)
     assert same.result("y").changed == ()

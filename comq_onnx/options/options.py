@@ -51,6 +51,14 @@ def _check_granularity(granularity: str) -> None:
         )
 
 
+def _check_workers(workers: int | str) -> None:
+    """Raise OptionError for what is neither a number of processes nor the address of a scheduler."""
+    if "://" not in str(workers) and not (str(workers).isdecimal() and int(workers)):
+        raise OptionError(
+            f"--workers {workers}: give a number of processes, or the address of a Dask scheduler: tcp://host:8786"
+        )
+
+
 @dataclass(frozen=True)
 class Options(SampleOptions):
     """Hold what a caller may choose. Raises OptionError for values that are not possible, alone or together."""
@@ -143,6 +151,10 @@ class Options(SampleOptions):
         None, RUNNING, "Keep the state of the run in a directory: the same command goes on where it was cut off.",
         metavar="DIR", lasting=False,
     )  # fmt: skip
+    workers: int | str | None = declare(
+        None, RUNNING, "Share the work among so many processes, or those of a Dask scheduler.",
+        metavar="N|tcp://HOST:PORT", check=_check_workers, lasting=False,
+    )  # fmt: skip
     sensitivity: bool = declare(
         False, INPUT_OUTPUT, "With --plan: rank the layers by what quantizing each costs.", in_config=False
     )
@@ -152,6 +164,7 @@ class Options(SampleOptions):
         self._check_budget()
         self._check_solver()
         self._check_target()
+        self._check_running()
 
     def _check_budget(self) -> None:
         """Raise OptionError where the bits and their budget do not fit together."""
@@ -185,6 +198,16 @@ class Options(SampleOptions):
             raise OptionError(f"--activations {self.activations}: {error}; use auto or none") from None
         if not (self.symmetric or target.weight_zero_points):
             raise OptionError(f"--asymmetric: {self.target} takes only weights of zero point 0; leave it out")
+
+    def _check_running(self) -> None:
+        """Raise OptionError for what workers cannot do."""
+        if self.workers is not None and self.workdir is not None:
+            raise OptionError(
+                f"--workdir {self.workdir}: not with --workers, whose tensors stay on them; a worker that dies loses "
+                "nothing, so leave one of both out"
+            )
+        if self.workers is not None and self.device.startswith("cuda"):
+            raise OptionError(f"--device {self.device}: not with --workers, which calibrate on CPUs; leave one out")
 
     def for_decoder(self) -> Options:
         """Return these options with what suits a decoder where they leave it open: float activations, small blocks."""

@@ -82,13 +82,15 @@ def opened(workers: str) -> Iterator[Crowd]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep what Dask logs of workers that come and go from the terminal."""
-    log = logging.getLogger("distributed")
-    before = log.level
-    log.setLevel(logging.CRITICAL)
+    names = [name for name in logging.root.manager.loggerDict if name.partition(".")[0] == "distributed"]
+    before = {name: logging.getLogger(name).level for name in names}
+    for name in names:
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     try:
         yield
     finally:
-        log.setLevel(before)
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
 
 
 @contextlib.contextmanager
@@ -153,7 +155,7 @@ class Crowd(Embedded):
         """Wait for values and fetch them. Raises as their tasks do, RuntimeFailure where workers or scheduler fail."""
         import distributed
 
-        with self._failures():
+        with self._failures(), self._client.as_current():
             futures, idle = [one for one in values if isinstance(one, distributed.Future)], 0.0
             while futures and any(one.status == "pending" for one in futures):
                 begun = time.monotonic()
@@ -194,7 +196,7 @@ class Crowd(Embedded):
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             return f"the disk of a worker is full ({said}); free some space there"
         if self._client.status != "running" or "Cancelled" in kind or "CommClosed" in kind:
-            return f"the scheduler is gone ({said}); start it and run the same command again"
+            return f"the scheduler is gone ({kind}); start it and run the same command again"
         return f"a task failed on a worker ({said}); run it without --workers to see whether it fails there too"
 
 

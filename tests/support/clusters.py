@@ -52,7 +52,16 @@ def cluster(workers: int) -> Iterator[Cluster]:
         scheduler = start("dask_scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard")
         assert scheduler.stderr is not None
         address = next(found[0] for line in scheduler.stderr if (found := re.search(r"tcp://[\d.]+:\d+", line)))
-        options = ("--nthreads", "1", "--no-nanny", "--no-dashboard", "--local-directory", "/tmp", "--death-timeout", "9")
+        options = (
+            "--nthreads",
+            "1",
+            "--no-nanny",
+            "--no-dashboard",
+            "--local-directory",
+            "/tmp",
+            "--death-timeout",
+            "9",
+        )
         yield Cluster(address, scheduler, [start("dask_worker", address, *options) for _ in range(workers)])
     finally:
         for process in reversed(started):

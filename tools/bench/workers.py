@@ -52,7 +52,9 @@ def main(model: Path, samples: Path, counts: str, most: int, bits: int, embedded
         for count in [*([None] if embedded else []), *map(int, counts.split(","))]:
             seconds.clear()
             tasks.clear()
-            comq_onnx.quantize(model, out, samples, bits=bits, uniform=True, max_samples=most, device="cpu", workers=count)
+            comq_onnx.quantize(
+                model, out, samples, bits=bits, uniform=True, max_samples=most, device="cpu", workers=count
+            )
             digests.add(sha256(out.read_bytes()).hexdigest())
             first = first if first is not None or count is None else sum(seconds)
             ratio = "" if count is None or first is None else f", {first / sum(seconds):.2f} times as fast as the first"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib.util
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,8 @@ from models import cnn, encoder, mlp, samples_for, sentences
 @pytest.fixture(scope="module")
 def two() -> Iterator[str]:
     """Yield the address of two threads."""
-    with threads(2) as address:
-        yield address
+    with threads(2) as cluster:
+        yield cluster.scheduler_address
 
 
 @pytest.fixture
@@ -33,7 +34,6 @@ def _shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leading, "SHARD", 8)
     monkeypatch.setattr(engine, "ARITY", 2)
     monkeypatch.setattr(leading, "TIERS", (8, 16))
-    monkeypatch.setattr(leading, "LEAST_POSITIONS", 300, raising=False)
     monkeypatch.setattr(layer_moments, "LEAST_POSITIONS", 300)
     monkeypatch.setattr(layer_moments, "MOST_POSITIONS", 300)
     monkeypatch.setattr(layer_moments, "POSITIONS_PER_INPUT", 1)
@@ -54,8 +54,8 @@ def test_threads_write_the_same_bytes_however_many(tmp_path: Path, make: Callabl
     samples = sentences() if make is encoder else samples_for(make())
     found = {written(tmp_path, make(), samples)}
     for count in (1, 2, 4):
-        with threads(count) as address:
-            found.add(written(tmp_path, make(), samples, workers=address))
+        with threads(count) as local:
+            found.add(written(tmp_path, make(), samples, workers=local.scheduler_address))
     assert len(found) == 1
 
 
@@ -75,7 +75,7 @@ def test_a_cluster_writes_the_same_bytes_although_a_worker_dies(
 ) -> None:
     advance, seen = walk._Walk._advance, list[Any]()
     wanted = written(tmp_path, cnn(), samples_for(cnn()))
-    with cluster(2) as those:
+    with cluster(2, tmp_path) as those:
 
         def killing(walking: Any, stage: Any) -> None:
             if stage.index == 2:
@@ -174,13 +174,15 @@ def test_an_error_of_the_model_is_that_of_this_process(tmp_path: Path, two: str)
     assert found[0] == found[1]
 
 
+def of_another_version() -> dict[str, str]:
+    """Tell what a worker has that is not up to date."""
+    return {**workers.versions(), "numpy": "1.0"}
+
+
 def test_a_worker_of_another_version_is_refused(two: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    here = workers.versions()
-    monkeypatch.setattr(workers, "versions", lambda: {**here, "numpy": "1.0", "onnxruntime": "1.1"})
-    there = dict(here)
-    monkeypatch.setattr(workers, "_versions", lambda: tuple(there.items()))
-    with pytest.raises(RuntimeFailure, match=r"^the worker a has other versions.*: numpy 2, here 1; install there"):
-        workers.check_versions({"numpy": "1", "scipy": "1"}, {"numpy": "2", "scipy": "1"}, "a")
+    monkeypatch.setattr(workers, "_versions_there", of_another_version)
+    with pytest.raises(RuntimeFailure, match=r"^the worker .* other versions, .*: numpy 1.0, here .*; install there"):
+        quantize(mlp(), tmp_path / "q.onnx", workers=two)
 
 
 def test_without_its_package_workers_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,17 +200,19 @@ def test_an_address_without_a_scheduler_is_refused(tmp_path: Path, monkeypatch: 
 
 def test_a_scheduler_without_workers_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "PATIENCE_S", 0.5)
-    with threads(0) as address, pytest.raises(OptionError, match="the scheduler has no workers; start some with"):
-        quantize(mlp(), tmp_path / "q.onnx", workers=address)
+    with threads(1) as cluster:
+        cluster.scale(0)
+        while cluster.scheduler.workers:
+            time.sleep(0.01)
+        with pytest.raises(OptionError, match="the scheduler has no workers; start some with"):
+            quantize(mlp(), tmp_path / "q.onnx", workers=cluster.scheduler_address)
 
 
 def test_a_run_whose_workers_are_gone_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import distributed
-
     monkeypatch.setattr(workers, "PATIENCE_S", 1.0)
     monkeypatch.setattr(workers, "LOOK_S", 0.2)
     begin = crew.Crew.see_inputs
-    with distributed.LocalCluster(1, processes=False, dashboard_address=None, silence_logs=50) as local:
+    with threads(1) as local:
 
         def leaving(its: Any) -> Any:
             local.scale(0)
@@ -216,4 +220,4 @@ def test_a_run_whose_workers_are_gone_ends(tmp_path: Path, monkeypatch: pytest.M
 
         monkeypatch.setattr(crew.Crew, "see_inputs", leaving)
         with pytest.raises(RuntimeFailure, match="all workers are gone; start others and run the same command again"):
-            quantize(mlp(), tmp_path / "q.onnx", workers=str(local.scheduler_address))
+            quantize(mlp(), tmp_path / "q.onnx", workers=local.scheduler_address)

@@ -92,6 +92,8 @@ def test_a_cluster_writes_the_same_bytes_although_a_worker_dies(
 
 def _scheduler_dies(tmp_path: Path, those: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kill the scheduler of a run: it ends with one line, and leaves no output."""
+    # the client looks for the scheduler for as long
+    monkeypatch.setattr(workers, "PATIENCE_S", 8.0)
     begin = walk._Walk._begin
 
     def killing(walking: Any) -> None:

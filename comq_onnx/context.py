@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from comq_onnx.engine import Embedded
 from comq_onnx.options.options import Options
 from comq_onnx.runtime import device as devices
 from comq_onnx.runtime import memory
@@ -58,6 +59,7 @@ class Context:
     journal: notes, warnings and times of the run
     progress: called with the name of a step, how much of it is done, and how much there is
     workdir: keeps the state of the run; None where nothing is kept
+    engine: runs the tasks of the walk
     """
 
     options: Options
@@ -67,6 +69,7 @@ class Context:
     journal: Journal
     progress: Progress
     workdir: Workdir | None = None
+    engine: Embedded = field(default_factory=Embedded)
 
     @classmethod
     def of(cls, options: Options, progress: Progress = silent) -> Context:
@@ -75,7 +78,8 @@ class Context:
         Raises RuntimeFailure for a device that fails.
         """
         journal = Journal()
-        chosen = devices.choose(options.device)
+        # workers calibrate on CPUs
+        chosen = devices.choose(options.device if options.workers is None else "cpu")
         if chosen.why is not None:
             journal.warnings.append(f"calibrated on the CPU, not on the GPU: {chosen.why}")
         kept = memory.free() // 2 if options.memory_gb is None else int(options.memory_gb * 1e9)

@@ -14,7 +14,7 @@ from typing import Any
 import onnx
 from typing_extensions import Unpack
 
-from comq_onnx import workdir
+from comq_onnx import workdir, workers
 from comq_onnx.bits.choose import Chosen, choose_and_solve, choose_bits, has_choice, make_tradeoff
 from comq_onnx.calibrate.integer_loss import without_lossy_integers
 from comq_onnx.context import Context, Progress, silent
@@ -178,7 +178,7 @@ def _run(path: Path, out: Path, samples: SampleSource, context: Context) -> Repo
     with context.journal.timed("load"):
         source, data, planned, context = _planned(path, samples, context)
     context.progress("prepare", 1, 1)
-    with _kept(source, data, context) as context:
+    with _kept(source, data, context) as context, _crowd(context) as context:
         quantized = choose_and_solve(planned, source, data, context)
         context.journal.notes += note_on_forms(quantized.chosen.plan)
         # a file that does not load or run never gets the name of the output
@@ -186,6 +186,19 @@ def _run(path: Path, out: Path, samples: SampleSource, context: Context) -> Repo
             check_smaller(quantized.emitted, size, source, context)
             evaluation = evaluate(source, planned.written, file, data, context)
     return build_report(quantized, evaluation, source, data, context, out, size)
+
+
+@contextlib.contextmanager
+def _crowd(context: Context) -> Iterator[Context]:
+    """Yield the context with the workers that the options name."""
+    if context.options.workers is None:
+        yield context
+        return
+    with workers.opened(str(context.options.workers)) as crowd:
+        if crowd.dashboard is not None:
+            logger.info("what the %d workers do: %s", crowd.count, crowd.dashboard)
+            context.journal.notes.append(f"what the workers did was shown at {crowd.dashboard}")
+        yield replace(context, engine=crowd)
 
 
 @contextlib.contextmanager

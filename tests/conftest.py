@@ -18,7 +18,7 @@ import onnx
 import pytest
 
 import comq_onnx
-from comq_onnx.calibrate.layer_solver import LayerSolver
+from comq_onnx.calibrate import layer_solver
 from comq_onnx.evaluate import speed
 from comq_onnx.plan import integer_gain as gains
 from comq_onnx.runtime import memory, session
@@ -120,14 +120,14 @@ class Solved:
 @pytest.fixture
 def solved(monkeypatch: pytest.MonkeyPatch) -> Solved:
     """Record what the walks of this test solve; a later walk overwrites layers of the same name."""
-    seen, solve = Solved(), LayerSolver._solve_together
+    seen, solve = Solved(), layer_solver.solve_alike
 
-    def spy(solver: Any, together: Any, statistics: Moments) -> None:
+    def spy(plan: Any, method: Any, observer: Any, together: Any, statistics: Moments) -> Any:
         seen.together.append([layer.name for layer in together])
         seen.on.update({layer.name: statistics for layer in together})
-        solve(solver, together, statistics)
+        return solve(plan, method, observer, together, statistics)
 
-    monkeypatch.setattr(LayerSolver, "_solve_together", spy)
+    monkeypatch.setattr(layer_solver, "solve_alike", spy)
     return seen
 
 

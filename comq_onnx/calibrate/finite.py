@@ -50,6 +50,7 @@ def out_of_range(
 
     place: the index of the array among those of the value
     counts: how many samples each of those arrays holds
+    samples: all of these; their arrays are not looked at
     layers: those among which the readers of the value are named
     """
     array = arrays.on_host(array)

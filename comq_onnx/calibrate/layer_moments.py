@@ -18,7 +18,7 @@ from comq_onnx.model.op_kind import OpKind
 from comq_onnx.plan.activation_grid import ActivationGrid
 from comq_onnx.samples.padding import Mask, has_positions
 from comq_onnx.solve import moments
-from comq_onnx.solve.moments import Moments, MomentSums, chunks, halves
+from comq_onnx.solve.moments import MomentSums, chunks, halves
 
 # More input positions than these do not change a solution: so many for each input of an output channel, between two
 # bounds, and at least the second number for each input. Beyond them positions are drawn at random, the same share of
@@ -58,40 +58,57 @@ class LayerInput:
         return self.layer.kind.solved_as
 
 
-def input_moments(
-    given: LayerInput, store: Host, seed: int, refuse: Callable[[Any, int], ModelError], fewer: int = 1
-) -> Moments:
-    """Sum the moments of a layer's input over all samples.
+@dataclass(frozen=True)
+class Taken:
+    """Tell which positions of a layer's input are taken from some samples, of those of all samples.
+
+    share: which share of the positions of each array; 1 for all
+    first: how many positions are taken from the samples before
+    total: how many are taken from all samples
+    """
+
+    share: float
+    first: int
+    total: int
+
+    def of(self, positions: int) -> int:
+        """Return how many of so many positions of an array are taken."""
+        return max(1, round(self.share * positions)) if positions and self.share < 1 else positions
+
+
+def sum_moments(
+    given: LayerInput, store: Host, taken: Taken, seed: int | list[int], refuse: Callable[[Any, int], ModelError]
+) -> MomentSums:
+    """Sum the moments of a layer's input over some samples.
 
     store: keeps the tensors
+    taken: which positions are taken
     seed: the seed for drawing positions
     refuse: makes the error for an array whose numbers are not finite or too large, from the array and its place
-    fewer: the number of positions that are taken is divided by this
-
-    Raises SamplesError where no sample reaches the layer.
     """
-    drawn = _draw(given, store, fewer)
+    kept, positions = _positions(given, store)
     rng = np.random.default_rng(seed)
     shared = given.x is given.x_hat
-    sums, seen = MomentSums(), 0
+    sums, seen = MomentSums(), taken.first
 
     def fetched(i: int) -> tuple[Any, Any]:
         batch = store.fetch(given.x[i])
         return batch, batch if shared else store.fetch(given.x_hat[i])
 
     for i, (batch, batch_hat) in enumerate(store.ahead(len(given.x), fetched)):
-        if drawn.taken[i] == 0:
+        count = taken.of(positions[i])
+        if count == 0:
             continue
-        pick = drawn.pick(i, rng)
+        pick = kept[i] if taken.share == 1 else _drawn(kept[i], positions[i], count, rng)
         largest = largest_magnitude(batch)
         if not largest <= LARGEST:
             raise refuse(batch, i)
         if largest < SMALLEST:
             batch, batch_hat = batch * 0, batch_hat * 0
         hat = None if batch_hat is batch and given.grid is None else batch_hat
-        _add_rows(sums, given, store, batch, hat, pick, halves(seen, drawn.taken[i], sum(drawn.taken)))
-        seen += drawn.taken[i]
-    return sums.moments()
+        _add_rows(sums, given, store, batch, hat, pick, halves(seen, count, taken.total))
+        seen += count
+    return sums
 
 
 def _add_rows(
@@ -133,44 +150,62 @@ def _add_rows(
 
 
 @dataclass(frozen=True)
-class _Drawn:
-    """Describe which positions of each array are taken.
+class Positions:
+    """Count the positions of a layer's input in some samples.
 
-    positions: the number of positions of each array, without padding
-    kept: the indices of those positions in each array; None for all
-    taken: how many of those positions are taken
-    draws: whether they are drawn at random
+    counts: those of each array, without padding
+    in_patches: moments are summed over all of them in about the time that some take
     """
 
-    positions: Sequence[int]
-    kept: Sequence[Indices | None]
-    taken: Sequence[int]
-    draws: bool
-
-    def pick(self, i: int, rng: np.random.Generator) -> Indices | None:
-        """Draw the positions of the i-th array in ascending order; None for all."""
-        kept = self.kept[i]
-        if not self.draws:
-            return kept
-        pick = np.sort(rng.choice(self.positions[i], self.taken[i], replace=False))
-        return pick if kept is None else kept[pick]
+    counts: tuple[int, ...]
+    in_patches: bool
 
 
-def _draw(given: LayerInput, store: Host, fewer: int) -> _Drawn:
-    """Choose how many positions of each array are taken. Raises SamplesError where there are none."""
-    layer, kind = given.layer, given.kind
-    shapes = given.x.shapes if isinstance(given.x, _Groups) else [array.shape for array in given.x]
-    like = [store.empty(shape) for shape in shapes]
+def count_positions(given: LayerInput, store: Host) -> Positions:
+    """Count the positions of a layer's input."""
+    shapes = _shapes(given)
+    in_patches = bool(shapes) and given.kind.patches(store.empty(shapes[0])) is not None
+    return Positions(tuple(_positions(given, store)[1]), in_patches)
+
+
+def share_out(layer: Layer, counted: Sequence[Positions], fewer: int) -> list[Taken]:
+    """Choose how many positions are taken from the samples of each shard.
+
+    counted: the positions in each shard, in their order
+    fewer: the number of positions that are taken is divided by this
+
+    Raises SamplesError where there are none.
+    """
+    total = sum(sum(some.counts) for some in counted)
+    if not total:
+        raise SamplesError(f"no sample reaches layer {layer.name!r}: its input is empty for all of them")
+    share = min(1.0, enough_positions(layer.kind.solved_as, fewer) / total)
+    if share > 1 / PATCHES_GAIN and any(some.in_patches for some in counted):
+        share = 1.0
+    one = Taken(share, 0, 0)
+    of_each = [sum(map(one.of, some.counts)) for some in counted]
+    ends = np.cumsum([0, *of_each])
+    return [Taken(share, int(first), int(ends[-1])) for first in ends[:-1]]
+
+
+def _shapes(given: LayerInput) -> list[tuple[int, ...]]:
+    """Return the shapes of the arrays."""
+    return given.x.shapes if isinstance(given.x, _Groups) else [array.shape for array in given.x]
+
+
+def _positions(given: LayerInput, store: Host) -> tuple[list[Indices | None], list[int]]:
+    """Return the indices of the positions of each array that are no padding, None for all, and how many they are."""
+    layer = given.layer
+    like = [store.empty(shape) for shape in _shapes(given)]
     masks = [*given.masks, *[None] * (len(like) - len(given.masks))]
     kept = [_kept_positions(layer, x, mask) for x, mask in zip(like, masks, strict=True)]
-    positions = [kind.positions(x) if k is None else len(k) for x, k in zip(like, kept, strict=True)]
-    if not any(positions):
-        raise SamplesError(f"no sample reaches layer {layer.name!r}: its input is empty for all of them")
-    share = min(1.0, enough_positions(kind, fewer) / max(sum(positions), 1))
-    if share > 1 / PATCHES_GAIN and kind.patches(like[0]) is not None:
-        share = 1.0
-    taken = [max(1, round(share * n)) if n and share < 1 else n for n in positions]
-    return _Drawn(positions, kept, taken, share < 1)
+    return kept, [given.kind.positions(x) if k is None else len(k) for x, k in zip(like, kept, strict=True)]
+
+
+def _drawn(kept: Indices | None, positions: int, count: int, rng: np.random.Generator) -> Indices:
+    """Draw `count` of so many positions, in ascending order; kept: their indices, None for all."""
+    pick = np.sort(rng.choice(positions, count, replace=False))
+    return pick if kept is None else kept[pick]
 
 
 def enough_positions(kind: OpKind, fewer: int) -> int:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from comq_onnx.calibrate.finite import finite_weight
 from comq_onnx.calibrate.solved_form import as_solved, as_stored, solved_grid, solved_weight
+from comq_onnx.engine import Embedded
 from comq_onnx.model.layers import Layer
 from comq_onnx.plan.plan import Plan
 from comq_onnx.solve.grid import Array
@@ -25,6 +26,52 @@ Observer = Callable[[Sequence[Layer], Sequence[Array], Moments, bool], Mapping[s
 State = tuple[dict[str, Solution], dict[str, float], dict[str, Any], dict[object, str]]
 
 
+@dataclass(frozen=True)
+class Found:
+    """Hold what one task found.
+
+    solutions: by the name of the layer
+    observed: what the observer keeps of each layer, by its name
+    seconds: the seconds that it took
+    """
+
+    solutions: Mapping[str, Solution]
+    observed: Mapping[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+def solve_alike(
+    plan: Plan, method: Method, observer: Observer | None, together: Sequence[Layer], moments: Moments
+) -> Found:  # fmt: skip
+    """Solve layers as one."""
+    start = time.perf_counter()
+    weights = [solved_weight(plan.walked, layer) for layer in together]
+    grid, has_bias = plan.grids[together[0].name], plan.has_bias(together[0])
+    found = solve_together(weights, moments, solved_grid(together[0].kind, grid), method, has_bias)
+    observed = {} if observer is None else observer(together, weights, moments, has_bias)
+    solutions = [as_stored(layer.kind, one, grid) for layer, one in zip(together, found, strict=True)]
+    for layer, solution in zip(together, solutions, strict=True):
+        logger.info(
+            "%s: error %.2f dB (rounding %.2f dB)", layer.name, error_db(solution.error), error_db(solution.rtn_error)
+        )
+    names = [layer.name for layer in together]
+    return Found(dict(zip(names, solutions, strict=True)), observed, time.perf_counter() - start)
+
+
+def judge_again(plan: Plan, method: Method, layer: Layer, moments: Moments, found: Found, name: str) -> Found:
+    """Give a layer the codes of the layer `name`, with the shift and the errors that they have on its own moments."""
+    start = time.perf_counter()
+    codes = found.solutions[name].weight
+    weight, given = solved_weight(plan.walked, layer), as_solved(layer.kind, codes)
+    solution = judge(weight, moments, given, method, plan.has_bias(layer))
+    return Found({layer.name: as_stored(layer.kind, solution, codes.grid)}, {}, time.perf_counter() - start)
+
+
+def pool(*parts: Moments) -> Moments:
+    """Return the moments of all positions of several inputs."""
+    return pooled(parts)
+
+
 class LayerSolver:
     """Solve layers one after the other, each weight once.
 
@@ -33,13 +80,23 @@ class LayerSolver:
     observed: what the observer keeps of each layer, by the name of the layer
     """
 
-    def __init__(self, plan: Plan, method: Method, observer: Observer | None = None) -> None:
+    def __init__(
+        self, plan: Plan, method: Method, observer: Observer | None = None, engine: Embedded | None = None,
+        placed: Any = None, tell: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
         """Begin with nothing solved.
 
         method: the solver
         observer: sees the moments that each solution is made from
+        engine: runs the tasks; placed: what stands for the plan there
+        tell: called after each solution
         """
         self._plan, self._method, self._observer = plan, method, observer
+        self._engine, self._tell = engine or Embedded(), tell
+        self._placed = plan if placed is None else placed
+        # what stands for the solution of each layer that is not here yet, and all such in their order
+        self._coming: dict[str, Any] = {}
+        self._tasks: list[tuple[list[str], Any]] = []
         self.solutions: dict[str, Solution] = {}
         self.seconds: dict[str, float] = {}
         self.observed: dict[str, Any] = {}
@@ -85,32 +142,48 @@ class LayerSolver:
                 self._keep(layer, round_plainly(weight, self._plan.grids[layer.name]))
                 self.seconds[layer.name] = time.perf_counter() - start
 
-    def solve(
-        self, readers: Sequence[Layer], moments: Moments, others: Sequence[Moments], tell: Callable[[], None]
-    ) -> float:
-        """Solve layers that read the same rows. Returns the seconds that it took.
+    def solve(self, readers: Sequence[Layer], moments: Any, others: Sequence[Any]) -> None:
+        """Have layers solved that read the same rows; `collect` takes what was found.
 
-        moments: those of the rows
-        others: those of other rows that layers with the same weights read
-        tell: called after each solution
+        moments: what stands for those of the rows
+        others: the same of other rows that layers with the same weights read
         """
-        total = 0.0
         for together in self._alike(readers, moments):
-            start = time.perf_counter()
-            self._solve_together(together, pooled([moments, *others]) if others else moments)
+            all_rows = self._engine.submit(pool, moments, *others) if others else moments
+            given = self._placed, self._method, self._observer, together, all_rows
+            self._expect([layer.name for layer in together], self._engine.submit(solve_alike, *given))
+            for layer in together:
+                self._solved.setdefault(self.weight_key(layer), layer.name)
             if others:
                 for layer in together:
                     self._reuse_solution(layer, moments)
-            spent = time.perf_counter() - start
-            total += spent
-            self.seconds |= {layer.name: spent / len(together) for layer in together}
-            tell()
         for layer in readers:
-            if layer.name not in self.solutions:
+            if not self._is_known(layer):
                 self._reuse_solution(layer, moments)
+
+    def collect(self) -> float:
+        """Wait for all that was asked for and keep it. Returns the seconds that it took."""
+        total, tasks = 0.0, self._tasks
+        self._tasks, self._coming = [], {}
+        for (names, _), found in zip(tasks, self._engine.gather([one for _, one in tasks]), strict=True):
+            self.solutions.update(found.solutions)
+            self.observed.update(found.observed)
+            for name in names:
+                self.seconds[name] = self.seconds.get(name, 0.0) + found.seconds / len(names)
+            total += found.seconds
+            self._tell()
         return total
 
-    def _alike(self, readers: Sequence[Layer], moments: Moments) -> list[list[Layer]]:
+    def _expect(self, names: Sequence[str], found: Any) -> None:
+        """Note what stands for the solutions of layers."""
+        self._tasks.append((list(names), found))
+        self._coming.update(dict.fromkeys(names, found))
+
+    def _is_known(self, layer: Layer) -> bool:
+        """Tell whether a layer is solved, or being solved."""
+        return layer.name in self.solutions or layer.name in self._coming
+
+    def _alike(self, readers: Sequence[Layer], moments: Any) -> list[list[Layer]]:
         """Group layers of one input that are solved as one: their outputs are more channels of the same problem.
 
         Each weight is in one group only: other layers that share it take its codes afterwards.
@@ -126,38 +199,23 @@ class LayerSolver:
             alike.setdefault(key, []).append(layer)
         return list(alike.values())
 
-    def _reuse_solution(self, layer: Layer, moments: Moments | None) -> bool:
+    def _reuse_solution(self, layer: Layer, moments: Any) -> bool:
         """Take the codes of a layer with the same weight, which is stored once; False if there is none.
 
-        moments: of the rows of this layer, for its own shift and errors; None where they are not known: then those of
-            the other layer stand for them, which mostly does the same in another branch
+        moments: what stands for those of the rows of this layer, for its own shift and errors; None where they are not
+            known: then those of the other layer stand for them, which mostly does the same in another branch
         """
         first = self._solved.get(self.weight_key(layer))
         if first is None:
             return False
-        solution = self.solutions[first]
-        if moments is None and not self._plan.has_bias(layer):
-            solution = replace(solution, shift=None)
-        if moments is not None:
-            weight, codes = solved_weight(self._plan.walked, layer), as_solved(layer.kind, solution.weight)
-            judged = judge(weight, moments, codes, self._method, self._plan.has_bias(layer))
-            solution = as_stored(layer.kind, judged, solution.weight.grid)
-        self.solutions[layer.name] = solution
+        if moments is None:
+            solution = self.solutions[first]
+            self.solutions[layer.name] = solution if self._plan.has_bias(layer) else replace(solution, shift=None)
+            return True
+        found = self._coming.get(first) or Found({first: self.solutions[first]})
+        given = self._placed, self._method, layer, moments, found, first
+        self._expect([layer.name], self._engine.submit(judge_again, *given))
         return True
-
-    def _solve_together(self, together: Sequence[Layer], moments: Moments) -> None:
-        """Solve layers as one, and keep the solution of each."""
-        weights = [solved_weight(self._plan.walked, layer) for layer in together]
-        grid, has_bias = self._plan.grids[together[0].name], self._plan.has_bias(together[0])
-        found = solve_together(weights, moments, solved_grid(together[0].kind, grid), self._method, has_bias)
-        if self._observer is not None:
-            self.observed.update(self._observer(together, weights, moments, has_bias))
-        for layer, solution in zip(together, found, strict=True):
-            self._keep(layer, as_stored(layer.kind, solution, grid))
-            logger.info(
-                "%s: error %.2f dB (rounding %.2f dB)",
-                layer.name, error_db(solution.error), error_db(solution.rtn_error),
-            )  # fmt: skip
 
     def _keep(self, layer: Layer, solution: Solution) -> None:
         """Keep the solution of a layer, also for others with the same weight."""

@@ -27,6 +27,8 @@ from comq_onnx.samples.samples import Samples
 
 # a stage gets the first so many samples, or all
 TIERS = (32, 64, 128)
+# so many samples go through the stages as one shard
+SHARD = 32
 # samples that wait run in batches that are so many times smaller
 WAITING_SHARE = 4
 # the positions of those samples must be so many times as many as are enough, since those of one sample are alike
@@ -39,17 +41,17 @@ Tensors = dict[str, list[Any]]
 
 @dataclass(frozen=True)
 class Group:
-    """Hold samples that take the same way through the stages.
+    """Hold a shard of the samples, which takes its way through the stages as one.
 
-    start: how many samples are in the groups before
-    first: how many batches are
+    start: how many samples are in the shards before
+    samples: those of the shard, without their arrays: where they come from
     batches: the feeds
     counts: how many samples each batch holds
     masks: the positions of each batch that are no padding; None where all count
     """
 
     start: int
-    first: int
+    samples: Samples
     batches: Sequence[Mapping[str, Any]]
     counts: Sequence[int]
     masks: Sequence[Mask | None]
@@ -69,22 +71,26 @@ def spread(samples: Samples) -> npt.NDArray[np.intp]:
     return np.asarray((np.argsort(keys)[:, None] * unit + np.arange(unit)).ravel())
 
 
-def divide(data: Dataset, needed: Sequence[int], batch_size: int) -> tuple[list[Group], Samples]:
-    """Divide the samples into groups, so that each stage needs the first of them; and return how they are numbered.
+def divide(data: Dataset, needed: Sequence[int], batch_size: int) -> list[Group]:
+    """Divide the samples into shards, so that each stage needs the first of them.
+
+    The shards are the same whatever the batch size and whatever runs them, and so is the order of sums.
 
     needed: how many samples each stage needs
     """
-    samples, groups = data.calibration, list[Group]()
-    ends = sorted({*needed, len(samples)})
-    order = spread(samples) if len(ends) > 1 else np.arange(len(samples))
+    samples, shards = data.calibration, list[Group]()
+    unit, total = samples.fixed_batch or 1, len(samples)
+    tiers = {*needed, total}
+    ends = sorted({*tiers, *range(0, total, max(SHARD // unit, 1) * unit)} - {0})
+    order = spread(samples) if len(tiers) > 1 else np.arange(total)
     for start, end in zip([0, *ends], ends, strict=False):
-        some = samples.take(order[start:end]) if len(ends) > 1 else samples
-        # later groups run many stages at once, which make many tensors
-        size = max(1, batch_size // WAITING_SHARE) if groups else batch_size
+        some = samples.take(order[start:end]) if len(tiers) > 1 else samples.between(start, end)
+        # those that wait run many stages at once, which make many tensors
+        size = max(1, batch_size // WAITING_SHARE) if start >= min(tiers) else batch_size
         batches = list(some.batches(size))
-        first = sum(len(group.batches) for group in groups)
-        groups.append(Group(start, first, batches, some.batch_counts(size), [data.kept(batch) for batch in batches]))
-    return groups, replace(samples, numbers=tuple(samples.number(int(i)) for i in order))
+        masks = [data.kept(batch) for batch in batches]
+        shards.append(Group(start, replace(some, arrays={}), batches, some.batch_counts(size), masks))
+    return shards
 
 
 def samples_needed(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,10 +16,51 @@ from comq_onnx.plan.observed_range import ObservedRange
 from comq_onnx.plan.plan import Plan
 from comq_onnx.samples.padding import Mask, take_kept
 
-# makes the error for a value whose numbers are out of range, from its name, an array and the index of its batch
-Refuse = Callable[[str, Any, int], ModelError]
 # what was seen so far: ranges, grids, and the positions that grids will be chosen by
 State = tuple[dict[str, ObservedRange], dict[str, ActivationGrid], dict[str, ranges.Positions]]
+
+
+class Seen:
+    """Hold what some samples show of values: their ranges, and positions by which grids will be chosen.
+
+    ranges, positions: by the name of the value; positions only where layers read it
+    """
+
+    def __init__(self, names: Iterable[str], axes: Mapping[str, int], first: int) -> None:
+        """Begin with nothing seen.
+
+        axes: the axis of the channels of each value that layers read
+        first: how many samples come before these
+        """
+        self.ranges = {name: ObservedRange(first) for name in names}
+        self.positions = {name: ranges.Positions(axes[name], first) for name in self.ranges if name in axes}
+
+    def observe(self, name: str, array: Any, mask: Mask | None, refuse: Callable[[str, Any], ModelError]) -> None:
+        """Look at one batch of a value. Values that are not among `ranges` are skipped.
+
+        mask: the positions that count; None for all
+        refuse: makes the error for the value `name` and its array
+
+        Raises ModelError where the array holds numbers that are too large or not finite.
+        """
+        if name not in self.ranges:
+            return
+        array = arrays.on_host(array)
+        seen = take_kept(array, mask, least_rank=3)
+        self.ranges[name].observe(seen)
+        if name in self.positions:
+            self.positions[name].observe(seen)
+        low, high = self.ranges[name].low, self.ranges[name].high
+        if low != np.inf and not max(-low, high) <= LARGEST:
+            raise refuse(name, array)
+
+    def add(self, other: Seen) -> Seen:
+        """Add what other samples show of the same values."""
+        for name, one in other.ranges.items():
+            self.ranges[name].add(one)
+        for name, some in other.positions.items():
+            self.positions[name].add(some)
+        return self
 
 
 class ActivationRanges:
@@ -27,20 +68,17 @@ class ActivationRanges:
 
     ranges: the range of each activation that was seen so far, by the name of the value
     grids: the grid of each activation of which all batches were seen, by the name of the value
+    axes: the axis of the channels of each value that layers read
     """
 
-    def __init__(self, plan: Plan, masks: Sequence[Mask | None], seed: int, refuse: Refuse) -> None:
-        """Begin with nothing seen.
-
-        masks: the positions of each batch that count; None for all
-        seed: the seed of the random sums that outputs of layers are mixed to
-        refuse: makes the error for a value whose numbers are out of range
-        """
-        self._plan, self._masks, self._seed, self._refuse = plan, masks, seed, refuse
+    def __init__(self, plan: Plan, seed: int) -> None:
+        """Begin with nothing seen; seed: the seed of the random sums that outputs of layers are mixed to."""
+        self._plan, self._seed = plan, seed
         self.ranges = {name: ObservedRange() for name in plan.activations.values}
         self.grids: dict[str, ActivationGrid] = {}
         self._readers = ranges.readers(plan.walked, plan.activations)
-        self._positions = {name: ranges.Positions(readers.axis) for name, readers in self._readers.items()}
+        self.axes = {name: readers.axis for name, readers in self._readers.items()}
+        self._positions: dict[str, ranges.Positions] = {}
 
     def state(self) -> State:
         """Return all that was seen so far."""
@@ -50,24 +88,13 @@ class ActivationRanges:
         """Go on from what was seen before."""
         self.ranges, self.grids, self._positions = state
 
-    def observe(self, name: str, array: Any, batch: int) -> None:
-        """Widen the range of a value by one batch of it. Values that are not quantized are skipped.
-
-        array: the value in that batch
-        batch: the index of the batch
-
-        Raises ModelError where the array holds numbers that are too large or not finite.
-        """
-        if name not in self.ranges:
-            return
-        array = arrays.on_host(array)
-        seen = take_kept(array, self._masks[batch], least_rank=3)
-        self.ranges[name].observe(seen)
-        if name in self._positions:
-            self._positions[name].observe(seen)
-        low, high = self.ranges[name].low, self.ranges[name].high
-        if low != np.inf and not max(-low, high) <= LARGEST:
-            raise self._refuse(name, array, batch)
+    def take(self, seen: Seen) -> None:
+        """Add what some samples show."""
+        for name, one in seen.ranges.items():
+            self.ranges[name].add(one)
+        for name, some in seen.positions.items():
+            known = self._positions.get(name)
+            self._positions[name] = some if known is None else known.add(some)
 
     def settle(self, names: Iterable[str]) -> None:
         """Turn the ranges of these values into grids, once they were seen in all batches.

@@ -12,32 +12,31 @@ ahead, because the ranges of activations are those of all samples, and quantized
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from comq_onnx.calibrate import cut_tensors, stages
-from comq_onnx.calibrate.finite import out_of_range
-from comq_onnx.calibrate.layer_moments import LayerInput, in_groups, input_moments
+from comq_onnx.calibrate import cut_tensors, passage, stages
+from comq_onnx.calibrate.crew import Crew, Shard
 from comq_onnx.calibrate.layer_solver import LayerSolver, Observer
-from comq_onnx.calibrate.leading import Tensors, bytes_at_cuts, divide, input_shapes, samples_needed
+from comq_onnx.calibrate.leading import bytes_at_cuts, divide, input_shapes, samples_needed
 from comq_onnx.calibrate.observed_ranges import ActivationRanges
-from comq_onnx.calibrate.passage import Passage, Way
+from comq_onnx.calibrate.passage import Rows, Way
 from comq_onnx.calibrate.recurrent_rows import with_rows
-from comq_onnx.calibrate.shared_weights import float_moments, later_readers
+from comq_onnx.calibrate.segment import Segments
+from comq_onnx.calibrate.shared_weights import later_readers
 from comq_onnx.calibrate.stage_costs import Shapes, stage_shares
 from comq_onnx.calibrate.stages import Stage
 from comq_onnx.context import Context
-from comq_onnx.errors import ModelError
+from comq_onnx.engine import Embedded
 from comq_onnx.model.files import private_directory
 from comq_onnx.model.layers import Layer, calibrated
 from comq_onnx.plan.plan import Plan
 from comq_onnx.plan.solved import Solved
 from comq_onnx.samples.dataset import Dataset
-from comq_onnx.solve.moments import Moments
 from comq_onnx.workdir import GENERATIONS
 
 # progress through the stages is told in these, of all the work
@@ -80,7 +79,7 @@ class _Walk:
         self, plan: Plan, data: Dataset, context: Context, store: cut_tensors.Host, work: Path,
         observer: Observer | None, fewer_positions: int,
     ) -> None:  # fmt: skip
-        """Divide the samples into batches, and the model into stages.
+        """Divide the samples into shards, and the model into stages.
 
         store: keeps the cut tensors
         work: a directory for models that are too large for one protobuf message
@@ -93,19 +92,31 @@ class _Walk:
         self._parts = stages.cut(plan.walked.model, self._layers)
         shapes = input_shapes(plan, self._parts, data.calibration, context.device, work)
         self._needed = samples_needed(plan, self._parts, data.calibration, fewer_positions, shapes)
-        groups, self._samples = divide(data, self._needed, options.batch_size)
+        groups = divide(data, self._needed, options.batch_size)
         self._counts = [count for group in groups for count in group.counts]
-        self._masks = [mask for group in groups for mask in group.masks]
         self._shares = self._predict_shares(shapes or {})
         self._passed = 0
-        self._solver = LayerSolver(plan, options.method, observer)
-        self._ranges = ActivationRanges(plan, self._masks, options.seed, self._out_of_range)
-        way = Way(plan, store, context.device, work, options.independent, self._ranges.observe, self._count_samples)
-        inputs = [str(v.name) for v in plan.walked.model.graph.inputs]
-        self._passages = [Passage(way, group, group.inputs(inputs), group.inputs(inputs)) for group in groups]
+        self._ranges = ActivationRanges(plan, options.seed)
+        # an observer belongs to the caller
+        self._engine = context.engine if observer is None else Embedded()
+        self._segments = Segments(context.device, work)
+        self._inputs = [str(v.name) for v in plan.walked.model.graph.inputs]
+        self._crew = Crew(self._engine, self._way(), groups, self._inputs)
+        self._solver = LayerSolver(
+            plan, options.method, observer, self._engine, self._engine.place(plan, 0), self._tell
+        )
         self._later = later_readers(self._parts, self._solver.weight_key)
-        self._find_others = partial(float_moments, way, self._parts, groups, self._later, options.seed, self._refuse)
-        self._others: dict[str, list[Moments]] = {}
+        self._others: dict[str, list[Any]] = {}
+
+    def _way(self) -> Way:
+        """Return what all passages have in common."""
+        options, axes = self._context.options, self._ranges.axes
+        if self._engine.is_here:
+            tell, store, segments = self._count_samples, self._store, self._segments
+            return Way(self._plan, store, segments, options.independent, options.seed, axes, tell)
+        # workers keep tensors in memory, and move them to the disk themselves; each task is one thread
+        store, segments = cut_tensors.Host(sys.maxsize, Path()), Segments("cpu", None, 1)
+        return Way(self._plan, store, segments, options.independent, options.seed, axes, _silent)
 
     def _predict_shares(self, shapes: Shapes) -> list[float]:
         """Predict the share of the walk after each stage; shapes: those of the inputs of layers, for one batch."""
@@ -123,7 +134,8 @@ class _Walk:
             self._begin()
         for stage in self._parts[done:]:
             self._catch_up(stage)
-            self._solve([x for x in stage.layers if x.input not in stage.makes], *self._cuts(stage))
+            here = [shard.at for shard in self._at(stage.index)]
+            self._solve([x for x in stage.layers if x.input not in stage.makes], here)
             self._advance(stage)
             self._tell()
             self._context.progress("stages", round(THOUSANDTHS * self._shares[stage.index]), THOUSANDTHS)
@@ -134,17 +146,29 @@ class _Walk:
     def _begin(self) -> None:
         """Do what comes before the first stage: round tables, and bring samples that wait to where they are needed."""
         with self._context.journal.timed("calibrate"):
-            self._others = self._find_others()
+            self._find_others()
         seconds = self._context.journal.seconds
         seconds["solve"] = seconds.get("solve", 0.0) + self._solver.round_tables()
-        for passage in self._passages:
-            for name, given in passage.x.items():
-                for i, array in enumerate(given):
-                    self._ranges.observe(name, array, passage.group.first + i)
-        self._ranges.settle(name for name in self._passages[0].x if name in self._samples.arrays)
-        for passage in self._passages[1:]:
-            if passage not in self._at(0):
-                self._advance_float(passage, 0)
+        self._ranges.take(self._crew.see_inputs())
+        self._ranges.settle(self._inputs)
+        here = self._at(0)
+        self._advance_float([shard for shard in self._crew.shards if shard not in here], 0)
+
+    def _find_others(self) -> None:
+        """Find the moments of further inputs of shared weights, in the float model.
+
+        Codes are chosen when the first of the layers is reached. What the later ones will read in the quantized model
+        is not known by then: their inputs in the float model stand in for it.
+        """
+        layers = [layer for some in self._later.values() for layer in some]
+        if not layers:
+            return
+        names = list(dict.fromkeys(layer.input for layer in layers))
+        passages = self._crew.float_rows(stages.join(self._parts), names)
+        rows = [Rows(layer, layer.input, None, False) for layer in layers]
+        found = self._crew.moments(rows, passages, 1)
+        self._others = {name: [next(found) for _ in some] for name, some in self._later.items()}
+        self._segments.close()
 
     # in a work directory
 
@@ -164,7 +188,7 @@ class _Walk:
         if self._context.workdir is None:
             return
         once = _Once(self._store.on_host)
-        passages = [passage.state(once) for passage in self._passages]
+        passages = [shard.at.state(once) for shard in self._crew.shards]
         with self._context.journal.timed("save"):
             fixed = (done, self._solver.state(), self._others, passages)
             self._context.workdir.save(name, done, fixed, self._ranges.state())
@@ -179,8 +203,9 @@ class _Walk:
         self._solver.restore(solver)
         self._ranges.restore(ranges)
         once = _Once(self._store.restore)
-        for passage, its in zip(self._passages, passages, strict=True):
-            passage.restore(its, once)
+        for shard, its in zip(self._crew.shards, passages, strict=True):
+            shard.at = shard.at.restored(its, once)
+            shard.leg = shard.at.leg
         self._context.journal.notes.append(
             f"{name.partition('-')[0]} went on after stage {done} of {len(self._parts)}, as kept in "
             f"{self._context.options.workdir}"
@@ -188,14 +213,9 @@ class _Walk:
         self._context.progress("stages", round(THOUSANDTHS * self._shares[done - 1]), THOUSANDTHS)
         return int(done)
 
-    def _at(self, stage: int) -> list[Passage]:
-        """Return the passages of the samples that a stage needs; stage: its index."""
-        return [passage for passage in self._passages if passage.group.start < self._needed[stage]]
-
-    def _cuts(self, stage: Stage) -> tuple[Tensors, Tensors]:
-        """Return the tensors at the cut before a stage, of all samples that it needs: x and x^."""
-        passages = self._at(stage.index)
-        return _joined([p.x for p in passages]), _joined([p.x_hat for p in passages])
+    def _at(self, stage: int) -> list[Shard]:
+        """Return the shards of the samples that a stage needs; stage: its index."""
+        return [shard for shard in self._crew.shards if shard.start < self._needed[stage]]
 
     def _solved(self) -> Solved:
         """Return what is solved so far."""
@@ -213,52 +233,45 @@ class _Walk:
 
     # moments and solutions
 
-    def _solve(self, layers: Sequence[Layer], x: Mapping[str, Any], x_hat: Mapping[str, Any]) -> None:
-        """Solve layers; x, x_hat: their inputs in the float model and in the one quantized so far, by name."""
-        for readers, moments in self._moments(layers, x, x_hat):
-            spent = self._solver.solve(readers, moments, self._others.get(readers[0].name, []), self._tell)
-            seconds = self._context.journal.seconds
-            seconds["solve"] = seconds.get("solve", 0.0) + spent
+    def _solve(self, layers: Sequence[Layer], passages: Sequence[Any]) -> None:
+        """Solve layers; passages: what stands for those that have their inputs."""
+        groups = self._sharing(layers)
+        found = self._crew.moments([self._rows(group[0]) for group in groups], passages, self._fewer)
+        for group in groups:
+            with self._context.journal.timed("calibrate"):
+                moments = next(found)
+            self._solver.solve(group, moments, self._others.get(group[0].name, []))
+            if self._engine.is_here:
+                self._collect()
+        self._collect()
 
-    def _moments(
-        self, layers: Sequence[Layer], x: Mapping[str, Any], x_hat: Mapping[str, Any]
-    ) -> Iterator[tuple[list[Layer], Moments]]:
-        """Yield each group of layers that read the same rows, with the moments of those rows."""
+    def _collect(self) -> None:
+        """Take what was solved."""
+        spent = self._solver.collect()
+        seconds = self._context.journal.seconds
+        seconds["solve"] = seconds.get("solve", 0.0) + spent
+
+    def _sharing(self, layers: Sequence[Layer]) -> list[list[Layer]]:
+        """Group layers that read the same rows."""
         sharing: dict[tuple[object, ...], list[Layer]] = {}
         for layer in layers:
             source = self._plan.probes.get(layer.name, layer.input)
             others = tuple((x.input, x.kind.rows_key()) for x in self._later.get(layer.name, ()))
             key = (source, self._plan.is_integer(layer), layer.kind.rows_key(), others)
             sharing.setdefault(key, []).append(layer)
-        for group in sharing.values():
-            source = self._plan.probes.get(group[0].name, group[0].input)
-            with self._context.journal.timed("calibrate"):
-                moments = self._input_moments(group[0], x[source], x_hat[source])
-            yield group, moments
+        return list(sharing.values())
 
-    def _input_moments(self, layer: Layer, x: Sequence[Any], x_hat: Sequence[Any]) -> Moments:
-        """Return the moments of a layer's input; x, x_hat: its arrays, one for each batch or iteration of a loop."""
-        options = self._context.options
-        quantized = self._plan.is_integer(layer) and not options.independent
+    def _rows(self, layer: Layer) -> Rows:
+        """Return which rows a layer reads."""
+        quantized = self._plan.is_integer(layer) and not self._context.options.independent
+        grid = self._ranges.grids[layer.input] if quantized else None
         nested = layer.name in self._plan.probes
-        shared = all(a is b for a, b in zip(x, x_hat, strict=True))
-        given = in_groups(
-            LayerInput(
-                layer, x, x if shared else x_hat,
-                self._ranges.grids[layer.input] if quantized else None,
-                () if nested else self._counts[: len(x)],
-                () if nested else self._masks[: len(x)],
-            ),
-            self._store,
-        )  # fmt: skip
+        return Rows(layer, self._plan.probes.get(layer.name, layer.input), grid, nested)
 
-        refuse = partial(self._refuse, layer, given.counts)
-        return input_moments(given, self._store, options.seed, refuse, self._fewer)
-
-    def _share(self, layers: Sequence[Layer], x: Mapping[str, Any], x_hat: Mapping[str, Any]) -> None:
+    def _share(self, layers: Sequence[Layer], passages: Sequence[Any]) -> None:
         """Give each weight that layers in the subgraphs of one node share the moments of all their inputs.
 
-        x, x_hat: the inputs, as in `_solve`
+        passages: as in `_solve`
         """
         first: dict[object, Layer] = {}
         for layer in layers:
@@ -266,28 +279,31 @@ class _Walk:
             source, own = (self._plan.probes[one.name] for one in (layer, root))
             if source != own:
                 self._later.setdefault(root.name, []).append(layer)
-                moments = self._input_moments(layer, x[source], x_hat[source])
-                self._others.setdefault(root.name, []).append(moments)
-
-    def _refuse(self, layer: Layer, counts: Sequence[int], array: Any, i: int) -> ModelError:
-        """Return the error for an input of a layer whose numbers are not finite or too large.
-
-        counts: how many samples each of its arrays holds
-        i: which of them it is
-        """
-        return out_of_range(array, layer.input, i, counts, self._samples, self._plan.walked.layers)
-
-    def _out_of_range(self, name: str, array: Any, batch: int) -> ModelError:
-        """Return the error for an array of the value `name` whose numbers are not finite or too large."""
-        return out_of_range(array, name, batch, self._counts, self._samples, self._plan.walked.layers)
+                found = self._crew.moments([self._rows(layer)], passages, self._fewer)
+                self._others.setdefault(root.name, []).extend(found)
 
     # from one cut to the next
 
     def _catch_up(self, stage: Stage) -> None:
         """Bring the quantized model of all samples that a stage needs to the cut before it."""
+        behind: dict[tuple[int, int], list[Shard]] = {}
+        for shard in self._at(stage.index):
+            if shard.leg is not None:
+                behind.setdefault((shard.leg.index, len(shard.leg.nodes)), []).append(shard)
         with self._context.journal.timed("calibrate"):
-            for passage in self._at(stage.index):
-                passage.advance_quantized(self._solved())
+            for shards in behind.values():
+                assert shards[0].leg is not None
+                self._crew.advance_quantized(shards, self._sofar(shards[0].leg))
+                self._segments.close()
+
+    def _sofar(self, leg: Stage) -> Any:
+        """Return what stands for what is quantized on a leg."""
+        solutions, plan, nodes = self._solver.solutions, self._plan, set(leg.nodes)
+        here = {x.name for x in plan.layers if x.name in solutions and (x.nested or x.node in nodes)}
+        # a product may have the codes of a table elsewhere
+        tables = {plan.tied[name] for name in here if name in plan.tied} & set(solutions)
+        chosen = {name: one for name, one in solutions.items() if name in here or name in tables}
+        return self._engine.place(passage.Sofar(chosen, dict(self._ranges.grids)), leg.index)
 
     def _advance(self, stage: Stage) -> None:
         """Run the stage's segment in float, and quantized where that is for the next stage.
@@ -300,27 +316,33 @@ class _Walk:
         fed_back = [x for x in stage.layers if x.input in stage.makes]
         stacked = list(dict.fromkeys(probes[layer.name] for layer in inner))
         rows = list(dict.fromkeys([*stacked, *(layer.input for layer in fed_back)]))
-        passages = self._at(stage.index)
-        made = [self._advance_float(passage, stage.index, rows) for passage in passages]
+        made = self._advance_float(self._at(stage.index), stage.index, rows)
         self._ranges.settle(name for name in stage.makes if name in self._plan.activations.values)
         if rows:
             with self._context.journal.timed("calibrate"):
-                solved = self._solved()
-                hat = [p.rows_hat(rows, its, solved) for p, its in zip(passages, made, strict=True)]
-            x, x_hat = _joined(made), _joined(hat)
-            within = [{name: _iterations(t[name]) for name in stacked} for t in (x, x_hat)]
-            self._share(inner, *within)
-            self._solve(inner, *within)
-            self._solve(fed_back, x, x_hat)
+                passages = self._crew.rows(made, self._sofar(stage), stacked)
+                self._segments.close()
+            self._share(inner, passages)
+            self._solve(inner, passages)
+            self._solve(fed_back, passages)
 
-    def _advance_float(self, passage: Passage, start: int, rows: Sequence[str] = ()) -> Tensors:
+    def _advance_float(self, shards: Sequence[Shard], start: int, rows: Sequence[str] = ()) -> list[Any]:
         """Run the float model of some samples to the next stage that needs them; start: the index of the first stage.
 
-        Returns the values `rows` that are made on the way."""
-        following = range(start + 1, len(self._parts))
-        end = next((k for k in following if passage in self._at(k)), len(self._parts))
-        with self._context.journal.timed("calibrate"):
-            return passage.advance_float(stages.join(self._parts[start:end]), rows)
+        Returns what stands for the values `rows` that are made on the way, for each shard."""
+        ends: dict[int, list[Shard]] = {}
+        for shard in shards:
+            following = range(start + 1, len(self._parts))
+            end = next((k for k in following if shard.start < self._needed[k]), len(self._parts))
+            ends.setdefault(end, []).append(shard)
+        made: list[Any] = []
+        for end, some in ends.items():
+            with self._context.journal.timed("calibrate"):
+                seen, its = self._crew.advance_float(some, stages.join(self._parts[start:end]), rows)
+                self._segments.close()
+            self._ranges.take(seen)
+            made += its
+        return made
 
 
 class _Once:
@@ -336,11 +358,5 @@ class _Once:
         return self._made[id(given)][1]
 
 
-def _joined(cuts: Sequence[Tensors]) -> Tensors:
-    """Put the batches of several passages behind one another."""
-    return {name: [array for cut in cuts for array in cut[name]] for name in cuts[0]}
-
-
-def _iterations(stacked: list[Any]) -> list[Any]:
-    """Divide inputs of a layer in a subgraph, stacked, into one array for each time that the subgraph runs."""
-    return [one for array in stacked for one in array]
+def _silent(_count: int) -> None:
+    """Tell nothing."""

@@ -88,5 +88,7 @@ class OptionKeywords(TypedDict, total=False):
     """For tensors kept between stages, then the disk; 500MB too. [default: half of what is free]"""
     workdir: str | None
     """Keep the state of the run in a directory: the same command goes on where it was cut off."""
+    workers: int | str | None
+    """Share the work among so many processes, or those of a Dask scheduler."""
     sensitivity: bool
     """With --plan: rank the layers by what quantizing each costs."""

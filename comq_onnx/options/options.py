@@ -51,6 +51,14 @@ def _check_granularity(granularity: str) -> None:
         )
 
 
+def _check_workers(workers: int | str) -> None:
+    """Raise OptionError for what is neither a number of processes nor the address of a scheduler."""
+    if "://" not in str(workers) and not (str(workers).isdecimal() and int(workers)):
+        raise OptionError(
+            f"--workers {workers}: give a number of processes, or the address of a Dask scheduler: tcp://host:8786"
+        )
+
+
 @dataclass(frozen=True)
 class Options(SampleOptions):
     """Hold what a caller may choose. Raises OptionError for values that are not possible, alone or together."""
@@ -147,6 +155,10 @@ class Options(SampleOptions):
         None, RUNNING, "Keep the state of the run in a directory: the same command goes on where it was cut off.",
         metavar="DIR", lasting=False,
     )  # fmt: skip
+    workers: int | str | None = declare(
+        None, RUNNING, "Share the work among so many processes, or those of a Dask scheduler.",
+        metavar="N|tcp://HOST:PORT", check=_check_workers, lasting=False,
+    )  # fmt: skip
     sensitivity: bool = declare(
         False, INPUT_OUTPUT, "With --plan: rank the layers by what quantizing each costs.", in_config=False
     )
@@ -156,6 +168,7 @@ class Options(SampleOptions):
         self._check_budget()
         self._check_solver()
         self._check_target()
+        self._check_running()
 
     def _check_budget(self) -> None:
         """Raise OptionError where the bits and their budget do not fit together."""
@@ -194,6 +207,16 @@ class Options(SampleOptions):
                 f"--nbits-op: MatMulNBits is an operator of ONNX Runtime alone, "
                 f"and {self.target} has none; leave it out"
             )
+
+    def _check_running(self) -> None:
+        """Raise OptionError for what workers cannot do."""
+        if self.workers is not None and self.workdir is not None:
+            raise OptionError(
+                f"--workdir {self.workdir}: not with --workers, whose tensors stay on them; a worker that dies loses "
+                "nothing, so leave one of both out"
+            )
+        if self.workers is not None and self.device.startswith("cuda"):
+            raise OptionError(f"--device {self.device}: not with --workers, which calibrate on CPUs; leave one out")
 
     def for_decoder(self) -> Options:
         """Return these options with what suits a decoder where they leave it open: float activations, small blocks."""

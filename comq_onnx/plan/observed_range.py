@@ -19,10 +19,11 @@ class ObservedRange:
     low, high: the ends of the range; inf and -inf where nothing was seen yet
     """
 
-    def __init__(self) -> None:
+    def __init__(self, first: int = 0) -> None:
+        """Begin with nothing seen; first: how many samples come before those that will be seen, to draw by."""
         self.low, self.high = np.inf, -np.inf
         self._counts = np.zeros(_BINS, np.int64)
-        self._rng = np.random.default_rng(0)
+        self._rng = np.random.default_rng(first)
 
     def observe(self, x: npt.NDArray[np.float32]) -> None:
         """Widen the range by one batch; an x without values changes nothing."""
@@ -33,6 +34,13 @@ class ObservedRange:
             if flat.size > SPREAD_VALUES:
                 flat = flat[self._rng.integers(0, flat.size, SPREAD_VALUES)]
             self._counts += np.bincount(flat.view(np.uint32) >> _BIN_SHIFT, minlength=_BINS)
+
+    def add(self, other: ObservedRange) -> ObservedRange:
+        """Widen the range by what another one saw of other samples."""
+        self.low = float(np.minimum(self.low, other.low))
+        self.high = float(np.maximum(self.high, other.high))
+        self._counts += other._counts
+        return self
 
     def between(self, share: float) -> tuple[float, float]:
         """Return bounds that leave out at most (1 - share) / 2 of the values on either side.

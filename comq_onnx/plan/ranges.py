@@ -35,6 +35,8 @@ from comq_onnx.solve.rounding_error import rounding_error
 Shares = npt.NDArray[np.float32]
 # the number of positions drawn at random, and of those with the largest numbers
 DRAWN, EXTREME = 1024, 256
+# more than the positions of a sample: places of other samples begin at other multiples of it
+SAMPLE_PLACES = 1 << 36
 # with fewer positions the best range is chance
 LEAST = 64
 # more numbers tell no more: fewer positions of activations with many channels are kept
@@ -55,10 +57,15 @@ class Positions:
     The same positions are chosen however they are divided into batches.
     """
 
-    def __init__(self, axis: int) -> None:
-        """Begin with no positions; axis: the axis of the channels."""
+    def __init__(self, axis: int, first: int = 0) -> None:
+        """Begin with no positions.
+
+        axis: the axis of the channels
+        first: how many samples come before those whose positions these are: tells them from others
+        """
         self._axis = axis
         self._seen = 0
+        self._first = first * SAMPLE_PLACES
         self._drawn: _Kept | None = None
         self._extreme: _Kept | None = None
 
@@ -69,13 +76,20 @@ class Positions:
         # [n, channels, places], a view where the layout allows it
         x = np.moveaxis(x, self._axis, 1)
         x = x.reshape(*x.shape[:2], -1)
-        at = np.arange(self._seen, self._seen + x.shape[0] * x.shape[2])
+        at = self._first + np.arange(self._seen, self._seen + x.shape[0] * x.shape[2])
         largest = np.maximum(x.max(axis=1), -x.min(axis=1)).reshape(-1)
         room = max(MOST_NUMBERS // x.shape[1], 16)
         extreme = min(EXTREME, room // 5)
         self._drawn = _Kept.best(self._drawn, x, at, _shuffled(at), min(DRAWN, room - extreme))
         self._extreme = _Kept.best(self._extreme, x, at, -largest, extreme)
         self._seen += len(at)
+
+    def add(self, other: Positions) -> Positions:
+        """Choose among these positions and those that were chosen of other samples."""
+        self._drawn = _Kept.of_both(self._drawn, other._drawn)
+        self._extreme = _Kept.of_both(self._extreme, other._extreme)
+        self._seen += other._seen
+        return self
 
     def rows(self) -> tuple[Array, Shares]:
         """Return the positions [n, channels] and the shares that they stand for, [n], which add up to 1."""
@@ -101,11 +115,23 @@ class _Kept:
     rows: the positions, [n, channels]
     at: their places among all positions, [n]
     keys: their keys in ascending order, [n]
+    most: how many are kept
     """
 
     rows: Array
     at: npt.NDArray[np.int64]
     keys: npt.NDArray[Any]
+    most: int
+
+    @classmethod
+    def of_both(cls, one: _Kept | None, other: _Kept | None) -> _Kept | None:
+        """Return the best of the positions kept of some samples and of others."""
+        if one is None or other is None:
+            return other if one is None else one
+        keys = np.concatenate([one.keys, other.keys])
+        least = np.argsort(keys, kind="stable")[: one.most]
+        rows, at = np.concatenate([one.rows, other.rows]), np.concatenate([one.at, other.at])
+        return cls(rows[least], at[least], keys[least], one.most)
 
     @classmethod
     def best(
@@ -127,7 +153,7 @@ class _Kept:
             rows, where = np.concatenate([before.rows, rows]), np.concatenate([before.at, where])
             order = np.concatenate([before.keys, order])
         least = np.argsort(order, kind="stable")[:most]
-        return cls(rows[least], where[least], order[least])
+        return cls(rows[least], where[least], order[least], most)
 
 
 def _shuffled(at: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:

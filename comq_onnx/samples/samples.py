@@ -100,6 +100,11 @@ class Samples:
         numbers = tuple(self.number(int(i)) for i in indices)
         return replace(self, arrays={n: a[np.asarray(indices)] for n, a in self.arrays.items()}, numbers=numbers)
 
+    def between(self, start: int, end: int) -> Samples:
+        """Return consecutive samples, without copies of their arrays."""
+        numbers = tuple(self.number(i) for i in range(start, end))
+        return replace(self, arrays={n: a[start:end] for n, a in self.arrays.items()}, numbers=numbers)
+
     def few(self, most: int) -> Samples:
         """Choose at most `most` samples, evenly from all.
 

@@ -201,6 +201,16 @@ class MomentSums:
             hat, error, some, lambda a, b: patch_gram(a, b, kernel)[None], lambda a: patch_sum(a, kernel)[None], count
         )
 
+    def plus(self, other: MomentSums) -> MomentSums:
+        """Add the sums over other rows."""
+        for mine, its in zip(self._halves, other._halves, strict=True):
+            mine.plus(its)
+        return self
+
+    def __sizeof__(self) -> int:
+        """Return about how many bytes they take."""
+        return sum(half.bytes for half in self._halves)
+
     def moments(self) -> Moments:
         """Return the moments of all rows, with those of the first half beside them where both halves have rows."""
         first, second = self._halves
@@ -242,6 +252,19 @@ class _Sums:
             self._sums[k] = arrays.double(part)
         else:
             self._sums[k] += part
+
+    def plus(self, other: _Sums) -> None:
+        """Add the sums over other rows, which stay as they are."""
+        for k, part in enumerate(other._sums):
+            if part is not None:
+                # what is empty must not get the other's own matrix: sums change in place
+                self._add_to(k, arrays.copied(part) if self._sums[k] is None else part)
+        self.count += other.count
+
+    @property
+    def bytes(self) -> int:
+        """Return how many bytes the sums take."""
+        return sum(int(s.nbytes) for s in self._sums if s is not None)
 
     def __add__(self, other: _Sums) -> _Sums:
         both = _Sums()

@@ -242,6 +242,14 @@ CASES: list[tuple[Setup, Sequence[str], int, str]] = [
      "photos/b.png: not a readable image (…)"),
     (both(TOKENS, ids=np.full((20, 5), 1000)), RUN, 4, "s.npz: the model cannot run on these samples: …"),
     (both(EMPTY, x=X), RUN, 4, "no sample reaches layer 'fc': its input is empty for all of them"),
+    # workers
+    (nothing, [*RUN, "--workers", "0"], 2,
+     "--workers 0: give a number of processes, or the address of a Dask scheduler: tcp://host:8786"),
+    (nothing, [*RUN, "--workers", "2", "--workdir", "w"], 2,
+     "--workdir w: not with --workers, whose tensors stay on them; a worker that dies loses nothing, so leave one of "
+     "both out"),
+    (nothing, [*RUN, "--workers", "2", DEVICE, "cuda"], 2,
+     "--device cuda: not with --workers, which calibrate on CPUs; leave one out"),
     # the runtime
     (lambda patch: patch.setattr(runtime, "ort", None), RUN, 5,
      "onnxruntime is not installed; install one of the extras: pip install 'comq-onnx[cpu]' or pip install "
@@ -350,6 +358,9 @@ ELSEWHERE = {
     "the state of the run cannot be written": "test_workdir", "are needed there": "test_workdir",
     "which is not of a run": "test_workdir", "cannot be used (": "test_workdir",
     "another run uses it now": "test_workdir", "holds a run with other": "test_workdir",
+    "needs the package distributed": "test_workers", "no scheduler answers there": "test_workers",
+    "the scheduler has no workers": "test_workers", "all workers are gone": "test_workers",
+    "has other versions, which may compute": "test_workers",
     "not smaller than its source": "write/test_size",
     "cannot copy": "test_folders", "which is not of a run of several models": "test_queue",
     "has changed since it was quantized there": "test_queue", "a finished model cannot be kept": "test_queue",

@@ -20,6 +20,7 @@ from comq_onnx.calibrate.integer_loss import without_lossy_integers
 from comq_onnx.context import Context, Progress, silent
 from comq_onnx.errors import OptionError, OutOfMemory
 from comq_onnx.evaluate.evaluation import evaluate
+from comq_onnx.model import pickled
 from comq_onnx.model.files import check_output, private_directory, subdirectory, written
 from comq_onnx.model.float_model import FloatModel, open_model
 from comq_onnx.model.source import as_path
@@ -194,6 +195,7 @@ def _crowd(context: Context) -> Iterator[Context]:
     if context.options.workers is None:
         yield context
         return
+    pickled.enable()
     with workers.opened(str(context.options.workers)) as crowd:
         if crowd.dashboard is not None:
             logger.info("what the %d workers do: %s", crowd.count, crowd.dashboard)

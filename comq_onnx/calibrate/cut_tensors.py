@@ -9,6 +9,7 @@ it runs on torch's CPU too, where it is tested.
 from __future__ import annotations
 
 import contextlib
+import mmap
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -73,14 +74,20 @@ class Host:
     def __init__(self, budget: int, directory: Path) -> None:
         """Begin with nothing kept; budget: the bytes in memory; directory: where the files lie."""
         self._budget, self._directory, self._held, self._files = budget, directory, 0, 0
+        self._mapped: dict[int, mmap.mmap] = {}
 
     def run(self, session: Session, feeds: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
         """Run a segment, and return its outputs `names`."""
         return session.run(feeds, names)
 
     def ahead(self, count: int, get: Callable[[int], T]) -> Iterator[T]:
-        """Yield get(0), get(1), ..., `count` of them; on a GPU each is fetched while the one before is worked on."""
-        return map(get, range(count))
+        """Yield get(0), get(1), ..., `count` of them; on a GPU each is fetched while the one before is worked on.
+
+        What of a file was read into memory for one is given back before the next.
+        """
+        for i in range(count):
+            yield get(i)
+            self._rest()
 
     def fetch(self, value: Any) -> Any:
         """Bring a kept array to where it is worked on."""
@@ -138,8 +145,19 @@ class Host:
                 f"{self._directory.parent}: tensors kept between stages cannot be written there ({error}); free "
                 "some space, set TMPDIR to a larger disk, or give more --memory"
             ) from error
-        weakref.finalize(mapped, path.unlink, missing_ok=True)
+        self._mapped[self._files] = mapped._mmap
+        weakref.finalize(mapped, self._remove, self._files, path)
         return mapped
+
+    def _rest(self) -> None:
+        """Give back the memory that was read of files: they are read again where they are needed again."""
+        if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+            for pages in self._mapped.values():
+                pages.madvise(mmap.MADV_DONTNEED)
+
+    def _remove(self, number: int, path: Path) -> None:
+        del self._mapped[number]
+        path.unlink(missing_ok=True)
 
     def _release(self, size: int) -> None:
         self._held -= size

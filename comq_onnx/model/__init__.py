@@ -19,5 +19,6 @@ operators: describe matrix products and embeddings as kinds of layers, and list 
 convolutions: describe convolutions as kinds of layers
 transposed: describe transposed convolutions, and the phases that make them up
 recurrent: describe the weights of LSTM, GRU and RNN, of the input and of the state, as kinds of layers
+pickled: pickle models, as protobuf messages
 states: add to a graph what computes the rows that these weights multiply
 """

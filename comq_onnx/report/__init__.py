@@ -8,7 +8,8 @@ inputs: describe the samples
 advice: point out what stands out, and what to do about it
 terminal: lay the report out as tables for a terminal
 page: render the report as one HTML page, from page.html
-several: compare several runs, as one table and as one HTML page, from several.html
+several: compare several runs, as one table and in files
+several_page: render that comparison as one HTML page, from several.html
 read: read reports that were written as JSON
 plots: draw the plots of the page as SVG
 network: draw the layers as a network

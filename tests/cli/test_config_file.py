@@ -35,6 +35,7 @@ EVERYTHING = [
     "--resize", "40", "--crop", "32x24", "--layout", "nchw", "--channels", "rgb", "--dtype", "float32", "--tokenizer",
     "t.json", "--text-field", "text", "--length", "64", "--cpu", "vnni",
     "--device", "cpu", "--seed", "7", "--memory", "1.5", "--workdir", "kept", "--preprocess", "imagenet",
+    "--workers", "2", "--nbits-op",
     "--json", "r.json", "--report", "r.html", "-o", "q.onnx", "--calib", "s.npz", "-q", "-v",
 ]  # fmt: skip
 

@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
+import pytest
 
+from comq_onnx.errors import ModelError
 from comq_onnx.model import pickled
 from comq_onnx.model.source import read_model
 from models import build, cnn
@@ -38,3 +40,16 @@ def test_external_data_are_found_again(tmp_path: Path) -> None:
     for name, value in before.graph.initializers.items():
         assert isinstance(after.graph.initializers[name].const_value, ir.ExternalTensor)
         assert np.array_equal(after.graph.initializers[name].const_value.numpy(), value.const_value.numpy())
+
+
+def test_a_model_that_is_too_large_for_a_message_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Large:
+        @staticmethod
+        def SerializeToString() -> bytes:
+            raise ValueError("exceeds 2GB")
+
+    pickled.enable()
+    model = ir.from_proto(cnn())
+    monkeypatch.setattr(ir, "to_proto", lambda _: Large)
+    with pytest.raises(ModelError, match=r"too large for one message \(exceeds 2GB\): run it without --workers"):
+        pickle.dumps(model)

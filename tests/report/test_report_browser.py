@@ -22,7 +22,8 @@ from reports import activation, layer, plan, report
 
 from comq_onnx.metrics import OutputComparison
 from comq_onnx.report.report import Report
-from comq_onnx.report.several import Run, render
+from comq_onnx.report.several import Run
+from comq_onnx.report.several_page import render
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "chrome-headless-shell")
 BROWSER = os.environ.get("COMQ_BROWSER") or next((path for name in NAMES if (path := shutil.which(name))), None)

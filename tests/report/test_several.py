@@ -12,7 +12,7 @@ from rich.console import Console
 
 from comq_onnx.errors import OptionError
 from comq_onnx.metrics import LanguageComparison, OutputComparison
-from comq_onnx.report import several
+from comq_onnx.report import several, several_page
 from comq_onnx.report.changes import ChangedAnswer
 from comq_onnx.report.read import read_runs
 from comq_onnx.report.several import Run
@@ -71,19 +71,19 @@ def test_the_page_tells_all_of_them_and_needs_nothing_else(tmp_path: Path) -> No
 
 
 def test_the_page_shows_the_options_in_which_runs_differ() -> None:
-    page = Page(several.render(runs(), "compared")).text
+    page = Page(several_page.render(runs(), "compared")).text
     assert re.search("Options that differ option 1 2 bits 4 8 Warnings", page)
 
 
 def test_runs_of_the_same_layers_are_compared_layer_by_layer() -> None:
-    assert 'id="errors"' in several.render(runs(), "compared")
+    assert 'id="errors"' in several_page.render(runs(), "compared")
     others = [*runs()[:1], Run("other.onnx", report(5))]
-    assert 'id="errors"' not in several.render(others, "compared")
+    assert 'id="errors"' not in several_page.render(others, "compared")
 
 
 @pytest.mark.parametrize("empty", [[], [Run("bad.onnx", None, said="no", failed=True)]])
 def test_where_none_was_quantized_there_is_a_page_too(empty: list[Run]) -> None:
-    assert f"0 of {len(empty)}" in Page(several.render(empty, "compared")).text
+    assert f"0 of {len(empty)}" in Page(several_page.render(empty, "compared")).text
 
 
 def test_reports_come_back_from_json(tmp_path: Path) -> None:

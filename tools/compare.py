@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 import comq_onnx
-from comq_onnx.report import several
+from comq_onnx.report import several, several_page
 from comq_onnx.report.read import read_runs
 from comq_onnx.report.terminal import describe_language
 
@@ -60,7 +60,7 @@ def compare_reports(paths: Sequence[Path], html: Path | None) -> None:
     console = Console()
     (console if console.is_terminal else Console(width=140)).print(several.table(runs))
     if html is not None:
-        several.save_html(runs, html)
+        several_page.save_html(runs, html)
 
 
 @click.command()

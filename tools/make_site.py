@@ -20,7 +20,7 @@ from pathlib import Path
 import click
 
 import comq_onnx
-from comq_onnx.report import several
+from comq_onnx.report import several, several_page
 
 ROOT = Path(__file__).parents[1]
 PAGES, SITE = ROOT / "build" / "docs", ROOT / "build" / "site"
@@ -90,7 +90,7 @@ def write_gallery(reports: bool) -> None:
             report.save_html(PAGES / f"report-{name}.html")
             lines.append(f"- [{title}](report-{name}.html)")
             runs.append(several.Run(title, report))
-        several.save_html(runs, PAGES / "compared.html")
+        several_page.save_html(runs, PAGES / "compared.html")
         lines.append("- [All of them compared](compared.html), as several models in one call are")
     (PAGES / "gallery.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 

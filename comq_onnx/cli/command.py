@@ -188,7 +188,9 @@ def _quantize_to_folder(asked: _Asked, options: dict[str, Any], console: Console
     if asked.json is not None:
         _save("--json", asked.json, lambda path: several.save_json(runs, path), written)
     if asked.report is not None:
-        _save("--report", asked.report, lambda path: several.save_html(runs, path), written)
+        from comq_onnx.report.several_page import save_html  # it imports matplotlib
+
+        _save("--report", asked.report, lambda path: save_html(runs, path), written)
     _open(asked, errors)
     whole = any(one.error is None for one in done)
     files = [path for path in (asked.output if whole else None, asked.report, asked.save_config) if path]

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import quote
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -42,25 +40,6 @@ def save_json(runs: Sequence[Run], path: Path) -> None:
         for run in runs
     ]
     write_text(path, json.dumps({"models": models}, indent=2, default=str) + "\n")
-
-
-def save_html(runs: Sequence[Run], path: Path) -> None:
-    """Write the page that compares several runs, and beside it in a folder the page of each run.
-
-    Raises OptionError where a file cannot be written.
-    """
-    # it draws, with matplotlib, which takes long to import
-    from comq_onnx.report.several_page import render
-
-    folder = path.with_name(f"{path.stem}_models")
-    linked = []
-    for i, run in enumerate(runs):
-        name = f"{i + 1:02d}-{re.sub(r'[^A-Za-z0-9.-]+', '_', Path(run.name).stem)}.html"
-        if run.report is not None:
-            folder.mkdir(exist_ok=True)
-            run.report.save_html(folder / name)
-        linked.append(run if run.report is None else replace(run, link=quote(f"{folder.name}/{name}")))
-    write_text(path, render(linked, f"{len(runs)} models compared"))
 
 
 # As one table

@@ -1,12 +1,19 @@
-"""Render the page that compares several runs, from several.html."""
+"""Render the page that compares several runs, from several.html.
+
+It draws, with matplotlib, which takes long to import: who imports it does so where a page is written.
+"""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
+from comq_onnx.model.files import write_text
 from comq_onnx.report import plots
 from comq_onnx.report.page import Drawing, environment
 from comq_onnx.report.report import LayerReport
@@ -24,6 +31,22 @@ class _Row:
     number: int
     run: Run
     cells: list[str]
+
+
+def save_html(runs: Sequence[Run], path: Path) -> None:
+    """Write the page that compares several runs, and beside it in a folder the page of each run.
+
+    Raises OptionError where a file cannot be written.
+    """
+    folder = path.with_name(f"{path.stem}_models")
+    linked = []
+    for i, run in enumerate(runs):
+        name = f"{i + 1:02d}-{re.sub(r'[^A-Za-z0-9.-]+', '_', Path(run.name).stem)}.html"
+        if run.report is not None:
+            folder.mkdir(exist_ok=True)
+            run.report.save_html(folder / name)
+        linked.append(run if run.report is None else replace(run, link=quote(f"{folder.name}/{name}")))
+    write_text(path, render(linked, f"{len(runs)} models compared"))
 
 
 def render(runs: Sequence[Run], title: str) -> str:

@@ -50,7 +50,7 @@ def test_the_table_has_a_line_for_each_with_the_worst_output() -> None:
 
 
 def test_the_page_tells_all_of_them_and_needs_nothing_else(tmp_path: Path) -> None:
-    several.save_html(runs(), tmp_path / "all.html")
+    several_page.save_html(runs(), tmp_path / "all.html")
     text = (tmp_path / "all.html").read_text(encoding="utf-8")
     page = Page(text)
     for words in (

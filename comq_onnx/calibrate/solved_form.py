@@ -27,7 +27,7 @@ def solved_weight(prepared: Prepared, layer: Layer) -> Array:
 
 def solved_grid(kind: OpKind, grid: Grid) -> Grid:
     """Return the grid of a weight of that kind as its solver takes it."""
-    if kind.solved_as is kind or grid.per_tensor:
+    if kind.solved_as is kind:
         return grid
     size = grid.block_size and kind.solved_as.inputs // grid.blocks(kind.inputs)
     return replace(grid, tied=True, block_size=size)

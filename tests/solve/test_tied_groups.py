@@ -20,6 +20,8 @@ GRIDS = [
     Grid(4, tied=True),
     Grid(3, symmetric=False, tied=True),
     Grid(2, tied=True),
+    Grid(4, per_tensor=True, tied=True),
+    Grid(3, symmetric=False, per_tensor=True, tied=True),
     Grid(4, block_size=4, tied=True),
     Grid(3, symmetric=False, block_size=2, tied=True),
 ]
@@ -90,11 +92,12 @@ def test_tied_groups_start_from_the_scales_of_one_matrix(grid: Grid) -> None:
 
 
 @SOLVERS
-def test_tied_groups_have_one_shift_and_the_error_that_it_leaves(method: Method) -> None:
+@pytest.mark.parametrize("per_tensor", [False, True])
+def test_tied_groups_have_one_shift_and_the_error_that_it_leaves(method: Method, per_tensor: bool) -> None:
     weight, x, x_hat = problem(1)
     x_hat = x_hat + np.float32(0.5)
     moments = oracle.moments_of(x, x_hat)
-    solution = solve(weight, moments, Grid(3, tied=True), method, has_bias=True)
+    solution = solve(weight, moments, Grid(3, per_tensor=per_tensor, tied=True), method, has_bias=True)
     if solution.shift is not None:
         assert (solution.shift == solution.shift[:1]).all()
         assert solution.shift.any()

@@ -117,7 +117,7 @@ class Samples:
     def first(self, most: int) -> Samples:
         """Take the first samples, at most `most`; where the model fixes the batch size whole batches, at least one."""
         unit = self.fixed_batch or 1
-        return self.take(np.arange(min(len(self), max(unit, most // unit * unit))))
+        return self.between(0, min(len(self), max(unit, most // unit * unit)))
 
     def number(self, index: int) -> int:
         """Return the place in the source, from 0, of the sample at `index`."""

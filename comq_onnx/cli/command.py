@@ -323,14 +323,12 @@ def main() -> None:
         command.main(standalone_mode=False)
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
-    except click.Abort:
-        _fail("interrupted; nothing was written", 130)
+    except (click.Abort, KeyboardInterrupt):
+        _end("interrupted", signal.SIGINT)
     except click.ClickException as error:
         _fail(" ".join(error.format_message().split()) + " (comq-onnx --help lists the options)", error.exit_code)
-    except KeyboardInterrupt:
-        _fail("interrupted; nothing was written", 130)
     except _Stopped as stopped:
-        _fail("stopped; nothing was written", 128 + stopped.args[0])
+        _end("stopped", stopped.args[0])
     except ComqError as error:
         _fail(str(error), error.exit_code)
     except OSError as error:
@@ -365,6 +363,13 @@ class _Stopped(BaseException):
 def _stop(number: int, _frame: object) -> None:
     """Raise _Stopped for a signal."""
     raise _Stopped(number)
+
+
+def _end(how: str, number: int) -> None:
+    """Say that a signal ended the run, and end the process."""
+    # objects that the signal left half made would print tracebacks as they go
+    sys.unraisablehook = lambda _: None
+    _fail(f"{how}; nothing was written", 128 + number)
 
 
 def _fail(message: str, code: int) -> None:

@@ -34,6 +34,7 @@ from comq_onnx.solve.grid import MAX_BITS, Grid, check_codes
 from comq_onnx.solve.layer import blank
 from comq_onnx.write.check import check_emitted
 from comq_onnx.write.emit import Emitted, emit_model
+from comq_onnx.write.finish import finish
 from comq_onnx.write.provenance import provenance
 
 # the leads of so many samples tell how often the best class changes, to within some percents
@@ -119,8 +120,9 @@ def _solve(chosen: Chosen, source: FloatModel, data: Dataset, context: Context, 
     for solution in solved.solutions.values():
         check_codes(solution.weight)
     with context.journal.timed("emit"):
-        emitted = emit_model(solved, provenance(source, data, context), source.described)
+        emitted = emit_model(solved)
         check_emitted(emitted.model, solved)
+        emitted = finish(emitted, provenance(source, data, context), source.described)
     return Quantized(chosen, emitted)
 
 
@@ -192,7 +194,7 @@ def file_size_at(plan: Plan, bits: Bits, source: FloatModel, data: Dataset, cont
     one = ActivationGrid(np.float32(1), 0, plan.activations.dtype)
     grids = {name: value.given or one for name, value in plan.activations.values.items()}
     solved = Solved(plan, solutions, grids)
-    return file_size(emit_model(solved, provenance(source, data, context), source.described).model)
+    return file_size(finish(emit_model(solved), provenance(source, data, context), source.described).model)
 
 
 def _own_outputs(plan: Plan, data: Dataset) -> dict[str, Any]:

@@ -21,6 +21,8 @@ _COUNTS = (5, 6, 9)
 _TYPELESS = frozenset({"Shape", "Size"})
 # the attributes that name a type to compute in or to return; the last two are of DequantizeLinear and QuantizeLinear
 _TYPES = ("to", "dtype", "output_dtype", "precision")
+# what the names of values behind a Cast end in, or those of values before the Cast of an output
+_HALF, _SINGLE = "_float16", "_float32"
 
 
 def upcast(model: ir.Model) -> bool:
@@ -58,6 +60,14 @@ def upcast(model: ir.Model) -> bool:
     return True
 
 
+def is_boundary(node: ir.Node) -> bool:
+    """Tell whether a node is a Cast that `upcast` put between float16 and float32."""
+    if node.op_type != "Cast" or node.inputs[0] is None:
+        return False
+    before, after = node.inputs[0].name, node.outputs[0].name
+    return after in (f"{before}{_HALF}", f"{before}{_SINGLE}") or before == f"{after}{_SINGLE}"
+
+
 def _keep_caches(graph: ir.Graph) -> set[ir.Node]:
     """Put Casts around what reads or lengthens a float16 cache, and return the nodes whose numbers stay float16."""
     left: set[ir.Node] = set()
@@ -67,14 +77,14 @@ def _keep_caches(graph: ir.Graph) -> set[ir.Node]:
         left.add(node)
         for index, value in enumerate(node.inputs):
             if value is not None and value.producer() is not None and not (_is_attention(node) and index in _COUNTS):
-                cast = _cast(value, f"{value.name}_float16", ir.DataType.FLOAT16)
+                cast = _cast(value, f"{value.name}{_HALF}", ir.DataType.FLOAT16)
                 graph.insert_before(node, cast)
                 node.replace_input_with(index, cast.outputs[0])
                 left.add(cast)
         for value in node.outputs:
             users = [(user, index) for user, index in value.uses() if user.op_type not in _TYPELESS]
             if users:
-                cast = _cast(value, f"{value.name}_float32", ir.DataType.FLOAT)
+                cast = _cast(value, f"{value.name}{_SINGLE}", ir.DataType.FLOAT)
                 graph.insert_after(node, cast)
                 for user, index in users:
                     user.replace_input_with(index, cast.outputs[0])
@@ -104,7 +114,7 @@ def _read_as_float(graph: ir.Graph, value: ir.Value, left: Set[ir.Node] = frozen
     users = [(user, index) for user, index in value.uses() if user not in left]
     if not users:
         return
-    cast = _cast(value, f"{value.name}_float32", ir.DataType.FLOAT)
+    cast = _cast(value, f"{value.name}{_SINGLE}", ir.DataType.FLOAT)
     graph.insert_before(next(iter(graph)), cast)
     for user, index in users:
         user.replace_input_with(index, cast.outputs[0])
@@ -114,7 +124,7 @@ def _written_as_half(graph: ir.Graph, value: ir.Value) -> ir.Value:
     """Cast an output that is now float32 back to its type, and return the new output, which gets its name."""
     name, dtype = value.name, value.dtype
     assert dtype is not None
-    _rename(value, f"{name}_float32", ir.DataType.FLOAT)
+    _rename(value, f"{name}{_SINGLE}", ir.DataType.FLOAT)
     cast = _cast(value, str(name), dtype)
     graph.append(cast)
     return cast.outputs[0]

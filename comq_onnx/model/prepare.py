@@ -73,7 +73,8 @@ def prepare_model(
     _drop_axes(model)
     if upcast(model):
         notes.append(
-            "half-precision arithmetic became float32, which the CPU computes in anyway; inputs and outputs kept"
+            "half-precision arithmetic became float32, which the CPU computes in anyway; inputs and outputs kept "
+            "(for GPUs, --float16 makes it half precision again)"
         )
     _fold_alpha(model)
     _store_once(model)

@@ -64,6 +64,8 @@ class OptionKeywords(TypedDict, total=False):
     """Whether weights have zero point 0."""
     nbits_op: bool
     """Write weight-only products as MatMulNBits, an operator of ONNX Runtime alone, not as QDQ."""
+    float16: bool
+    """Make float16 of what is not quantized, for GPUs; inputs and outputs keep their types."""
     target: str
     """What will run the model. ort-cpu: ONNX Runtime, CPU; uint8 activations, packed weights. ort-cuda: ONNX Runtime,
     NVIDIA; weight-only, float arithmetic. tensorrt: int8 activations, INT8 weights; INT4 if weight-only. openvino:

@@ -112,6 +112,9 @@ class Options(SampleOptions):
         False, QUANTIZATION,
         "Write weight-only products as MatMulNBits, an operator of ONNX Runtime alone, not as QDQ.",
     )  # fmt: skip
+    float16: bool = declare(
+        False, QUANTIZATION, "Make float16 of what is not quantized, for GPUs; inputs and outputs keep their types."
+    )
     target: str = declare(
         "ort-cpu", QUANTIZATION,
         "What will run the model.\n\n\b\n" + "\n".join(f"{t.name}: {t.about}." for t in TARGETS.values()),
@@ -206,6 +209,12 @@ class Options(SampleOptions):
             raise OptionError(
                 f"--nbits-op: MatMulNBits is an operator of ONNX Runtime alone, "
                 f"and {self.target} has none; leave it out"
+            )
+        if self.float16 and not target.half:
+            others = ", ".join(t.name for t in TARGETS.values() if t.half)
+            raise OptionError(
+                f"--float16: {self.target} computes float16 in float32, between Casts; leave it out, or choose another "
+                f"--target: {others}"
             )
 
     def _check_running(self) -> None:

@@ -10,6 +10,7 @@ integer_gain: predict times, and leave the layers that integers would make slowe
 initial_bits: give each layer its bits before any survey
 forms: choose the form, the grid and the container of each weight
 nbits: choose the products that are written as MatMulNBits
+half: find the values that are too large for float16
 smoothing: even out the channels of activations
 given_pairs: read the QuantizeLinear and DequantizeLinear that the source has
 activation_grid: define the grid of an activation, its scale and its zero point

@@ -69,7 +69,7 @@ def _wanted_opset(context: Context) -> int:
     # where a budget decides, 4 bits have a container, and all other widths are bit planes
     widths = [options.fixed_bits or REFERENCE_BITS, *(bits for _, bits in options.bits_for)]
     dtype = target.activation_dtype(options.activations)
-    modern = options.block_size is not None or dtype in (None, "uint16")
+    modern = options.float16 or options.block_size is not None or dtype in (None, "uint16")
     # HardSwish as one operator came with its own opset
     return max(
         target.min_opset,

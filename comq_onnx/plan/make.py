@@ -15,6 +15,7 @@ from comq_onnx.model.probe import probe
 from comq_onnx.plan import integer_gain, smoothing
 from comq_onnx.plan.activations import ActivationPlan, plan_activations, plan_between_pairs
 from comq_onnx.plan.forms import BLOCKS_OPSET, WeightForm
+from comq_onnx.plan.half import too_large_for_half
 from comq_onnx.plan.initial_bits import fill_containers, initial_bits
 from comq_onnx.plan.plan import Bits, Plan
 from comq_onnx.plan.subgraphs import Specialized, specialize
@@ -41,6 +42,8 @@ def make_plan(source: FloatModel, prepared: Prepared, data: Dataset, context: Co
         prepared, specialized.prepared, specialized.probes, ActivationPlan("float32"), context.target,
         nbits_op=context.options.nbits_op,
     )  # fmt: skip
+    if context.options.float16:
+        plan = replace(plan, too_large=too_large_for_half(prepared, data, context))
     plan = _choose_activations(plan, dtype, data, context)
     plan = _unpack_in_branches(plan, data.is_of_decoder)
     plan = tie(plan, context)
@@ -83,6 +86,10 @@ def _check_opset(prepared: Prepared, dtype: str | None, context: Context) -> Non
         raise OptionError(
             f"--granularity {context.options.granularity} needs opset {BLOCKS_OPSET}; this model could not be raised "
             f"above {prepared.opset}: use --granularity channel"
+        )
+    if context.options.float16:
+        raise OptionError(
+            f"--float16 needs opset {BLOCKS_OPSET}; this model could not be raised above {prepared.opset}"
         )
     if dtype == "uint16":
         raise OptionError(

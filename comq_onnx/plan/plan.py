@@ -42,6 +42,7 @@ class Plan:
         would make them slower
     tied: the name of the embedding whose codes a product has too, transposed, by the name of the product
     nbits_op: weight-only products are written as MatMulNBits where that is possible
+    too_large: the names of values that stay float32 where others become float16; None where nothing does
     """
 
     written: Prepared
@@ -55,6 +56,7 @@ class Plan:
     unpacked: frozenset[str] = frozenset()
     tied: Mapping[str, str] = field(default_factory=dict)
     nbits_op: bool = False
+    too_large: frozenset[str] | None = None
 
     @property
     def layers(self) -> Sequence[Layer]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from comq_onnx.errors import SamplesError
-from comq_onnx.samples.language_inputs import lacks_samples
+from comq_onnx.samples.language_inputs import complete_tokens, lacks_samples
 from comq_onnx.samples.samples import AnyArray, ModelInput, Samples, names_of
 
 
@@ -20,12 +20,15 @@ def fit_to_inputs(
 ) -> Samples:
     """Return arrays as samples that fit the inputs of a model, converted where that loses nothing.
 
-    arrays: by input name, samples along the first axis
+    arrays: by input name, samples along the first axis; tokens are enough where the other inputs follow from them
     source: where they come from; it begins every error message
 
     Raises SamplesError for arrays that cannot fit.
     """
     wanted = {i.name for i in inputs}
+    arrays, made = complete_tokens(arrays, inputs)
+    if made:
+        notes = [*notes, f"made from the tokens, all of which count unless a mask is given: {names_of(made)}"]
     if set(arrays) != wanted:
         raise SamplesError(
             f"{source}: arrays {names_of(arrays)}; the model has inputs {names_of(i.name for i in inputs)}: name each "

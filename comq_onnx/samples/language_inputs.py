@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -57,6 +57,27 @@ def complete(
                 )
         arrays[info.name] = made.astype(info.dtype)
     return arrays
+
+
+def complete_tokens(
+    arrays: Mapping[str, AnyArray], inputs: Sequence[ModelInput]
+) -> tuple[Mapping[str, AnyArray], list[str]]:
+    """Add to tokens the other inputs that language models have: (all arrays, the names of those added).
+
+    Arrays without tokens [samples, tokens], or that lack an input of another kind, stay as they are. All tokens count
+    where a model with a past gets no mask; that of other models tells padding, and must be given.
+
+    Raises SamplesError for a past of unknown shape.
+    """
+    missing = [i.name for i in inputs if i.name not in arrays]
+    roles = {role_of(name) for name in missing}
+    ids = next((arrays[i.name] for i in token_inputs(inputs) if i.name in arrays), None)
+    unknown = roles & {"ids", "other"} or ("mask" in roles and not any(role_of(i.name) == "past" for i in inputs))
+    if not missing or unknown or ids is None or ids.ndim != 2:
+        return arrays, []
+    masks = [array for name, array in arrays.items() if role_of(name) == "mask" and array.shape == ids.shape]
+    mask = masks[0] if masks else np.ones_like(ids)
+    return complete(dict(arrays), inputs, ids, mask, np.zeros_like(ids)), missing
 
 
 def lacks_samples(info: ModelInput) -> bool:

@@ -47,6 +47,8 @@ ORT_CPU = Target(
     exact_depthwise=True,
     # ONNX Runtime 1.31: MatMulNBits of INT2 codes gives garbage for other numbers of outputs
     int2_columns=4,
+    # its kernels compute in float32, between Casts
+    half=False,
     costs=ORT_CPU_COSTS,
 )
 
@@ -144,6 +146,7 @@ OPENVINO = Target(
     unpack="Cast",
     safe_bits=7,
     whole_blocks=True,
+    half=False,
 )
 
 # by name

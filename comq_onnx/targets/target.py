@@ -87,6 +87,7 @@ class Target:
 
     The file:
 
+    half: float16 is no slower there than float32.
     min_opset, max_opset, max_ir: the versions that the target reads.
     costs: the time that operators take, where it was measured; it decides which layers gain by integers.
     """
@@ -121,6 +122,7 @@ class Target:
     block_bits: int = 8
     int2_columns: int = 1
 
+    half: bool = True
     min_opset: int = 13
     max_opset: int = 26
     max_ir: int = 13

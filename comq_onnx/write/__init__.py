@@ -1,6 +1,8 @@
 """Write what is solved into a graph, as a target wants it, and check the result.
 
 emit: rewrite a graph, and make the quantized model
+finish: half precision where it is asked for, and what the file tells of itself
+half: turn float32 arithmetic into float16
 weights: write the weight of a layer in its form
 biases: write the bias of a layer, as floats or as int32
 activations: write the pairs of QuantizeLinear and DequantizeLinear of activations

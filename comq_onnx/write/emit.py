@@ -6,7 +6,6 @@ written.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,28 +38,11 @@ class Emitted:
         return {layer.name: stored_bytes(self.model, layer) for layer in self.solved.plan.layers}
 
 
-def emit_model(solved: Solved, provenance: Mapping[str, str], described: Set[str]) -> Emitted:
-    """Make the quantized model of a solved plan.
-
-    provenance: metadata for the file
-    described: the names of the values whose type and shape the source tells; those of other values are not written.
-        With them ONNX Runtime fuses operators that it leaves alone in the source, and makes some of them slower.
-    """
+def emit_model(solved: Solved) -> Emitted:
+    """Make the quantized model of a solved plan."""
     model = solved.plan.written.model.clone()
     emit(model, solved)
     write_nbits(model, solved)
-    for graph in (model.graph, *model.graph.subgraphs()):
-        for node in graph:
-            for value in node.outputs:
-                if not value.is_graph_output() and value.name not in described:
-                    value.type = value.shape = None
-    for value, shape in zip(model.graph.outputs, solved.plan.written.declared, strict=True):
-        # who reads the file finds the dimensions that it had, not those that were inferred
-        value.shape = value.shape if shape is None else shape
-    used = {t.dtype for v in model.graph.initializers.values() if (t := v.const_value) is not None}
-    lowest_ir = 13 if ir.DataType.INT2 in used else 10 if ir.DataType.INT4 in used else 8
-    model.ir_version = min(max(model.ir_version, lowest_ir), solved.plan.target.max_ir)
-    model.metadata_props.update(provenance)
     return Emitted(solved, model)
 
 

@@ -29,13 +29,13 @@ from models import mlp, samples_for
 
 EVERYTHING = [
     "--bits", "3", "--bits-for", "fc1=8", "--bits-for", "^fc=2$=4", "--include", "fc", "--exclude", "nope|never",
-    "--samples", "33", "--batch-size", "5", "--target", "ort-cpu", "--activations", "none", "--granularity", "16",
+    "--samples", "33", "--batch-size", "5", "--target", "ort-cuda", "--activations", "none", "--granularity", "16",
     "--asymmetric", "--solver", "paper", "--order", "cyclic", "--sweeps", "2", "--shrink", "0.75", "--independent",
     "--effort", "default", "--size", "25%", "--max-drop", "1", "--uniform", "--mean", "0.5", "--std", "0.1,0.2,0.3",
     "--resize", "40", "--crop", "32x24", "--layout", "nchw", "--channels", "rgb", "--dtype", "float32", "--tokenizer",
     "t.json", "--text-field", "text", "--length", "64", "--cpu", "vnni",
     "--device", "cpu", "--seed", "7", "--memory", "1.5", "--workdir", "kept", "--preprocess", "imagenet",
-    "--workers", "2", "--nbits-op",
+    "--workers", "2", "--nbits-op", "--float16",
     "--json", "r.json", "--report", "r.html", "-o", "q.onnx", "--calib", "s.npz", "-q", "-v",
 ]  # fmt: skip
 

@@ -119,6 +119,11 @@ CASES: list[tuple[Setup, Sequence[str], int, str]] = [
      "--asymmetric: tensorrt takes only weights of zero point 0; leave it out"),
     (nothing, [*RUN, "--target", "openvino", "--nbits-op"], 2,
      "--nbits-op: MatMulNBits is an operator of ONNX Runtime alone, and openvino has none; leave it out"),
+    (nothing, [*RUN, "--float16"], 2,
+     "--float16: ort-cpu computes float16 in float32, between Casts; leave it out, or choose another --target: "
+     "ort-cuda, tensorrt"),
+    (no_converter(mlp()), [*RUN, "--float16", "--target", "ort-cuda"], 2,
+     "--float16 needs opset 21; this model could not be raised above 17"),
     (no_converter(mlp()), [*RUN, "--activations", "16"], 2,
      "--activations 16 needs opset 21; this model could not be raised above 17"),
     (nothing, [*RUN, "--json", "no/r.json"], 2,

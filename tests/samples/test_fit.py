@@ -95,3 +95,36 @@ def test_arrays_with_one_axis_more_are_complete_tensors() -> None:
 def test_inputs_that_fix_different_batches_are_refused() -> None:
     with pytest.raises(SamplesError, match=r"different batch sizes \[2, 4\]"):
         load_samples({"a": normal(8, 3), "b": normal(8, 3)}, [an_input(2, 3, name="a"), an_input(4, 3, name="b")])
+
+
+TOKENS = [
+    an_input(None, None, name="input_ids", dtype=np.int64),
+    an_input(None, None, name="attention_mask", dtype=np.int64),
+]
+PAST = [
+    an_input(None, None, name="position_ids", dtype=np.int64),
+    an_input(None, 2, None, 4, name="past.key", dtype=np.float32),
+]
+
+
+def test_a_decoder_needs_no_more_than_its_tokens() -> None:
+    ids = np.arange(12).reshape(3, 4)
+    found = load_samples({"input_ids": ids}, [*TOKENS, *PAST])
+    assert "'attention_mask', 'position_ids', 'past.key'" in found.notes[0]
+    (feeds,) = found.batches(3)
+    np.testing.assert_array_equal(feeds["attention_mask"], np.ones((3, 4)))
+    np.testing.assert_array_equal(feeds["position_ids"], [range(4)] * 3)
+    assert feeds["past.key"].shape == (3, 2, 0, 4)
+    # positions follow from a mask that is given
+    mask = np.int64([[0, 1, 1, 1]] * 3)
+    (feeds,) = load_samples({"input_ids": ids, "attention_mask": mask}, [*TOKENS, *PAST]).batches(3)
+    np.testing.assert_array_equal(feeds["position_ids"], [[0, 0, 1, 2]] * 3)
+
+
+def test_a_mask_that_may_tell_padding_must_be_given() -> None:
+    ids = np.ones((3, 4), np.int64)
+    with pytest.raises(SamplesError, match="arrays 'input_ids'; the model has inputs 'input_ids', 'attention_mask'"):
+        load_samples({"input_ids": ids}, TOKENS)
+    kinds = an_input(None, None, name="token_type_ids", dtype=np.int64)
+    (feeds,) = load_samples({"input_ids": ids, "attention_mask": ids}, [*TOKENS, kinds]).batches(3)
+    np.testing.assert_array_equal(feeds["token_type_ids"], np.zeros((3, 4)))

@@ -56,6 +56,7 @@ from comq_onnx.solve.layer import METHODS, Method, error_db, solve
 from comq_onnx.solve.moments import Moments
 from comq_onnx.targets.catalog import TARGETS
 from comq_onnx.write.emit import emit_model
+from comq_onnx.write.finish import finish
 
 OWN_FOLDER = Path(__file__).parents[2] / "models"
 OWN = ("fashion_cnn", "fashion_vit")
@@ -158,7 +159,7 @@ def measure(
     context = context_for(method)
     found = walk(replace(subject.plan, grids=grids), dataset(subject, calib, test), context)
     with private_directory() as work:
-        model = to_bytes_or_file(emit_model(found, {}, frozenset()).model, work, "quantized")
+        model = to_bytes_or_file(finish(emit_model(found), {}, frozenset()).model, work, "quantized")
         quantized = Session(model, float_matmul_nbits=True)
         outputs = compare_outputs(subject.source, quantized, test, BATCH)
         worst = min(outputs, key=lambda o: o.sqnr_db)

@@ -42,6 +42,7 @@ from comq_onnx.samples.dataset import Dataset, load_dataset
 from comq_onnx.samples.load import load_samples
 from comq_onnx.samples.samples import Samples
 from comq_onnx.write.emit import emit_model
+from comq_onnx.write.finish import finish
 
 
 @dataclass
@@ -85,7 +86,7 @@ class Subject:
     def measure(self, bits: Mapping[str, int]) -> tuple[int, OutputComparison]:
         """Quantize with the bits of each layer; return the bytes of the file, and its worst output."""
         solved = walk(self.plan.with_bits(dict(bits), self.context.options), self.data, self.context)
-        model = emit_model(solved, {}, frozenset()).model
+        model = finish(emit_model(solved), {}, frozenset()).model
         with tempfile.TemporaryDirectory() as work, written(model, Path(work) / "model.onnx") as (path, size):
             return size, self.worst(path)
 

@@ -47,7 +47,9 @@ def _drop_idle_cast(model: ir.Model, node: ir.Node) -> None:
     assert value is not None
     before = value.producer()
     if made.name == f"{value.name}_cast_to_fp32" and before is not None and _is_of_float32_node(before):
-        made.replace_all_uses_with(before.inputs[0])
+        single = before.inputs[0]
+        assert single is not None
+        made.replace_all_uses_with(single)
     elif not is_boundary(node):
         return
     elif not made.is_graph_output():

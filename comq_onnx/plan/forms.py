@@ -105,9 +105,10 @@ def supported_grid(layer: Layer, form: WeightForm, grid: Grid, target: Target) -
     Where the target takes no zero points the grid is symmetric.
     """
     if form is WeightForm.LOOKED_UP:
-        return Grid(grid.bits, symmetric=True)
+        return Grid(grid.bits, symmetric=True, signed=target.signed_scales)
     if not (grid.symmetric or target.weight_zero_points):
         grid = replace(grid, symmetric=True)
+    grid = replace(grid, signed=grid.symmetric and target.signed_scales)
     return grid if grid.block_size is None else replace(grid, block_size=_block(layer, form, grid.block_size, target))
 
 

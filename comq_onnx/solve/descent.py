@@ -103,5 +103,6 @@ def _refit_blocks(now: Rounding, products: Array, slopes: Array) -> Rounding:
     change = np.linalg.solve(products.astype(np.float64), slopes[..., None].astype(np.float64))[..., 0]
     moved = (now.scale + change).astype(np.float32)
     gain = 2 * np.einsum("cb,cb->c", change, slopes) - np.einsum("ca,cab,cb->c", change, products, change)
-    good = (gain > 0) & ((moved > 0.5 * now.scale) & (moved < 2 * now.scale)).all(axis=1)
+    ratio = moved / now.scale
+    good = (gain > 0) & ((ratio > 0.5) & (ratio < 2)).all(axis=1)
     return replace(now, scale=np.where(good[:, None], moved, now.scale))

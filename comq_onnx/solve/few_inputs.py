@@ -134,7 +134,7 @@ def _refit(h, optimum, q, s):  # type: ignore[no-untyped-def]
             above += q[i] * h[i, k] * optimum[k]
             below += q[i] * h[i, k] * q[k]
     # float32, or the codes would be judged at a scale that is not the one written
-    return np.float64(np.float32(above / below)) if below > 0 and above > 0 else s
+    return np.float64(np.float32(above / below)) if below > 0 and above * s > 0 else s
 
 
 @compiled

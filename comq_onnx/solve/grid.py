@@ -37,6 +37,8 @@ class Grid:
     per_tensor: all channels of all groups share one scale
     block_size: so many inputs of a channel share a scale; None for all of them
     tied: the groups are parts of one matrix: a channel has the same scales and zero points in all of them
+    signed: scales may be negative, so that the lowest code, which has no opposite, serves the side that needs it;
+        of symmetric grids alone
 
     Raises ValueError for bits or a block size that cannot be.
     """
@@ -46,12 +48,15 @@ class Grid:
     per_tensor: bool = False
     block_size: int | None = None
     tied: bool = False
+    signed: bool = False
 
     def __post_init__(self) -> None:
         if not MIN_BITS <= self.bits <= MAX_BITS:
             raise ValueError(f"bits is {self.bits}; {MIN_BITS} to {MAX_BITS} are possible")
         if self.block_size is not None and (self.block_size < 1 or self.per_tensor):
             raise ValueError("a block size is a positive number, and not for a per-tensor grid")
+        if self.signed and not self.symmetric:
+            raise ValueError("a grid with zero points has no use for negative scales")
 
     @property
     def qmin(self) -> int:
@@ -156,7 +161,8 @@ def fit_span(least: Array, most: Array, grid: Grid, shrink: float = 1.0) -> tupl
 def fit_mse(weight: Array, grid: Grid, shrinks: npt.NDArray[np.float32] | None = None) -> tuple[Array, Codes]:
     """Return scale and zero point [groups, out, blocks] whose plain rounding has the least squared error.
 
-    Every block chooses for itself among multiples of its span (a per-tensor grid once for all).
+    Every block chooses for itself among multiples of its span (a per-tensor grid once for all), and among both signs of
+    the scale where the grid has them.
 
     weight: [groups, out, in]
     shrinks: the multiples; None for SHRINKS
@@ -170,22 +176,41 @@ def fit_mse(weight: Array, grid: Grid, shrinks: npt.NDArray[np.float32] | None =
     starts = range(0, weight.shape[-1], size)
     best = np.zeros((rows.shape[0], len(starts)), np.intp)
     for b, start in enumerate(starts):
-        errors = np.empty((rows.shape[0], shrinks.size))
-        low, high = (
-            (np.minimum(rows.min(initial=0), 0), np.maximum(rows.max(initial=0), 0)) if grid.per_tensor else (0, 0)
+        some = np.ascontiguousarray(rows[:, start : start + size])
+        # codes of a negative scale are those of the negative weight
+        errors = np.concatenate(
+            [_span_errors(sign * some, sign * rows, grid, shrinks) * factor for sign, factor in signs(grid)], axis=1
         )
-        span_errors(
-            rows, shrinks, grid.qmin, grid.qmax, grid.symmetric, start, min(start + size, rows.shape[1]),
-            np.float32(low), np.float32(high), errors,
-        )  # fmt: skip
         best[:, b] = (errors.sum(axis=0)[None] if grid.per_tensor else errors).argmin(axis=1)
-    spans = {k: fit_minmax(weight, grid, float(shrinks[k])) for k in np.unique(best)}
+    chosen_signs = np.repeat(np.array([sign for sign, _ in signs(grid)], np.float32), shrinks.size)
+    spans = {}
+    for k in np.unique(best):
+        one, zero = fit_minmax(weight, grid, float(shrinks[k % shrinks.size]))
+        spans[k] = chosen_signs[k] * one, zero
     chosen = best.reshape(*weight.shape[:-1], -1)
     scale = np.empty(chosen.shape, np.float32)
     zero_point = np.empty(chosen.shape, np.int8)
     for k, (one, zero) in spans.items():
         scale[chosen == k], zero_point[chosen == k] = one[chosen == k], zero[chosen == k]
     return scale, zero_point
+
+
+def signs(grid: Grid) -> list[tuple[np.float32, float]]:
+    """Return the signs that a scale may have, and a factor on the error of each: the positive one wins a tie."""
+    return [(np.float32(1), 1.0), (np.float32(-1), 1 + 1e-5)] if grid.signed else [(np.float32(1), 1.0)]
+
+
+def _span_errors(some: Array, rows: Array, grid: Grid, shrinks: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    """Return the squared error [rows, shrinks] of plain rounding of some inputs of all rows [rows, inputs]."""
+    errors = np.empty((rows.shape[0], shrinks.size))
+    low, high = (0, 0)
+    if grid.per_tensor:
+        low, high = np.minimum(rows.min(initial=0), 0), np.maximum(rows.max(initial=0), 0)
+    span_errors(
+        some, shrinks, grid.qmin, grid.qmax, grid.symmetric, 0, some.shape[1], np.float32(low), np.float32(high),
+        errors,
+    )  # fmt: skip
+    return errors
 
 
 def round_to_grid(weight: Array, scale: Array, zero_point: Codes, grid: Grid) -> QuantizedWeight:
@@ -201,12 +226,13 @@ def rtn(weight: Array, grid: Grid) -> QuantizedWeight:
 
 
 def check_codes(weight: QuantizedWeight) -> Codes:
-    """Return the codes after checking that they lie on the grid and that the scales are positive numbers.
+    """Return the codes after checking that they lie on the grid and that the scales are numbers of the right sign.
 
     Raises ValueError where they do not.
     """
     if weight.codes.min() < weight.grid.qmin or weight.codes.max() > weight.grid.qmax:
         raise ValueError(f"codes outside [{weight.grid.qmin}, {weight.grid.qmax}]")
-    if not (np.isfinite(weight.scale).all() and (weight.scale > 0).all()):
+    sizes = np.abs(weight.scale) if weight.grid.signed else weight.scale
+    if not (np.isfinite(sizes).all() and (sizes > 0).all()):
         raise ValueError("a scale is not a positive number")
     return weight.codes

@@ -146,7 +146,7 @@ def move_best_first(v, h, scale, zero, block, qmin, qmax, codes, tolerance, pair
                 at[0] = _index_of(gain, top)
                 if top > tolerance * own[at[0]]:
                     found = 1
-                    few[5, 0] = 1 if slope[at[0]] > 0 else -1
+                    few[5, 0] = 1 if slope[at[0]] * step[at[0]] > 0 else -1
             if found == 0 and pairs > 0:
                 count = _find_cheapest(gain, pairs, best, at)
                 for a in range(count):
@@ -288,7 +288,7 @@ def beam_block(target, unit, scale, zero, block, qmin, qmax, root, codes, wq, lo
                     continue
                 near = np.float32(np.rint(t[k] / step))
                 near = min(max(near, low), high)
-                beside = near + (np.float32(1) if t[k] > near * step else np.float32(-1))
+                beside = near + (np.float32(1) if (t[k] > near * step) == (step > 0) else np.float32(-1))
                 for q in (near, beside):
                     if q < low or q > high:
                         continue

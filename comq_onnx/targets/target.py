@@ -75,6 +75,7 @@ class Target:
     exact_depthwise: depthwise convolutions are added in 32 bits everywhere, so they may have more.
     weight_only: how the codes of all other layers are stored.
     weight_zero_points: other zero points than 0 are allowed.
+    signed_scales: a scale may be negative.
     integer_bias: integer layers take an int32 bias of scale s_x * s_w; a float one otherwise.
     unpack: the op that turns codes into floats when the model is loaded.
 
@@ -114,6 +115,7 @@ class Target:
     integer_bias: bool
     unpack: str
 
+    signed_scales: bool = False
     safe_bits: int = 8
     exact_depthwise: bool = False
 

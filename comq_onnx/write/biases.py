@@ -125,7 +125,8 @@ def fit_bias(weight: QuantizedWeight, bias: Array | None, input_scale: np.float3
     needed = np.maximum(size / 2**30, LEAST_SCALE) / np.float64(input_scale)
     needed = np.minimum(needed, np.finfo(np.float32).max)
     steps = weight.codes - weight.zero_point.astype(np.float64)
-    changed = (needed > weight.scale) | (~steps.any(axis=-1, keepdims=True) & (size > 0))
+    needed = np.where(weight.scale < 0, -needed, needed)
+    changed = (np.abs(needed) > np.abs(weight.scale)) | (~steps.any(axis=-1, keepdims=True) & (size > 0))
     if not changed.any():
         return weight
     scale = np.where(changed, needed, weight.scale).astype(np.float32)

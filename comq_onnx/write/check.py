@@ -233,7 +233,8 @@ def _pair_faults(node: ir.Node, target: Target) -> Iterator[str]:
     )
     block = int(node.attributes["block_size"].value) if "block_size" in node.attributes else 0
     if scale is not None:
-        yield from _scale_faults(node, scale, is_activation, block)
+        signed = target.signed_scales and not is_activation
+        yield from _scale_faults(node, np.abs(scale) if signed else scale, is_activation, block)
     if is_activation:
         yield from _activation_faults(zero, target)
     else:

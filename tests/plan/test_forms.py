@@ -55,20 +55,20 @@ def test_blocks_are_what_the_form_of_a_layer_can_hold(
     grid = Grid(4, symmetric=False, block_size=32)
     assert supported_grid(layer, form, grid, ORT_CPU) == Grid(4, symmetric=False, block_size=block)
     assert supported_grid(layer, WeightForm.INTEGER, grid, ORT_CPU) == Grid(4, symmetric=False)
-    assert supported_grid(layer, form, Grid(3), ORT_CPU) == Grid(3)
+    assert supported_grid(layer, form, Grid(3), ORT_CPU) == Grid(3, signed=True)
 
 
 def test_a_target_of_whole_blocks_gets_smaller_ones_that_fill_the_inputs() -> None:
     layer = layer_of(model_of([node("MatMul", "x w", "y")], {"w": (96, 8)}, {"x": (4, 96)}, ["y"]))
     for target, block in ((ORT_CPU, 64), (TENSORRT, 32)):
         grid = supported_grid(layer, WeightForm.BLOCKED, Grid(4, block_size=64), target)
-        assert grid == Grid(4, block_size=block)
+        assert grid == Grid(4, block_size=block, signed=target.signed_scales)
 
 
 def test_a_table_has_no_zero_point() -> None:
     table = layer_of(model_of([node("Gather", "w ids", "y")], {"w": (20, 16)}, {"ids": (4,)}, ["y"]))
     grid = supported_grid(table, WeightForm.LOOKED_UP, Grid(8, symmetric=False, block_size=16), ORT_CPU)
-    assert grid == Grid(8)
+    assert grid == Grid(8, signed=True)
 
 
 @pytest.mark.parametrize("bits", range(2, 9))

@@ -83,6 +83,8 @@ CASES = {
     "few positions": (COMQ, Grid(4, False), "few", 1, 40, 70),
     "huge": (COMQ, Grid(4, False), "huge", 1, 40, 70),
     "tiny": (COMQ, Grid(4, False), "tiny", 1, 40, 70),
+    "negative scales": (COMQ, Grid(3, True, signed=True), "correlated", 1, 48, 96),
+    "negative scales of blocks": (COMQ, Grid(3, True, block_size=32, signed=True), "correlated", 1, 48, 96),
     "fast": (FAST, Grid(4, False), "correlated", 1, 48, 140),
     "gptq": (Method("gptq"), Grid(4, False), "correlated", 1, 48, 140),
     "rounding": (Method("rtn"), Grid(4, False, block_size=32), "correlated", 2, 48, 70),

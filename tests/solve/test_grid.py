@@ -18,7 +18,8 @@ QUICK = settings(max_examples=40, deadline=None, derandomize=True)
 @st.composite
 def grids(draw: st.DrawFn) -> Grid:
     sharing = draw(st.sampled_from([{}, {"per_tensor": True}, {"block_size": 16}, {"block_size": 3}]))
-    return Grid(draw(st.sampled_from(ALL_BITS)), draw(st.booleans()), **sharing)
+    symmetric, signed = draw(st.sampled_from([(False, False), (True, False), (True, True)]))
+    return Grid(draw(st.sampled_from(ALL_BITS)), symmetric, signed=signed, **sharing)
 
 
 @st.composite
@@ -47,8 +48,9 @@ def valid(quantized: QuantizedWeight) -> None:
         # a zero point on the grid is a code for exactly 0
         assert grid.qmin <= numbers.min()
         assert numbers.max() <= grid.qmax
-    assert np.isfinite(quantized.scale).all()
-    assert (quantized.scale >= np.finfo(np.float32).tiny).all()
+    sizes = np.abs(quantized.scale) if grid.signed else quantized.scale
+    assert np.isfinite(sizes).all()
+    assert (sizes >= np.finfo(np.float32).tiny).all()
     if grid.symmetric:
         assert not quantized.zero_point.any()
     if grid.per_tensor:
@@ -120,7 +122,7 @@ def test_rounding_takes_the_nearest_code(weight: np.ndarray, grid: Grid) -> None
     best = np.abs(values - weight[..., None]).min(axis=-1)
     ours = np.abs(rounded.dequantize().astype(np.float64) - weight)
     # two codes at the same distance up to float32's rounding of w / scale are both nearest
-    assert (ours <= best + 1e-4 * scale[..., block]).all()
+    assert (ours <= best + 1e-4 * np.abs(scale[..., block])).all()
 
 
 @QUICK

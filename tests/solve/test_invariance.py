@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import oracle
 import pytest
@@ -179,3 +181,30 @@ def test_the_kernels_blocks_do_not_change_the_answer(monkeypatch: pytest.MonkeyP
         # float32 sums in another order may decide a tie the other way
         assert np.count_nonzero(whole.weight.codes != blocked.weight.codes) <= 4
         assert blocked.error == pytest.approx(whole.error, rel=1e-2)
+
+
+@SOLVERS
+@pytest.mark.parametrize("inputs", [40, 9])
+@pytest.mark.parametrize(
+    "grid", [Grid(3, signed=True), Grid(3, signed=True, block_size=16), Grid(2, signed=True, per_tensor=True)], ids=str
+)
+def test_a_negative_weight_has_the_same_codes_at_negative_scales(method: Method, inputs: int, grid: Grid) -> None:
+    if method.solver == "paper":
+        pytest.skip("the authors' algorithm begins at positive scales, and keeps their sign")
+    weight, moments = coupled(inputs)
+    ours, theirs = (solve(sign * weight, moments, grid, method).weight for sign in (1, -1))
+    # where no code lies at an end both signs are as good, and the positive one is taken
+    turned = (np.sign(ours.scale) == -np.sign(theirs.scale)).all(axis=-1)
+    assert turned.mean() > (0 if grid.per_tensor else 0.5)
+    assert np.array_equal(ours.codes[turned], theirs.codes[turned])
+    assert np.array_equal(ours.scale[turned], -theirs.scale[turned])
+    assert grid.per_tensor or {-1, 1} == set(np.unique(np.sign(ours.scale)))
+
+
+@EFFORTS
+@pytest.mark.parametrize("block", [None, 16])
+def test_signed_scales_lose_less(method: Method, block: int | None) -> None:
+    weight, moments = coupled(40)
+    grid = Grid(2, block_size=block)
+    signed, positive = (solve(weight, moments, replace(grid, signed=sign), method) for sign in (True, False))
+    assert signed.error < positive.error

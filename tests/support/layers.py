@@ -162,7 +162,8 @@ def on_grid(weight: QuantizedWeight) -> None:
     assert check_codes(weight) is weight.codes
     assert weight.codes.dtype == weight.zero_point.dtype == np.int8
     assert weight.scale.dtype == np.float32
-    assert (weight.scale >= np.finfo(np.float32).tiny).all()
+    sizes = np.abs(weight.scale) if weight.grid.signed else weight.scale
+    assert (sizes >= np.finfo(np.float32).tiny).all()
     assert weight.scale.shape == weight.zero_point.shape
     assert weight.scale.shape == (*weight.codes.shape[:2], weight.grid.blocks(weight.codes.shape[-1]))
     assert weight.grid.qmin <= weight.zero_point.min()

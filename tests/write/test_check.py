@@ -201,6 +201,7 @@ def other_axis(model: ir.Model) -> None:
         ),
         (scale(lambda s: s * 0, "image.scale"), "scales must be finite and above 0"),
         (scale(lambda s: s * np.float32(np.nan), "point.scale"), "scales must be finite and above 0"),
+        (scale(lambda s: -s, "image.scale"), "scales must be finite and above 0"),
         (scale(lambda s: s[:3], "point.scale"), "3 scales for 16 channels along axis 0"),
         (scale(lambda z: z.astype(np.int8), "image.zero_point"), "activations are int8; ort-cpu takes uint8 or uint16"),
         (other_axis, "scales along axis 1 of a Conv's weight, whose channels are axis 0"),
@@ -223,6 +224,7 @@ def test_each_target_has_rules_of_its_own(written: Emitted, signed: Emitted) -> 
     assert lint(int8, TENSORRT) == []
     of_tensorrt = "\n".join(lint(unsigned, TENSORRT))
     assert "activations are uint8; tensorrt takes int8" in of_tensorrt
+    assert "'stem.weight': scales must be finite and above 0" in of_tensorrt
     assert "an int32 bias; tensorrt takes float ones" in of_tensorrt
     assert "activations are int8; openvino takes uint8" in "\n".join(lint(int8, OPENVINO))
     assert "ort-cuda takes no quantized activations" in "\n".join(lint(int8, ORT_CUDA))

@@ -88,7 +88,7 @@ def biases_have_the_products_scale(written: Written) -> None:
             original = numpy_helper.to_array(source) * (2.0 if name == "gemm" else 1.0)
         shift = solution.shift.reshape(-1)
         # half a step of rounding, and the float32 sum of bias and shift
-        assert (np.abs(codes * scale.astype(np.float64) - (original + shift)) <= 0.501 * scale + 1e-6).all()
+        assert (np.abs(codes * scale.astype(np.float64) - (original + shift)) <= 0.501 * np.abs(scale) + 1e-6).all()
         checked += 1
     assert checked == (5 if written.solved.plan.activations.values else 0)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
-from comq_onnx.solve.grid import SHRINKS, Array, Grid, QuantizedWeight, fit_span
+from comq_onnx.solve.grid import SHRINKS, Array, Grid, QuantizedWeight, fit_span, signs
 
 Tensor: TypeAlias = Any
 
@@ -22,18 +23,22 @@ def round_to_nearest(weight: Tensor, grid: Grid) -> QuantizedWeight:
 
 
 def fit_mse(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Return the scale and zero point [groups, out, blocks] with the least rounding error, among grid.SHRINKS."""
+    """Return the scale and zero point [groups, out, blocks] with the least rounding error, among grid.SHRINKS.
+
+    Where the grid has signed scales, among those of both signs.
+    """
     span = _spans(weight, grid)
     blocks = _split_blocks(weight, grid)
     best: tuple[Tensor, Tensor, Tensor] | None = None
-    for shrink in SHRINKS:
+    for (sign, factor), shrink in itertools.product(signs(grid), SHRINKS):
         scale, zero = (
             torch.as_tensor(x.astype(np.float32), device=weight.device) for x in fit_span(*span, grid, float(shrink))
         )
+        scale = float(sign) * scale
         steps = blocks * (1 / scale)[..., None]
         low, high = ((bound - zero)[..., None] for bound in (grid.qmin, grid.qmax))
         steps -= torch.minimum(torch.maximum(torch.round(steps), low), high)
-        error = steps.square_().sum(-1).double() * scale.double() ** 2
+        error = steps.square_().sum(-1).double() * scale.double() ** 2 * factor
         if grid.per_tensor:
             error = error.sum().expand_as(error)
         if best is None:

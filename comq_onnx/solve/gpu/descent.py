@@ -82,5 +82,6 @@ def refit_blocks(part: Part, now: Rounding, v: Tensor) -> Rounding:
     scale = now.scale.mT
     moved = (scale + change).float()
     gain = 2 * (change * slopes).sum(-1) - torch.einsum("gca,gcab,gcb->gc", change, products.double(), change)
-    good = (gain > 0) & ((moved > 0.5 * scale) & (moved < 2 * scale)).all(-1)
+    ratio = moved / scale
+    good = (gain > 0) & ((ratio > 0.5) & (ratio < 2)).all(-1)
     return replace(now, scale=torch.where(good[:, None], moved.mT, now.scale))

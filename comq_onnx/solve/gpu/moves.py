@@ -82,7 +82,7 @@ def _move(h: Tensor, left: _Channels, pairs: int) -> Tensor:
     gain = torch.maximum(torch.where(up, double, -WALL), torch.where(down, -double, -WALL)) - left.own
     most, at = gain.max(1)
     one = at[:, None]
-    sign = torch.where(torch.take_along_dim(left.v, one, 1) > 0, 1.0, -1.0)
+    sign = torch.where(torch.take_along_dim(double, one, 1) > 0, 1.0, -1.0)
     found = (most > 0) & (most > MOVE_TOLERANCE * torch.take_along_dim(left.own, one, 1)[:, 0])
     _apply(h, left, one, torch.where(found[:, None], sign, 0.0))
     if not pairs or bool(found.all()):

@@ -24,13 +24,14 @@ from typing import Any
 
 from typing_extensions import Unpack
 
-from comq_onnx import finished, pipeline
+from comq_onnx import chained, finished, pipeline
 from comq_onnx.context import Progress, silent
 from comq_onnx.errors import ComqError, InternalError, ModelError, NothingToQuantize, OptionError, OutOfMemory
 from comq_onnx.model.files import private_directory, subdirectory
 from comq_onnx.model.source import data_files
 from comq_onnx.options.keywords import OptionKeywords
 from comq_onnx.options.options import Options
+from comq_onnx.options.samples import PICTURE_OPTIONS, TEXT_OPTIONS
 from comq_onnx.report.report import Report
 from comq_onnx.report.several import Run
 from comq_onnx.runtime import memory
@@ -38,6 +39,7 @@ from comq_onnx.solve.grid import MAX_BITS
 
 logger = logging.getLogger(__name__)
 
+SAMPLE_OPTIONS = frozenset({*PICTURE_OPTIONS, *TEXT_OPTIONS})
 # where the models of a repository of the Hugging Face hub lie
 HUB = "onnx"
 # what such names have behind that of the float model
@@ -142,6 +144,7 @@ def quantize_all(
     samples, progress, options: as `quantize` takes them; progress is called with models, too. With `workdir`, models
         that are finished are not quantized again when the same call is made once more
 
+    A model that reads what another one of its folder gives is calibrated on that: see chained.py.
     A model that has no layer to quantize is copied. One that fails does not stop the others: its `Done` has the error.
     Raises ComqError for what concerns all models; then nothing is written.
     """
@@ -149,16 +152,26 @@ def quantize_all(
     folder, sources = Path(out), [Path(model) for model in models]
     chosen = Options(**options)
     queue = _check_places(find_queue(sources, folder, chosen), folder)
-
-    def quantize(model: Path, target: Path, more: Mapping[str, Any]) -> Report:
-        return pipeline.quantize(model, target, samples, progress=progress, **{**options, **more})
+    links = chained.find_links([job.source for job in queue.jobs if job.error is None])
+    queue = replace(queue, jobs=tuple(sorted(queue.jobs, key=lambda job: chained.depth(job.source, links))))
 
     with private_directory(folder.absolute().parent) as work, finished.opened(chosen, sources, samples) as kept:
         stage, done = subdirectory(work, "out"), []
+        made: dict[Path, Path] = {}
+
+        def quantize(model: Path, target: Path, more: Mapping[str, Any]) -> Report:
+            given, asked = samples, {**options, **more}
+            if model in links and not _needs_no_samples(links[model], samples, chosen):
+                given = chained.make_samples(model, links, made, samples, chosen)
+                asked = {name: value for name, value in asked.items() if name not in SAMPLE_OPTIONS}
+            return pipeline.quantize(model, target, given, progress=progress, **asked)
+
         for i, job in enumerate(queue.jobs):
             tell("models", i, len(queue.jobs))
             memory.forget_peak()
             done.append(_run(job, i, stage, folder, kept, quantize))
+            if done[-1].report is not None:
+                made[job.source] = stage / job.target
         tell("models", len(queue.jobs), len(queue.jobs))
         whole = [job.folder for job, one in zip(queue.jobs, done, strict=True) if one.error is None]
         if whole:
@@ -167,6 +180,11 @@ def quantize_all(
         if kept is not None:
             kept.end(failed=len(whole) < len(done))
     return done
+
+
+def _needs_no_samples(link: chained.Link, samples: pipeline.SampleSource, options: Options) -> bool:
+    """Tell whether no samples need be made for a model behind another one: they are given, or none are used."""
+    return chained.gives(samples, link.reads) or (samples is None and options.solver == "rtn")
 
 
 # What there is to do

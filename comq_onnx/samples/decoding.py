@@ -20,7 +20,7 @@ def decoding_feeds(inputs: Sequence[ModelInput], feeds: Arrays, outputs: Arrays)
     feeds, outputs: of one sample, which began with an empty past
     """
     pasts, caches = [i.name for i in inputs if role_of(i.name) == "past"], _caches(outputs)
-    if not pasts or not all(_goes_on(np.asarray(feeds[name]), caches.get(_place(name))) for name in pasts):
+    if not pasts or not all(_goes_on(np.asarray(feeds[name]), caches.get(cache_of(name))) for name in pasts):
         return None
     return next_feeds(inputs, feeds, outputs)
 
@@ -34,16 +34,16 @@ def next_feeds(inputs: Sequence[ModelInput], feeds: Arrays, outputs: Arrays) -> 
     made: dict[str, Any] = {}
     for info in inputs:
         role = role_of(info.name)
-        made[info.name] = caches[_place(info.name)] if role == "past" else _next(role, np.asarray(feeds[info.name]))
+        made[info.name] = caches[cache_of(info.name)] if role == "past" else _next(role, np.asarray(feeds[info.name]))
     return made
 
 
 def _caches(outputs: Arrays) -> dict[str, Any]:
     """Return the caches among the outputs, by what their names have in common with those of the past."""
-    return {_place(name): array for name, array in outputs.items() if name.lower().startswith("present")}
+    return {cache_of(name): array for name, array in outputs.items() if name.lower().startswith("present")}
 
 
-def _place(name: str) -> str:
+def cache_of(name: str) -> str:
     """Return what the names of a past and of the cache that it comes from have in common: from the first digit on."""
     return re.sub(r"^\D*", "", name)
 

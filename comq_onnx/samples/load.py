@@ -65,7 +65,8 @@ def load_samples(
     options, clues = options or SampleOptions(), clues or Clues()
     inputs = with_cache_shapes(inputs, clues.cache_shapes)
     if isinstance(source, Samples):
-        source = source.arrays
+        options.only((), "arrays")
+        return fit_to_inputs(source.arrays, inputs, source.source, source.notes, source.warnings)
     arrays: Mapping[str, AnyArray]
     if source is None:
         arrays, notes, warnings = synthesize(inputs, options, count, seed, clues)

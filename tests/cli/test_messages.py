@@ -362,7 +362,7 @@ ELSEWHERE = {
     "the scheduler has no workers": "test_workers", "all workers are gone": "test_workers",
     "has other versions, which may compute": "test_workers", "too large for one message": "model/test_pickled",
     "not smaller than its source": "write/test_size",
-    "add a file or a folder of that name": "test_hub", "cannot copy": "test_folders",
+    "both give samples": "test_olive", "add a file or a folder of that name": "test_hub", "cannot copy": "test_folders",
     "which is not of a run of several models": "test_queue",
     "has changed since it was quantized there": "test_queue", "a finished model cannot be kept": "test_queue",
     "is no report (": "report/test_several", "); choose another folder": "test_folders",

@@ -85,6 +85,11 @@ def depth(path: Path, links: Mapping[Path, Link]) -> int:
     return len(_chain(path, links)) - 1
 
 
+def first(path: Path, links: Mapping[Path, Link]) -> Path:
+    """Return the first model of the chain that leads to one."""
+    return _chain(path, links)[-1]
+
+
 def make_samples(
     path: Path, links: Mapping[Path, Link], quantized: Mapping[Path, Path], samples: Any, options: Options
 ) -> Samples:

@@ -2,7 +2,7 @@
 
 A folder goes to a folder that the same readers open: configurations, tokenizers and whatever else lies beside the
 models is copied. Models keep their names, as ONNX Runtime GenAI wants it; where they lie in `onnx/`, as on the Hugging
-Face hub, transformers.js tells the widths apart by names: model_quantized.onnx, model_q4.onnx.
+Face hub, they get the names that transformers.js looks for, and descriptions (hub.py).
 
 All is made in a folder of its own beside the output, and moves when the last model is done: a run that is stopped
 leaves nothing. A model that fails does not stop the others, and nothing of it is written.
@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
 import shlex
 import shutil
 from collections import Counter
@@ -24,10 +23,18 @@ from typing import Any
 
 from typing_extensions import Unpack
 
-from comq_onnx import chained, finished, pipeline
+from comq_onnx import chained, finished, hub, pipeline
 from comq_onnx.context import Progress, silent
-from comq_onnx.errors import ComqError, InternalError, ModelError, NothingToQuantize, OptionError, OutOfMemory
-from comq_onnx.model.files import private_directory, subdirectory
+from comq_onnx.errors import (
+    ComqError,
+    InternalError,
+    ModelError,
+    NothingToQuantize,
+    OptionError,
+    OutOfMemory,
+    SamplesError,
+)
+from comq_onnx.model.files import data_names, private_directory, subdirectory
 from comq_onnx.model.source import data_files
 from comq_onnx.options.keywords import OptionKeywords
 from comq_onnx.options.options import Options
@@ -35,19 +42,16 @@ from comq_onnx.options.samples import PICTURE_OPTIONS, TEXT_OPTIONS
 from comq_onnx.report.report import Report
 from comq_onnx.report.several import Run
 from comq_onnx.runtime import memory
-from comq_onnx.solve.grid import MAX_BITS
 
 logger = logging.getLogger(__name__)
 
 SAMPLE_OPTIONS = frozenset({*PICTURE_OPTIONS, *TEXT_OPTIONS})
-# where the models of a repository of the Hugging Face hub lie
-HUB = "onnx"
-# what such names have behind that of the float model
-_VARIANT = re.compile(r"_(fp16|int8|uint8|bnb4|quantized|q\d+(f16)?)$")
 # the same model in other formats: not copied
 _OTHER_WEIGHTS = frozenset(
     {".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".ot", ".pt", ".pth", ".safetensors", ".tflite"}
 )
+# files with all samples of a model
+_OF_ONE = frozenset({".npz", ".npy", ".txt", ".jsonl"})
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ class Job:
     @property
     def written(self) -> list[Path]:
         """Return the files that may be written, below the output; external data has a file beside its model."""
-        return [self.target, self.target.with_name(f"{self.target.name}.data")]
+        return [self.target, *map(self.target.with_name, data_names(self.target))]
 
 
 @dataclass(frozen=True)
@@ -141,8 +145,9 @@ def quantize_all(
 
     models: files and folders. The content of a single folder goes into `out` itself, of several into folders there
     out: the folder; what it holds already stays, but for files of the same names
-    samples, progress, options: as `quantize` takes them; progress is called with models, too. With `workdir`, models
-        that are finished are not quantized again when the same call is made once more
+    samples, progress, options: as `quantize` takes them; of a folder of samples a model takes what has its name, such
+        as `text_model.txt`. progress is called with models, too. With `workdir`, models that are finished are not
+        quantized again when the same call is made once more
 
     A model that reads what another one of its folder gives is calibrated on that: see chained.py.
     A model that has no layer to quantize is copied. One that fails does not stop the others: its `Done` has the error.
@@ -154,15 +159,17 @@ def quantize_all(
     queue = _check_places(find_queue(sources, folder, chosen), folder)
     links = chained.find_links([job.source for job in queue.jobs if job.error is None])
     queue = replace(queue, jobs=tuple(sorted(queue.jobs, key=lambda job: chained.depth(job.source, links))))
+    own = samples_by_name(queue, samples, links)
 
     with private_directory(folder.absolute().parent) as work, finished.opened(chosen, sources, samples) as kept:
         stage, done = subdirectory(work, "out"), []
         made: dict[Path, Path] = {}
 
         def quantize(model: Path, target: Path, more: Mapping[str, Any]) -> Report:
-            given, asked = samples, {**options, **more}
-            if model in links and not _needs_no_samples(links[model], samples, chosen):
-                given = chained.make_samples(model, links, made, samples, chosen)
+            given, asked = own.get(model, samples), {**options, **more}
+            if model in links and model not in own and not _needs_no_samples(links[model], given, chosen):
+                first = chained.first(model, links)
+                given = chained.make_samples(model, links, made, own.get(first, samples), chosen)
                 asked = {name: value for name, value in asked.items() if name not in SAMPLE_OPTIONS}
             return pipeline.quantize(model, target, given, progress=progress, **asked)
 
@@ -176,6 +183,7 @@ def quantize_all(
         whole = [job.folder for job, one in zip(queue.jobs, done, strict=True) if one.error is None]
         if whole:
             _copy({t: s for t, s in queue.copies.items() if any(t.is_relative_to(f) for f in whole)}, stage)
+            _describe(queue, done, stage, folder)
             _move(stage, folder)
         if kept is not None:
             kept.end(failed=len(whole) < len(done))
@@ -220,6 +228,27 @@ def find_queue(models: Sequence[Path], out: Path, options: Options) -> Queue:
     return queue
 
 
+def samples_by_name(
+    queue: Queue, samples: pipeline.SampleSource, links: Mapping[Path, chained.Link]
+) -> dict[Path, Path]:
+    """Return what each of several models takes of a folder of samples: a folder or a file of its name.
+
+    Models that read what others give need none.
+    Nothing where no model finds such samples: then each takes all of them. Raises SamplesError where only some do.
+    """
+    if len(queue.jobs) == 1 or not isinstance(samples, (str, os.PathLike)) or not Path(samples).is_dir():
+        return {}
+    named = {p.name if p.is_dir() else p.stem: p for p in Path(samples).iterdir() if p.is_dir() or p.suffix in _OF_ONE}
+    found = {job.source: named[job.source.stem] for job in queue.jobs if job.source.stem in named}
+    without = sorted({job.source.stem for job in queue.jobs if job.source not in {*found, *links}})
+    if found and without:
+        raise SamplesError(
+            f"{samples}: has samples for {', '.join(sorted({path.stem for path in found}))}, none for "
+            f"{', '.join(without)}; add a file or a folder of that name, such as {without[0]}.npz"
+        )
+    return found
+
+
 def _of_folder(folder: Path, out: Path, options: Options) -> Queue:
     """List the models of a folder, without what an earlier call made of them, and the files beside them."""
     root, made = folder.resolve(), out.resolve()
@@ -227,7 +256,9 @@ def _of_folder(folder: Path, out: Path, options: Options) -> Queue:
     files = [path for path in _files(folder) if not (inside and path.resolve().is_relative_to(made))]
     every = [path for path in files if path.suffix.lower() == ".onnx"]
     stems = {path.with_suffix("") for path in every}
-    models = [p for p in every if not _VARIANT.search(p.stem) or p.with_name(_VARIANT.sub("", p.stem)) not in stems]
+    models = [
+        p for p in every if not hub.VARIANT.search(p.stem) or p.with_name(hub.VARIANT.sub("", p.stem)) not in stems
+    ]
     if not models:
         raise ModelError(f"{folder}: holds no .onnx file; give an ONNX model, or a folder with one")
     jobs = [_job(path, folder, options) for path in models]
@@ -252,18 +283,12 @@ def _files(folder: Path) -> Iterator[Path]:
 def _job(path: Path, folder: Path, options: Options) -> Job:
     """Look at a model of a folder: where it goes, which other files it has, and whether it can be read."""
     place = path.relative_to(folder)
-    if place.parts[0] == HUB and len(place.parts) > 1:
-        place = place.with_name(f"{place.stem}_{_width(options)}.onnx")
+    if hub.is_of_hub(place):
+        place = place.with_name(f"{place.stem}_{hub.ending(options.fixed_bits)}.onnx")
     try:
         return Job(path, place, frozenset(data_files(path)))
     except ModelError as error:
         return Job(path, place, error=error)
-
-
-def _width(options: Options) -> str:
-    """Return what transformers.js calls a model of these bits."""
-    bits = options.fixed_bits
-    return "quantized" if bits is None or bits == MAX_BITS else f"q{bits}"
 
 
 def _check_places(queue: Queue, out: Path) -> Queue:
@@ -364,6 +389,16 @@ def _copy(copies: Mapping[Path, Path], folder: Path) -> None:
             shutil.copyfile(source, folder / target)
         except OSError as error:
             raise OptionError(f"cannot copy {source} ({error.strerror or error}); nothing was written") from error
+
+
+def _describe(queue: Queue, done: Sequence[Done], stage: Path, out: Path) -> None:
+    """Write into each folder of the folder `stage` what its quantized models are. Raises OptionError."""
+    made: dict[Path, list[hub.Made]] = {}
+    for job, one in zip(queue.jobs, done, strict=True):
+        if one.report is not None and job.folder != job.target:
+            made.setdefault(job.folder, []).append(hub.Made(job.target.relative_to(job.folder), one.report))
+    for folder, models in made.items():
+        hub.describe(models, stage / folder, out / folder)
 
 
 def _move(stage: Path, out: Path) -> None:

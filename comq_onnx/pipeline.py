@@ -183,7 +183,10 @@ def _run(path: Path, out: Path, samples: SampleSource, context: Context) -> Repo
         quantized = choose_and_solve(planned, source, data, context)
         context.journal.notes += note_on_forms(quantized.chosen.plan)
         # a file that does not load or run never gets the name of the output
-        with written(quantized.emitted.model, out) as (file, size), context.journal.timed("compare"):
+        with (
+            written(quantized.emitted.model, out, source.file.stamps) as (file, size),
+            context.journal.timed("compare"),
+        ):
             check_smaller(quantized.emitted, size, source, context)
             evaluation = evaluate(source, planned.written, file, data, context)
     return build_report(quantized, evaluation, source, data, context, out, size)

@@ -80,7 +80,7 @@ def test_a_run_may_go_to_its_own_folder_where_names_differ(
     assert said.out.startswith("2 models")
     assert f"wrote    {hub}" in said.out
     made = ["onnx/encoder_model_quantized.onnx", "onnx/model_quantized.onnx"]
-    assert names(hub) == sorted([*before, *made])
+    assert names(hub) == sorted([*before, *made, "README.md", "quantize_config.json"])
     # a second run takes the float models again, not what the first one made
     again = folders.find_queue([hub], hub, Options(bits=8))
     assert [str(job.target) for job in again.jobs] == made

@@ -8,7 +8,7 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import onnx_ir as ir
@@ -21,6 +21,8 @@ INLINE_LIMIT = 1_800_000_000
 # a model of more weights goes to a runtime by a file, from which they are mapped; as a message they would be in memory
 # several times
 MESSAGE_LIMIT = 1 << 27
+# where the models of a repository of the Hugging Face hub lie
+HUB = "onnx"
 # a work directory that nobody holds is one of a process that was killed; younger ones may be about to be held
 STALE_SECONDS = 60.0
 # of directories that are locked while in use: those of earlier versions, which were not locked, have another prefix
@@ -48,15 +50,31 @@ def check_output(out: Path, source: Path) -> None:
         raise OptionError(f"{parent}: cannot write there ({error.strerror}); choose another output") from error
 
 
+def data_names(out: Path) -> tuple[str, str]:
+    """Return the names that external data of a model may have: that of the Hugging Face hub, and the other one."""
+    return f"{out.name}_data", f"{out.name}.data"
+
+
+def _data_name(out: Path, given: Iterable[Path]) -> str:
+    """Return the name of external data: as transformers.js and optimum look for it where a model lies in `onnx/`.
+
+    given: the files of the source; a model whose own data have such a name keeps it
+    """
+    of_hub, other = data_names(out)
+    return of_hub if out.parent.name == HUB or any(file.name.endswith(".onnx_data") for file in given) else other
+
+
 @contextlib.contextmanager
-def written(model: ir.Model, out: Path) -> Iterator[tuple[Path, int]]:
+def written(model: ir.Model, out: Path, given: Iterable[Path] = ()) -> Iterator[tuple[Path, int]]:
     """Write `model` into a directory beside `out`, and yield its path there and its size in bytes.
 
     It moves to `out` when the block ends well and vanishes when it raises: nobody ever sees a partial file at `out`.
-    Tensors go to `<out>.data` where the model would not fit into one protobuf message. Raises OptionError where a file
-    cannot be written.
+    Tensors go to a file beside `out` where the model would not fit into one protobuf message. Raises OptionError where
+    a file cannot be written.
+
+    given: the files of the source, whose data may tell how such a file is called
     """
-    external = f"{out.name}.data" if weight_bytes(model) > INLINE_LIMIT else None
+    external = _data_name(out, given) if weight_bytes(model) > INLINE_LIMIT else None
     if external is None:
         # tensors that stay float would go on pointing at the source's data file otherwise
         _load_external(model)

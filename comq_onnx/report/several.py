@@ -48,7 +48,8 @@ def save_json(runs: Sequence[Run], path: Path) -> None:
 
 def table(runs: Sequence[Run], verbose: bool = False) -> RenderableType:
     """Lay out one line for each run, and behind them errors and warnings; with `verbose` the notes too."""
-    shown = Table(title=f"{len(runs)} models", title_justify="left", box=None, pad_edge=False, header_style="bold")
+    title = "1 model" if len(runs) == 1 else f"{len(runs)} models"
+    shown = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     shown.add_column("model", overflow="fold")
     columns = used_columns(runs)
     for name in columns:
@@ -91,9 +92,15 @@ def _sqnr(report: Report) -> str:
     return "" if worst is None else f"{worst:.1f}"
 
 
-def _agreement(report: Report) -> str:
+def least_agreement(report: Report) -> float | None:
+    """Return the top-1 agreement of the output where it is least; None where no output holds class scores."""
     known = [o.top1_agreement for o in without_caches(report.outputs) if o.top1_agreement is not None]
-    return f"{min(known):.1%}" if known else ""
+    return min(known, default=None)
+
+
+def _agreement(report: Report) -> str:
+    least = least_agreement(report)
+    return "" if least is None else f"{least:.1%}"
 
 
 def _perplexity(report: Report) -> str:

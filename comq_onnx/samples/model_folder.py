@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from comq_onnx.model.files import HUB
+
 
 def find_beside(folder: Path, names: Sequence[str]) -> list[Path]:
     """Return the files of these names in the folder of a model, in the order of `names`.
 
-    Where that folder is called `onnx`, the folder above counts too: Hugging Face keeps configurations there.
+    Where that folder is `onnx`, the folder above counts too: Hugging Face keeps configurations there.
     """
-    places = [folder, folder.parent] if folder.name == "onnx" else [folder]
+    places = [folder, folder.parent] if folder.name == HUB else [folder]
     return [path for place in places for name in names if (path := place / name).is_file()]
 
 

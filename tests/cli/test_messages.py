@@ -366,7 +366,7 @@ ELSEWHERE = {
     "needs the package distributed": "test_workers", "no scheduler answers there": "test_workers",
     "the scheduler has no workers": "test_workers", "all workers are gone": "test_workers",
     "has other versions, which may compute": "test_workers", "too large for one message": "model/test_pickled",
-    "not smaller than its source": "write/test_size",
+    "not smaller than its source": "write/test_size", "no output has scores for each token": "test_chained",
     "both give samples": "test_olive", "add a file or a folder of that name": "test_hub", "cannot copy": "test_folders",
     "which is not of a run of several models": "test_queue",
     "has changed since it was quantized there": "test_queue", "a finished model cannot be kept": "test_queue",

@@ -229,7 +229,7 @@ def test_models_take_the_samples_of_their_names(tmp_path: Path, towers: folders.
     assert not (tmp_path / "out").exists()
     (calib / "vision_model").mkdir()
     np.savez(calib / "vision_model" / "a.npz", **samples_for(mlp()))
-    found = folders.samples_by_name(towers, calib)
+    found = folders.samples_by_name(towers, calib, {})
     assert {model.stem: path.name for model, path in found.items()} == {
         "text_model": "text_model.npz", "vision_model": "vision_model"
     }  # fmt: skip
@@ -240,5 +240,5 @@ def test_models_take_the_samples_of_their_names(tmp_path: Path, towers: folders.
 def test_samples_of_no_name_are_for_all(tmp_path: Path, towers: folders.Queue) -> None:
     calib = tmp_path / "calib"
     (calib / "text_model.npz").rename(calib / "some.npz")
-    assert folders.samples_by_name(towers, calib) == {}
-    assert folders.samples_by_name(towers, calib / "some.npz") == folders.samples_by_name(towers, None) == {}
+    assert folders.samples_by_name(towers, calib, {}) == {}
+    assert folders.samples_by_name(towers, calib / "some.npz", {}) == folders.samples_by_name(towers, None, {}) == {}

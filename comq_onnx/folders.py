@@ -284,7 +284,7 @@ def _job(path: Path, folder: Path, options: Options) -> Job:
     """Look at a model of a folder: where it goes, which other files it has, and whether it can be read."""
     place = path.relative_to(folder)
     if hub.is_of_hub(place):
-        place = place.with_name(f"{place.stem}_{hub.ending(options.fixed_bits)}.onnx")
+        place = place.with_name(f"{place.stem}_{hub.ending(options.fixed_bits, options.float16)}.onnx")
     try:
         return Job(path, place, frozenset(data_files(path)))
     except ModelError as error:

@@ -70,6 +70,13 @@ def test_models_of_the_hub_are_named_by_their_bits(hub: Path, tmp_path: Path, bi
     assert sorted(map(str, queue.copies)) == ["config.json", "tokenizer.json"]
 
 
+def test_half_precision_shows_in_the_names_of_the_hub(hub: Path) -> None:
+    options = Options(bits=4, float16=True, target="ort-cuda")
+    queue = folders.find_queue([hub], hub.parent / "q", options)
+    assert [job.target.name for job in queue.jobs] == ["encoder_model_q4f16.onnx", "model_q4f16.onnx"]
+
+
+
 def test_a_run_may_go_to_its_own_folder_where_names_differ(
     hub: Path,
     run: Callable[..., Said],  # noqa: F811

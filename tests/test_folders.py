@@ -76,7 +76,6 @@ def test_half_precision_shows_in_the_names_of_the_hub(hub: Path) -> None:
     assert [job.target.name for job in queue.jobs] == ["encoder_model_q4f16.onnx", "model_q4f16.onnx"]
 
 
-
 def test_a_run_may_go_to_its_own_folder_where_names_differ(
     hub: Path,
     run: Callable[..., Said],  # noqa: F811

@@ -7,6 +7,7 @@ The paper's two closed forms are its moves: a code q_i <- clip(round(q_i + V_i /
   form of the scale (rounding.py);
 - sweeps that cost only what changes, and at the end moves of one and two codes, best first (descent.py);
 - scales per block refitted together, by least squares (descent.py);
+- at the end one scale a channel for the whole mismatch (descent.py);
 - the ridge, chosen on halves of the samples (ridge.py);
 - at effort max, a beam of roundings (rounding.py) and bit-split refinement (bitsplit.py), kept where the objective
   falls;
@@ -22,7 +23,7 @@ from dataclasses import replace
 import numpy as np
 
 from comq_onnx.solve.bitsplit import refine
-from comq_onnx.solve.descent import descend
+from comq_onnx.solve.descent import descend, refit_to_float
 from comq_onnx.solve.effort import EFFORTS, Effort
 from comq_onnx.solve.few_inputs import has_few_inputs, solve_few_inputs
 from comq_onnx.solve.grid import Array, Grid, QuantizedWeight, fit_mse
@@ -125,7 +126,7 @@ def _solve_parts(parts: Sequence[Part], scales: Sequence[Array], effort: Effort)
         split = [replace(one, codes=refine(part, one.codes, one.scale, one.zero))
                  for part, one in zip(parts, best, strict=True)]  # fmt: skip
         best = better_of(parts, best, descend(parts, split, effort))
-    return best
+    return refit_to_float(parts, best)
 
 
 def _assemble(weight: Array, grid: Grid, solved: Sequence[tuple[int, slice, Problem, Rounding]]) -> QuantizedWeight:

@@ -70,6 +70,22 @@ def refit(parts: Sequence[Part], now: Sequence[Rounding], gradients: Sequence[Ar
             for one, by in zip(now, factors, strict=True)]  # fmt: skip
 
 
+def refit_to_float(parts: Sequence[Part], now: Sequence[Rounding]) -> list[Rounding]:
+    """Set one scale a channel to the best for its codes where the target is the output of the float model.
+
+    Codes are sought for half of the mismatch, since all of it would fit the noise of few samples. One number a channel
+    is certain enough for all of it: otherwise outputs shrink a little from layer to layer. At the best scale for one
+    half <wq, V> is 0, so that the other half adds <wq, B> / <wq, H wq>. Scales per block stay as they are.
+    """
+    pulls = [part.pull for part in parts if part.pull is not None]
+    if not pulls or now[0].scale.shape[1] > 1:
+        return list(now)
+    slopes = [np.einsum("cn,cn->c", one.codes * one.scale, pull) for one, pull in zip(now, pulls, strict=True)]
+    norms = pool_if_shared(parts, [one.norm for one in now])
+    factors = [common_factor(*pair) for pair in zip(pool_if_shared(parts, slopes), norms, strict=True)]
+    return [replace(one, scale=one.scale * (1 + by)[:, None]) for one, by in zip(now, factors, strict=True)]
+
+
 def _block_system(part: Part, now: Rounding, v: Array) -> tuple[Array, Array]:
     """Return <q_a, H q_b> of the codes of all blocks and <q_b, V>: [channels, blocks, blocks] and [channels, blocks].
 

@@ -9,6 +9,7 @@ from comq_onnx.solve.compiled import compiled
 from comq_onnx.solve.grid import Array, Codes, Grid, QuantizedWeight
 from comq_onnx.solve.moments import Matrix, Moments
 from comq_onnx.solve.problem import MISMATCH, arrange, noise_of, pose
+from comq_onnx.solve.rounding import common_factor
 
 # problems of at most so many inputs are solved near-exactly
 FEW_INPUTS = 32
@@ -38,9 +39,22 @@ def solve_few_inputs(
         h, unit, optimum, start_scale[..., 0], start_zero[..., 0].astype(np.float32), grid.qmin, grid.qmax,
         SCALE_FACTORS, q, scale,
     )  # fmt: skip
+    if moments.cross is not None:
+        scale = refit_to_float(q, scale, h, pull)
     codes = np.empty(weight.shape, np.float32)
     np.put_along_axis(codes, np.broadcast_to(order[:, None, :], codes.shape), q.swapaxes(1, 2), axis=2)
     return QuantizedWeight((codes + start_zero).astype(np.int8), scale[..., None], start_zero, grid)
+
+
+def refit_to_float(codes: Array, scale: Array, h: Array, pull: Array) -> Array:
+    """Return the scales [groups, out] that are best for the output of the float model, as descent.refit_to_float does.
+
+    codes: less the zero point, [groups, in, out]
+    h, pull: H [groups, in, in] and B [groups, out, in]
+    """
+    wq = codes * scale[:, None]
+    norm = np.einsum("gnm,gnk,gkm->gm", wq, h, wq)
+    return scale * (1 + common_factor(np.einsum("gnm,gmn->gm", wq, pull), norm))
 
 
 def _pose(moments: Moments, order: npt.NDArray[np.intp], grid: Grid, ridge: float) -> tuple[Array, Array]:

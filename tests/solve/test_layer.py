@@ -298,7 +298,7 @@ def test_every_bit_more_costs_less(method: Method, sharing: dict[str, Any], symm
 def test_a_single_input_makes_up_for_what_it_was_quantized_to() -> None:
     """Solve on one input that the model quantized so far halved.
 
-    The best weight on it is half way to twice the float one.
+    The best weight on it is twice the float one, but for the ridge.
     """
     x = np.random.default_rng(0).standard_normal((1, 100, 1)).astype(np.float32)
     moments = oracle.moments_of(x, x / 2)
@@ -306,8 +306,8 @@ def test_a_single_input_makes_up_for_what_it_was_quantized_to() -> None:
     for grid in (Grid(8), Grid(8, block_size=1), Grid(8, per_tensor=True)):
         for method in COMQ:
             solved = method(weight, moments, grid).dequantize()
-            # W + B / H, B = W E / 2, E = G, H = G (1 + RIDGE)
-            np.testing.assert_allclose(solved, 1 + 0.5 / (1 + RIDGE), rtol=1e-5)
+            # W + W E / H, E = G, H = G (1 + RIDGE): the one scale a channel is for all of the mismatch
+            np.testing.assert_allclose(solved, 1 + 1 / (1 + RIDGE), rtol=1e-5)
 
 
 # Tables and checks ----------------------------------------------------------------------------------------------------

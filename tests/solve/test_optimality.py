@@ -25,6 +25,8 @@ def test_no_single_code_can_move_for_the_better_before_the_last_scale_is_fit(
 ) -> None:
     # where a channel has one scale it is refitted after the last move: see the next test
     monkeypatch.setattr("comq_onnx.solve.descent.refit", keep_scale)
+    monkeypatch.setattr("comq_onnx.solve.comq.refit_to_float", lambda _parts, now: list(now))
+    monkeypatch.setattr("comq_onnx.solve.few_inputs.refit_to_float", lambda _codes, scale, *_: scale)
 
     @FEWER
     @given(cases(shapes=(2, 6, 40), conditions=["white", "offset", "dead", "duplicate"]), st.booleans())
@@ -90,7 +92,7 @@ def test_no_other_scale_suits_the_codes_better(method: Method) -> None:
     def check(case: Case) -> None:
         moments = replace(case.moments, half=None)
         solved = method(case.weight, moments, Grid(8, case.grid.symmetric))
-        objective = oracle.Objective(case.weight, moments)
+        objective = oracle.Objective(case.weight, moments, whole=True)
         codes = solved.codes.astype(np.float64) - solved.zero_point
         base = objective(codes * solved.scale)
         for factor in (0.99, 1.01):

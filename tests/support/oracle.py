@@ -121,14 +121,15 @@ def round_clipped(t: np.ndarray, low: np.ndarray, high: np.ndarray) -> tuple[np.
 class Objective:
     """Compute what `solve_comq` minimizes, in float64: D H D^T + D E W^T for D = W - Wq, with the ridge in H."""
 
-    def __init__(self, weight: np.ndarray, moments: Moments, ridge: float = RIDGE) -> None:
+    def __init__(self, weight: np.ndarray, moments: Moments, ridge: float = RIDGE, whole: bool = False) -> None:
+        """Keep the terms; whole: all of the mismatch, D H D^T + 2 D E W^T, as for the last scales."""
         self.weight, n = weight.astype(np.float64), moments.gram.shape[1]
         added = ridge * np.einsum("gii->g", moments.gram) / n
         # what is left of a constant input
         added = np.maximum(added, 1e-6 * (moments.mean**2).sum(axis=1))
         self.h = moments.gram + np.where(added > 0, added, 1)[:, None, None] * np.eye(n)
         cross = np.zeros_like(moments.gram) if moments.cross is None else moments.cross
-        self.pull = self.weight @ cross.swapaxes(1, 2)
+        self.pull = (1 + whole) * self.weight @ cross.swapaxes(1, 2)
 
     def __call__(self, quantized: np.ndarray) -> np.ndarray:
         """Compute the objective of each channel: [groups, out]."""

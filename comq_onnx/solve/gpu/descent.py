@@ -57,6 +57,15 @@ def refit(part: Part, now: Rounding, v: Tensor) -> Rounding:
     return replace(now, scale=now.scale * (1 + by)[:, None], norm=now.norm * (1 + by) ** 2)
 
 
+def refit_to_float(part: Part, now: Rounding) -> Rounding:
+    """Set one scale a channel to the best for its codes where the target is the output of the float model."""
+    if part.pull is None or now.scale.shape[1] > 1:
+        return now
+    slope = (now.codes * now.scale * part.pull).sum(1)
+    by = common_factor(pool_if_shared(part, slope), pool_if_shared(part, now.norm))
+    return replace(now, scale=now.scale * (1 + by)[:, None])
+
+
 def refit_blocks(part: Part, now: Rounding, v: Tensor) -> Rounding:
     """Refit all scales of a channel at once, as solve/descent.py does."""
     problem, (groups, blocks, channels) = part.problem, now.scale.shape

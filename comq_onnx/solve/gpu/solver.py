@@ -19,7 +19,7 @@ import torch
 from comq_onnx.solve.comq import GPTQ_RIDGE
 from comq_onnx.solve.effort import Effort
 from comq_onnx.solve.gpu.clip import fit_mse
-from comq_onnx.solve.gpu.descent import descend
+from comq_onnx.solve.gpu.descent import descend, refit_to_float
 from comq_onnx.solve.gpu.problem import Problem, arrange, pose, take_part
 from comq_onnx.solve.gpu.ridge import choose_ridge
 from comq_onnx.solve.gpu.rounding import Rounding, babai_codes, best_start
@@ -58,7 +58,7 @@ def _solve(weight: Tensor, problem: Problem, effort: Effort | None) -> Quantized
         if effort is None:
             found = Rounding(babai_codes(part, *begun)[0], *begun, begun[0][:, 0])
         else:
-            found = descend(part, best_start(part, *begun, effort), effort)
+            found = refit_to_float(part, descend(part, best_start(part, *begun, effort), effort))
         whole = found.codes + problem.rows(found.zero)
         back = torch.empty_like(whole).scatter_(1, problem.order[:, :, None].expand_as(whole), whole)
         codes[:, some] = back.mT.to(torch.int8)

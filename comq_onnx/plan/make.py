@@ -130,7 +130,7 @@ def _unpack_in_branches(plan: Plan, is_of_decoder: bool) -> Plan:
     products = [x for x in plan.layers if x.in_branch and x.kind.is_matrix]
     seen = [x for x in plan.walked.layers if x.name not in plan.probes]
     packed = {x.weight: plan.form(x) is WeightForm.BLOCKED for x in seen if x.kind.is_matrix}
-    if plan.target.runs_outside_ort:
+    if plan.target.runs_outside_ort or not plan.target.packed_products:
         packed = {x.weight: False for x in products}
     unpacked = {x.name for x in products if not packed.get(x.weight, is_of_decoder)}
     return replace(plan, unpacked=plan.unpacked | unpacked)

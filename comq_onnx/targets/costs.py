@@ -48,10 +48,11 @@ class Costs:
     """Hold the times of operators on a runtime.
 
     layers: by kind (pointwise, window and depthwise convolutions, matrix products) and form: float, integer and, of
-        matrix products, weight-only; without the quantization of the input
+        matrix products, weight-only where these have a good kernel; without the quantization of the input
     operators: those with an integer kernel, in float and in integers
     quantize, dequantize: of a tensor
     layout: of a change of layout before or behind a convolution
+    blocked: whether float convolutions have a layout of their own, with channels in blocks
     """
 
     layers: Mapping[str, Mapping[str, LayerLine]]
@@ -59,6 +60,7 @@ class Costs:
     quantize: Line
     dequantize: Line
     layout: Line
+    blocked: bool = True
 
 
 # ONNX Runtime 1.32, one thread of a server CPU with AVX-512 VNNI, by tools/bench/costs.py; convolutions, Concat, pools,
@@ -89,3 +91,5 @@ ORT_CPU_COSTS = Costs(
     dequantize=Line(0.22, 0.149),
     layout=Line(0.6, 0.100),
 )
+
+ORT_WEB_COSTS = ORT_CPU_COSTS

@@ -167,12 +167,10 @@ class CostModel:
         """Tell whether packed weights make a layer slower that is weight-only."""
         if layer.kind.is_lookup:
             return int(np.prod(layer.weight_shape)) < SMALL_TABLE
-        if layer.kind.is_matrix and not self.target.packed_products:
-            return True
         if not layer.kind.is_matrix or layer.input not in self.shapes or layer.output not in self.shapes:
             return False
         times = self.times(layer)
-        return times["weight-only"] > times["float"] * _patience(layer)
+        return times.get("weight-only", np.inf) > times["float"] * _patience(layer)
 
     def times(self, layer: Layer) -> dict[str, float]:
         """Predict the microseconds of a layer alone in each form that `Costs` has for its kind."""

@@ -39,7 +39,7 @@ def make_plan(source: FloatModel, prepared: Prepared, data: Dataset, context: Co
     _check_opset(prepared, dtype, context)
     plan = Plan(
         prepared, specialized.prepared, specialized.probes, ActivationPlan("float32"), context.target,
-        nbits_op=context.options.nbits_op,
+        nbits_op=context.options.nbits_op, unpacked=_never_packed(specialized.prepared, prepared, context),
     )  # fmt: skip
     plan = _choose_activations(plan, dtype, data, context)
     plan = _unpack_in_branches(plan, data.is_of_decoder)
@@ -108,7 +108,7 @@ def _choose_activations(plan: Plan, dtype: str | None, data: Dataset, context: C
     if plan.target.costs is None or not (found.integer_layers or any(_may_be_packed(x) for x in walked.layers)):
         return replace(plan, activations=found)
     shapes = _shapes(walked, found, data, context)
-    plan = replace(plan, unpacked=integer_gain.unpacked(walked, shapes, plan.target))
+    plan = replace(plan, unpacked=plan.unpacked | integer_gain.unpacked(walked, shapes, plan.target))
     if dtype is None or context.options.activations != "auto":
         return replace(plan, activations=found)
     faster = integer_gain.choose(walked, whole, planned, shapes, plan.target)
@@ -121,6 +121,13 @@ def _choose_activations(plan: Plan, dtype: str | None, data: Dataset, context: C
     return replace(plan, activations=faster, slower=slower)
 
 
+def _never_packed(walked: Prepared, written: Prepared, context: Context) -> frozenset[str]:
+    """Return the names of the products whose weights are unpacked at load because the target has no kernel for them."""
+    if context.target.packed_products:
+        return frozenset()
+    return frozenset(x.name for x in (*walked.layers, *written.layers) if x.kind.is_matrix)
+
+
 def _unpack_in_branches(plan: Plan, is_of_decoder: bool) -> Plan:
     """Unpack the products in branches of an If that are not known to gain by packed weights.
 
@@ -130,7 +137,7 @@ def _unpack_in_branches(plan: Plan, is_of_decoder: bool) -> Plan:
     products = [x for x in plan.layers if x.in_branch and x.kind.is_matrix]
     seen = [x for x in plan.walked.layers if x.name not in plan.probes]
     packed = {x.weight: plan.form(x) is WeightForm.BLOCKED for x in seen if x.kind.is_matrix}
-    if plan.target.runs_outside_ort or not plan.target.packed_products:
+    if plan.target.runs_outside_ort:
         packed = {x.weight: False for x in products}
     unpacked = {x.name for x in products if not packed.get(x.weight, is_of_decoder)}
     return replace(plan, unpacked=plan.unpacked | unpacked)

@@ -92,4 +92,26 @@ ORT_CPU_COSTS = Costs(
     layout=Line(0.6, 0.100),
 )
 
-ORT_WEB_COSTS = ORT_CPU_COSTS
+# onnxruntime-web 1.30 in Node 20, one thread, by tools/bench/costs.py --web build/web, on a machine that did other work
+ORT_WEB_COSTS = Costs(
+    layers={
+        "matrix": {"float": LayerLine(1.71, 0.0815, 0.0, 0.0), "integer": LayerLine(2.10, 0.0355, 0.0789, 0.2863)},
+        "pointwise": {"float": LayerLine(2.44, 0.1042, 0.0, 0.0), "integer": LayerLine(1.61, 0.0666, 0.0, 1.3812)},
+        "window": {"float": LayerLine(5.65, 0.1429, 0.0, 0.0), "integer": LayerLine(2.44, 0.0503, 0.0, 3.56)},
+        "depthwise": {"float": LayerLine(3.32, 0.4435, 22.2352, 0.0), "integer": LayerLine(0.0, 1.8848, 0.0, 0.0)},
+    },
+    operators={
+        "Add": (Line(1.87, 0.2344), Line(2.29, 0.9291)),
+        "Mul": (Line(1.81, 0.2406), Line(2.17, 0.9667)),
+        "Concat": (Line(1.97, 0.2039), Line(2.08, 0.1921)),
+        "GlobalAveragePool": (Line(1.05, 0.0221), Line(0.96, 0.0038)),
+        "AveragePool": (Line(2.78, 3.3881), Line(2.78, 3.3881)),
+        "MaxPool": (Line(3.85, 1.6257), Line(3.85, 1.6257)),
+        "Sigmoid": (Line(1.61, 2.511), Line(1.78, 0.8285)),
+        "LeakyRelu": (Line(1.53, 0.7541), Line(1.81, 0.5248)),
+    },
+    quantize=Line(0.48, 0.3137),
+    dequantize=Line(0.48, 0.3137),
+    layout=Line(0.17, 0.0),
+    blocked=False,
+)

@@ -9,9 +9,8 @@ Every operator runs in chains of eight, of many sizes, in float, in integers, an
 for that. The time of one is an eighth of that of the chain: the low quintile of its runs, which alternate with those of
 the other forms. A line is the least squares fit of relative errors with no negative part; the last columns say how far
 it is off in the median, and how many sizes it is drawn through. The quantization of the input is taken out of the
-products in integers. What integer convolutions have beside them with the channels last (pools, Concat) is measured with
-the channels first, a change of layout as what a chain takes more with float operators between its convolutions; the
-lines for ONNX Runtime on the CPU come from profiles of real models instead.
+products in integers. Pools in integers and changes of layout are what a chain of convolutions takes more with them
+between; their lines for ONNX Runtime on the CPU, and that of Concat, come from profiles of real models instead.
 """
 
 from __future__ import annotations
@@ -48,14 +47,16 @@ CONVOLUTIONS = {"pointwise": (1, False), "window": (3, False), "depthwise": (3, 
 # operators of a value and the input of the chain, and of a value alone
 WITH_INPUT = {"Add": {}, "Mul": {}, "Concat": {"axis": 1}}
 WINDOW = {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1]}
-ALONE = {"AveragePool": WINDOW, "MaxPool": WINDOW, "Sigmoid": {}, "LeakyRelu": {}}
+ALONE = {"Sigmoid": {}, "LeakyRelu": {}}
+# in integers between convolutions, whose layout they take
+POOLS = {"AveragePool": WINDOW, "MaxPool": WINDOW}
 # with an Add of the input of the chain behind it, which is taken out
 POOL = "GlobalAveragePool"
 # the opset of the chains
 OPSET = 17
 Step = Callable[[int, str, str], Sequence[onnx.NodeProto]]
-# what the time of an operator depends on, and its microseconds
-Point = tuple[list[float], float]
+# what the time of an operator depends on, its microseconds, and the time that errors are relative to
+Point = tuple[list[float], float, float]
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ def products(work: Path, times: Clock) -> Iterator[tuple[str, str, Point]]:
             paths = [path, quantized(path, shape, "ort-cpu", "8"), *packed]
             on = [1.0, rows * inputs * outputs, inputs * outputs, rows * (inputs + outputs)]
             for form, found in zip(("float", "integer", "weight-only"), times(paths, shape), strict=times.packed):
-                yield "matrix", form, (on, found)
+                yield "matrix", form, (on, found, found)
 
 
 def convolutions(work: Path, times: Clock) -> Iterator[tuple[str, str, Point]]:
@@ -187,7 +188,7 @@ def convolutions(work: Path, times: Clock) -> Iterator[tuple[str, str, Point]]:
                 on = [1.0, numbers * inputs * window**2, channels * inputs * window**2, 2 * numbers]
                 found = times([path, quantized(path, shape, "ort-cpu", "8")], shape)
                 for form, one in zip(("float", "integer"), found, strict=True):
-                    yield kind, form, (on, one)
+                    yield kind, form, (on, one, one)
 
 
 def operators(work: Path, times: Clock) -> Iterator[tuple[str, str, Point]]:
@@ -204,7 +205,7 @@ def operators(work: Path, times: Clock) -> Iterator[tuple[str, str, Point]]:
                 paths = [_saved(work, name, shape, step) for name, step in zip("ab", _steps(op), strict=True)]
                 for form, found in zip(("float", "integer"), times(paths, shape), strict=True):
                     added.setdefault(form, found)  # that of Add, the first of them
-                    yield op, form, ([1.0, numbers], max(found - added[form], 0.1) if op == POOL else found)
+                    yield op, form, ([1.0, numbers], found - added[form] if op == POOL else found, found)
             steps: dict[str, Step] = {
                 "nothing": lambda _i, value, made: [helper.make_node("Neg", [value], [made])],
                 "pair": lambda _i, value, made: [*pair(value), helper.make_node("Neg", [f"{value}.d"], [made])],
@@ -212,13 +213,29 @@ def operators(work: Path, times: Clock) -> Iterator[tuple[str, str, Point]]:
             nothing, both = times([_saved(work, name, shape, step) for name, step in steps.items()], shape)
             # each of the two takes about half
             on = [1.0, float(np.prod(shape))]
-            yield "QuantizeLinear", "", (on, max(both - nothing, 0.1) / 2)
-            yield "layout", "", (on, max(_between(work, times, shape) - both, 0.1) / 2)
+            yield "QuantizeLinear", "", (on, (both - nothing) / 2, both)
+            alone, together = _between(work, times, shape, "Neg")
+            yield "layout", "", (on, (alone - together - both) / 2, alone)
+
+
+def pools(work: Path, times: Clock) -> Iterator[tuple[str, str, Point]]:
+    """Yield the points of pools, which take the layout of the convolutions beside them."""
+    for channels in CHANNELS:
+        for size in SIZES:
+            shape = (1, channels, size, size)
+            if np.prod(shape) > MOST_NUMBERS / 4:
+                continue
+            on = [1.0, float(np.prod(shape))]
+            for op in POOLS:
+                found = times([_saved(work, "a", shape, _steps(op)[0])], shape)[0]
+                yield op, "float", (on, found, found)
+                alone, together = _between(work, times, shape, op)
+                yield op, "integer", (on, alone - together, alone)
 
 
 def _steps(op: str) -> tuple[Step, Step]:
     """Return the steps of an operator in float and in integers."""
-    attributes, further = (WITH_INPUT | ALONE).get(op, {}), ["v0"] if op in WITH_INPUT else []
+    attributes, further = (WITH_INPUT | ALONE | POOLS).get(op, {}), ["v0"] if op in WITH_INPUT else []
 
     def plain(_i: int, value: str, made: str) -> list[onnx.NodeProto]:
         if op == POOL:
@@ -239,8 +256,8 @@ def _steps(op: str) -> tuple[Step, Step]:
     return plain, integer
 
 
-def _between(work: Path, times: Clock, shape: Sequence[int]) -> float:
-    """Return what float operators between convolutions in integers make a chain of them take more."""
+def _between(work: Path, times: Clock, shape: Sequence[int], op: str) -> tuple[float, float]:
+    """Return what convolutions in integers take with an operator between them, and without one."""
     channels = shape[1]
     weights = {f"w{i}": _weight((channels, channels, 1, 1), channels) for i in range(DEPTH)}
 
@@ -250,7 +267,7 @@ def _between(work: Path, times: Clock, shape: Sequence[int]) -> float:
         ]  # fmt: skip
 
     def apart(i: int, value: str, made: str) -> list[onnx.NodeProto]:
-        return [*joined(i, value, f"{made}.r"), helper.make_node("Neg", [f"{made}.r"], [made])]
+        return [*joined(i, value, f"{made}.r"), helper.make_node(op, [f"{made}.r"], [made], **POOLS.get(op, {}))]
 
     paths = []
     for name, step in (("joined", joined), ("apart", apart)):
@@ -258,7 +275,7 @@ def _between(work: Path, times: Clock, shape: Sequence[int]) -> float:
         onnx.save(chain(shape, step, weights), path)
         paths.append(quantized(path, shape, "ort-cpu", "8").rename(work / f"{name}_q.onnx"))
     together, alone = times(paths, shape)
-    return alone - together
+    return alone, together
 
 
 def _saved(work: Path, name: str, shape: Sequence[int], step: Step) -> Path:
@@ -274,12 +291,12 @@ def _weight(shape: Sequence[int], fan: int) -> np.ndarray:
 def fit(points: Sequence[Point]) -> tuple[np.ndarray, float]:
     """Return the line through points with the least relative errors, and how far it is off in the median."""
     terms, spent = np.array([p[0] for p in points]), np.array([p[1] for p in points])
-    scale = 1 / np.maximum(spent, 1)
+    scale = 1 / np.maximum([p[2] for p in points], 1)
     line = nnls(terms * scale[:, None], spent * scale)[0]
-    return line, float(np.median(np.abs(terms @ line - spent) / spent))
+    return line, float(np.median(np.abs(terms @ line - spent) * scale))
 
 
-MEASURED = {"operators": operators, "products": products, "convolutions": convolutions}
+MEASURED = {"operators": operators, "pools": pools, "products": products, "convolutions": convolutions}
 
 
 @click.command(help=__doc__)

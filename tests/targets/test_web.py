@@ -38,8 +38,8 @@ from models import cnn, encoder, mlp, samples_for
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "web.md"
 MODELS: dict[str, Callable[[], onnx.ModelProto]] = {"cnn": cnn, "mlp": mlp, "encoder": encoder, "zoo": zoo}
-# the kernels of integers add the same whole numbers; floats are added in another order
-SAME_DB = 60
+# whole numbers add up to the same; floats are added in another order, by which a number may be rounded to the next code
+SAME_DB = 40
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +189,6 @@ def test_the_page_of_the_documentation_answers(
     assert found is not None, page[-2000:]
     answer = np.array([float(x) for x in unescape(found[1]).split()], np.float32)
     image = np.fromfile(tmp_path / "image.bin", np.float32).reshape(1, 1, 28, 28)
-    expected = Session(tmp_path / "cnn_web.onnx").run({"image": image})["logits"]
+    expected = Session(tmp_path / "vit_web.onnx").run({"image": image})["logits"]
     assert answer.shape == expected[0].shape
     assert sqnr_of({"logits": expected[0]}, {"logits": answer}) > SAME_DB

@@ -92,8 +92,8 @@ ORT_CPU_COSTS = Costs(
     layout=Line(0.6, 0.100),
 )
 
-# onnxruntime-web 1.30 in Node 20, one thread, by tools/bench/costs.py --web build/web, on a machine that did other work;
-# pools in integers between convolutions were too near to nothing to be measured: they count as much as in float
+# onnxruntime-web 1.30 in Node 20, one thread, by tools/bench/costs.py --web build/web, on a machine that did other
+# work; pools in integers between convolutions are not measured yet: they count as much as in float
 ORT_WEB_COSTS = Costs(
     layers={
         "matrix": {"float": LayerLine(1.71, 0.0815, 0.0, 0.0), "integer": LayerLine(2.10, 0.0355, 0.0789, 0.2863)},

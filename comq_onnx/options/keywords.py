@@ -68,8 +68,9 @@ class OptionKeywords(TypedDict, total=False):
     """Make float16 of what is not quantized, for GPUs; inputs and outputs keep their types."""
     target: str
     """What will run the model. ort-cpu: ONNX Runtime, CPU; uint8 activations, packed weights. ort-cuda: ONNX Runtime,
-    NVIDIA; weight-only, float arithmetic. tensorrt: int8 activations, INT8 weights; INT4 if weight-only. openvino:
-    OpenVINO, CPU; uint8 activations, INT4 or INT8 weights."""
+    NVIDIA; weight-only, float arithmetic. ort-web: onnxruntime-web in WebAssembly; uint8 activations, packed weights.
+    tensorrt: int8 activations, INT8 weights; INT4 if weight-only. openvino: OpenVINO, CPU; uint8 activations, INT4 or
+    INT8 weights."""
     cpu: str
     """x86 CPUs that must compute it right; with vnni, 8 bits of integer layers are 8, not 7."""
     solver: str

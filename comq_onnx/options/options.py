@@ -205,11 +205,9 @@ class Options(SampleOptions):
             raise OptionError(f"--activations {self.activations}: {error}; use auto or none") from None
         if not (self.symmetric or target.weight_zero_points):
             raise OptionError(f"--asymmetric: {self.target} takes only weights of zero point 0; leave it out")
-        if self.nbits_op and target.runs_outside_ort:
-            raise OptionError(
-                f"--nbits-op: MatMulNBits is an operator of ONNX Runtime alone, "
-                f"and {self.target} has none; leave it out"
-            )
+        if self.nbits_op and (target.runs_outside_ort or not target.packed_products):
+            why = "is an operator of ONNX Runtime alone" if target.runs_outside_ort else "needs a good kernel"
+            raise OptionError(f"--nbits-op: MatMulNBits {why}, and {self.target} has none; leave it out")
         if self.float16 and not target.half:
             others = ", ".join(t.name for t in TARGETS.values() if t.half)
             raise OptionError(

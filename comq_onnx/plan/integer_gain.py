@@ -4,7 +4,8 @@ A convolution in integers saves time in its products. But its input must be quan
 and its output dequantized where a float operator reads it. With few products, or one input channel for each output
 channel, that costs more than it saves. Such a layer is left weight-only: its file is as small, it is as fast as the
 float layer, and its activations lose nothing. A matrix product with packed weights is the fastest where there is one
-row, in integers where there are many, and in floats where it is tiny.
+row, in integers where there are many, and in floats where it is tiny. Where a runtime has no good kernel for packed
+weights, they are unpacked when the model is loaded.
 
 Times come from `Costs`, measured once for a target and kept as numbers, not from a clock on the user's machine: the
 same model and samples give the same file.
@@ -169,7 +170,7 @@ class CostModel:
         if not layer.kind.is_matrix or layer.input not in self.shapes or layer.output not in self.shapes:
             return False
         times = self.times(layer)
-        return times["weight-only"] > times["float"] * _patience(layer)
+        return times.get("weight-only", np.inf) > times["float"] * _patience(layer)
 
     def times(self, layer: Layer) -> dict[str, float]:
         """Predict the microseconds of a layer alone in each form that `Costs` has for its kind."""
@@ -208,7 +209,7 @@ class CostModel:
         """Return where a node has the channels of images: first, last, in blocks, or as they come (any)."""
         if integer:
             return "last" if node is not None and node.op_type == "Conv" else "any"
-        if node is None or node.op_type not in BLOCKED:
+        if node is None or node.op_type not in BLOCKED or not self.costs.blocked:
             return "first"
         constants = [v for v in node.inputs if v is not None and v.const_value is not None]
         if node.op_type in ("Add", "Sum", "Mul") and constants:

@@ -40,7 +40,7 @@ def make_plan(source: FloatModel, prepared: Prepared, data: Dataset, context: Co
     _check_opset(prepared, dtype, context)
     plan = Plan(
         prepared, specialized.prepared, specialized.probes, ActivationPlan("float32"), context.target,
-        nbits_op=context.options.nbits_op,
+        nbits_op=context.options.nbits_op, unpacked=_never_packed(specialized.prepared, prepared, context),
     )  # fmt: skip
     if context.options.float16:
         plan = replace(plan, too_large=too_large_for_half(prepared, data, context))
@@ -115,7 +115,7 @@ def _choose_activations(plan: Plan, dtype: str | None, data: Dataset, context: C
     if plan.target.costs is None or not (found.integer_layers or any(_may_be_packed(x) for x in walked.layers)):
         return replace(plan, activations=found)
     shapes = _shapes(walked, found, data, context)
-    plan = replace(plan, unpacked=integer_gain.unpacked(walked, shapes, plan.target))
+    plan = replace(plan, unpacked=plan.unpacked | integer_gain.unpacked(walked, shapes, plan.target))
     if dtype is None or context.options.activations != "auto":
         return replace(plan, activations=found)
     faster = integer_gain.choose(walked, whole, planned, shapes, plan.target)
@@ -126,6 +126,13 @@ def _choose_activations(plan: Plan, dtype: str | None, data: Dataset, context: C
             "slower (--activations 8 has them in integers too)"
         )
     return replace(plan, activations=faster, slower=slower)
+
+
+def _never_packed(walked: Prepared, written: Prepared, context: Context) -> frozenset[str]:
+    """Return the names of the products whose weights are unpacked at load because the target has no kernel for them."""
+    if context.target.packed_products:
+        return frozenset()
+    return frozenset(x.name for x in (*walked.layers, *written.layers) if x.kind.is_matrix)
 
 
 def _unpack_in_branches(plan: Plan, is_of_decoder: bool) -> Plan:

@@ -28,7 +28,7 @@ ROWS = 4096
 
 def tie(plan: Plan, context: Context) -> Plan:
     """Return the plan with the embeddings that share their codes with a product, which is packed then in any case."""
-    if plan.target.runs_outside_ort or plan.opset < BLOCKS_OPSET:
+    if plan.target.runs_outside_ort or not plan.target.packed_products or plan.opset < BLOCKS_OPSET:
         return plan
     tables = [x for x in plan.layers if x.name not in plan.unpacked and _may_tie(x, plan, WeightForm.LOOKED_UP)]
     products = [x for x in plan.layers if x.kind.is_matrix and _may_tie(x, plan, WeightForm.BLOCKED)]

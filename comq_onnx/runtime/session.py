@@ -78,8 +78,8 @@ def providers() -> list[str]:
 
 
 def has_device(device: str) -> bool:
-    """Tell whether ONNX Runtime has a provider for `cpu` or `cuda` here."""
-    return device == "cpu" or "CUDAExecutionProvider" in require().get_available_providers()
+    """Tell whether ONNX Runtime has a provider for `cpu`, `cuda` or another device here."""
+    return device == "cpu" or f"{device.upper()}ExecutionProvider" in require().get_available_providers()
 
 
 def refusal(device: str) -> str | None:

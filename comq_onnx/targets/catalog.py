@@ -5,7 +5,9 @@ Measurements are in docs/runtimes.md; each target's `sources` names the other pl
 
 from __future__ import annotations
 
-from comq_onnx.targets.costs import ORT_CPU_COSTS
+from dataclasses import replace
+
+from comq_onnx.targets.costs import ORT_CPU_COSTS, ORT_WEB_COSTS
 from comq_onnx.targets.target import Storage, Target
 
 # (bits, dtype, opset) as in Storage
@@ -86,6 +88,25 @@ ORT_CUDA = Target(
     unpack="Cast",
 )
 
+ORT_WEB = replace(
+    ORT_CPU,
+    name="ort-web",
+    about="onnxruntime-web in WebAssembly; uint8 activations, packed weights",
+    why=(
+        "onnxruntime-web's WebAssembly has the graph optimizations of the CPU and integer kernels that add in 32 bits. "
+        "Its MatMulNBits unpacks weights at every call, so the weights of weight-only products are unpacked at load; "
+        "its float convolutions have no layout of their own. So the forms are those of ort-cpu but for weight-only "
+        "products, and what gains by integers differs"
+    ),
+    sources=(
+        "https://github.com/microsoft/onnxruntime/pull/9191 (products by i32x4.dot_i16x8_s)",
+        "measured with onnxruntime-web 1.30 in Node: docs/web.md",
+    ),
+    device="wasm",
+    packed_products=False,
+    costs=ORT_WEB_COSTS,
+)
+
 TENSORRT = Target(
     name="tensorrt",
     about="int8 activations, INT8 weights; INT4 if weight-only",
@@ -159,4 +180,4 @@ OPENVINO = Target(
 )
 
 # by name
-TARGETS: dict[str, Target] = {target.name: target for target in (ORT_CPU, ORT_CUDA, TENSORRT, OPENVINO)}
+TARGETS: dict[str, Target] = {target.name: target for target in (ORT_CPU, ORT_CUDA, ORT_WEB, TENSORRT, OPENVINO)}

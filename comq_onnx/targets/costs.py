@@ -48,10 +48,11 @@ class Costs:
     """Hold the times of operators on a runtime.
 
     layers: by kind (pointwise, window and depthwise convolutions, matrix products) and form: float, integer and, of
-        matrix products, weight-only; without the quantization of the input
+        matrix products, weight-only where these have a good kernel; without the quantization of the input
     operators: those with an integer kernel, in float and in integers
     quantize, dequantize: of a tensor
     layout: of a change of layout before or behind a convolution
+    blocked: whether float convolutions have a layout of their own, with channels in blocks
     """
 
     layers: Mapping[str, Mapping[str, LayerLine]]
@@ -59,6 +60,7 @@ class Costs:
     quantize: Line
     dequantize: Line
     layout: Line
+    blocked: bool = True
 
 
 # ONNX Runtime 1.32, one thread of a server CPU with AVX-512 VNNI, by tools/bench/costs.py; convolutions, Concat, pools,
@@ -88,4 +90,29 @@ ORT_CPU_COSTS = Costs(
     quantize=Line(0.22, 0.149),
     dequantize=Line(0.22, 0.149),
     layout=Line(0.6, 0.100),
+)
+
+# onnxruntime-web 1.30 in Node 20, one thread, by tools/bench/costs.py --web build/web, on a machine that did other
+# work; pools in integers between convolutions are not measured yet: they count as much as in float
+ORT_WEB_COSTS = Costs(
+    layers={
+        "matrix": {"float": LayerLine(1.71, 0.0815, 0.0, 0.0), "integer": LayerLine(2.10, 0.0355, 0.0789, 0.2863)},
+        "pointwise": {"float": LayerLine(2.44, 0.1042, 0.0, 0.0), "integer": LayerLine(1.61, 0.0666, 0.0, 1.3812)},
+        "window": {"float": LayerLine(5.65, 0.1429, 0.0, 0.0), "integer": LayerLine(2.44, 0.0503, 0.0, 3.56)},
+        "depthwise": {"float": LayerLine(3.32, 0.4435, 22.2352, 0.0), "integer": LayerLine(0.0, 1.8848, 0.0, 0.0)},
+    },
+    operators={
+        "Add": (Line(1.87, 0.2344), Line(2.29, 0.9291)),
+        "Mul": (Line(1.81, 0.2406), Line(2.17, 0.9667)),
+        "Concat": (Line(1.97, 0.2039), Line(2.08, 0.1921)),
+        "GlobalAveragePool": (Line(1.05, 0.0221), Line(0.96, 0.0038)),
+        "AveragePool": (Line(2.78, 3.3881), Line(2.78, 3.3881)),
+        "MaxPool": (Line(3.85, 1.6257), Line(3.85, 1.6257)),
+        "Sigmoid": (Line(1.61, 2.511), Line(1.78, 0.8285)),
+        "LeakyRelu": (Line(1.53, 0.7541), Line(1.81, 0.5248)),
+    },
+    quantize=Line(0.48, 0.3137),
+    dequantize=Line(0.48, 0.3137),
+    layout=Line(0.17, 0.0),
+    blocked=False,
 )

@@ -52,8 +52,8 @@ class Target:
     about: one line that helps to choose.
     why: the properties of the runtime that decide its forms.
     sources: where those are documented or measured.
-    device: the device on which ONNX Runtime is this target; None where another runtime executes the model, so that
-    speed and kernels in ONNX Runtime say nothing about it.
+    device: the device on which ONNX Runtime is this target, one that Python may not have; None where another runtime
+    executes the model, so that speed and kernels in ONNX Runtime say nothing about it.
 
     Activations:
 
@@ -81,6 +81,7 @@ class Target:
 
     Weight-only matrix products, in blocks of inputs:
 
+    packed_products: the runtime has a good kernel for them; without one their weights are unpacked at load.
     block: the number of inputs that share a stored scale.
     whole_blocks: the blocks must fill the inputs, and be two or more.
     block_bits: codes of more bits than this are stored with a scale per channel.
@@ -120,6 +121,7 @@ class Target:
     safe_bits: int = 8
     exact_depthwise: bool = False
 
+    packed_products: bool = True
     block: int = 128
     whole_blocks: bool = False
     block_bits: int = 8

@@ -117,6 +117,8 @@ CASES: list[tuple[Setup, Sequence[str], int, str]] = [
      "--activations 8: ort-cuda runs nothing with activations of 8 bits; use auto or none"),
     (nothing, [*RUN, "--target", "tensorrt", "--asymmetric"], 2,
      "--asymmetric: tensorrt takes only weights of zero point 0; leave it out"),
+    (nothing, [*RUN, "--target", "ort-web", "--nbits-op"], 2,
+     "--nbits-op: MatMulNBits needs a good kernel, and ort-web has none; leave it out"),
     (nothing, [*RUN, "--target", "openvino", "--nbits-op"], 2,
      "--nbits-op: MatMulNBits is an operator of ONNX Runtime alone, and openvino has none; leave it out"),
     (nothing, [*RUN, "--float16"], 2,

@@ -19,8 +19,9 @@ from comq_onnx.model.prepare import prepare_model
 from comq_onnx.plan import integer_gain
 from comq_onnx.plan.activations import ActivationPlan, plan_activations
 from comq_onnx.plan.integer_gain import CostModel
-from comq_onnx.targets.catalog import ORT_CPU
+from comq_onnx.targets.catalog import ORT_CPU, ORT_WEB
 from comq_onnx.targets.costs import ORT_CPU_COSTS
+from comq_onnx.targets.target import Target
 from models import build, cnn, infer, normal, op_types, samples_for, weight
 
 
@@ -54,15 +55,29 @@ def net(channels: int, size: int, middle: str = "b = HardSwish (a)") -> onnx.Mod
     )
 
 
-def chosen(model: onnx.ModelProto) -> frozenset[str]:
+def chosen(model: onnx.ModelProto, target: Target = ORT_CPU) -> frozenset[str]:
     """Return the layers that are chosen to run in integers."""
     prepared, shapes = opened(model, samples_for(model))
-    return integer_gain.choose(prepared, prepared.layers, planner(prepared), shapes, ORT_CPU).integer_layers
+    return integer_gain.choose(prepared, prepared.layers, planner(prepared), shapes, target).integer_layers
 
 
 def test_large_layers_gain_and_small_ones_do_not() -> None:
     assert chosen(net(64, 16)) == {"first", "second"}
     assert chosen(net(4, 16)) == frozenset()
+
+
+def test_what_gains_differs_between_targets() -> None:
+    model = build(
+        """g (float[n, 32, 28, 28] x) => (float[n, 32, 28, 28] y) {
+            [first] a = Conv (x, w1)
+            b = Relu (a)
+            [second] y = Conv (b, w2)
+        }""",
+        {"w1": weight(32, 32, 1, 1, fan=32), "w2": weight(32, 32, 1, 1, fan=32, seed=1)},
+    )
+    assert chosen(model) == {"first", "second"}
+    assert chosen(model, ORT_WEB) == frozenset()
+    assert chosen(net(64, 16), ORT_WEB) == {"first", "second"}
 
 
 def test_convolutions_of_signals_stay_in_integers() -> None:

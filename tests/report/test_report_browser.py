@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from browsers import BROWSER, MISSING, OPTIONS
 from reports import activation, layer, plan, report
 
 from comq_onnx.metrics import OutputComparison
@@ -25,9 +25,7 @@ from comq_onnx.report.report import Report
 from comq_onnx.report.several import Run
 from comq_onnx.report.several_page import render
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "chrome-headless-shell")
-BROWSER = os.environ.get("COMQ_BROWSER") or next((path for name in NAMES if (path := shutil.which(name))), None)
-pytestmark = pytest.mark.skipif(BROWSER is None, reason=f"no browser is installed: none of {', '.join(NAMES)}")
+pytestmark = pytest.mark.skipif(BROWSER is None, reason=MISSING)
 
 LONG = "/" + "/".join(f"a_module_with_a_long_name_{i}" for i in range(8)) + "/MatMul"
 WIDTHS = (390, 1280)
@@ -145,7 +143,7 @@ def browse(folder: Path, page: str, dark: bool, *options: str) -> str:
     path.write_text(page)
     assert BROWSER is not None
     command = [
-        BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--disable-dev-shm-usage",
+        BROWSER, *OPTIONS, "--hide-scrollbars",
         f"--user-data-dir={folder / 'profile'}", f"--blink-settings=preferredColorScheme={0 if dark else 1}",
         "--virtual-time-budget=9000", *options, path.as_uri(),
     ]  # fmt: skip

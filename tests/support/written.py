@@ -32,8 +32,8 @@ NO_INT2 = PACKED | {2: TensorProto.INT4}
 ALL_INT8 = dict.fromkeys(PACKED, TensorProto.INT8)
 # the containers by bits: of layers that run in integers, and of all others
 CONTAINERS = {
-    "ort-cpu": (PACKED, PACKED), "ort-cuda": (NO_INT2, NO_INT2), "tensorrt": (ALL_INT8, NO_INT2),
-    "openvino": (NO_INT2, NO_INT2),
+    "ort-cpu": (PACKED, PACKED), "ort-cuda": (NO_INT2, NO_INT2), "ort-web": (PACKED, PACKED),
+    "tensorrt": (ALL_INT8, NO_INT2), "openvino": (NO_INT2, NO_INT2),
 }  # fmt: skip
 ALWAYS = {"up": "folded", "up1": "folded", "y3": "folded", "onleft": "folded", "y2": "folded", "gather": "looked up"}
 CONVS, PRODUCTS = ["conv", "depthwise", "grouped"], ["gemm", "matmul", "rank3"]

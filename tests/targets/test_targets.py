@@ -86,7 +86,7 @@ def test_the_block_that_ort_cpu_had() -> None:
         ({"target": "openvino", "symmetric": False},
          "--asymmetric: openvino takes only weights of zero point 0; leave it out"),
         ({"target": "tensort"},
-         "--target tensort: choose one of ort-cpu, ort-cuda, tensorrt, openvino; did you mean tensorrt?"),
+         "--target tensort: choose one of ort-cpu, ort-cuda, ort-web, tensorrt, openvino; did you mean tensorrt?"),
     ],
 )  # fmt: skip
 def test_what_a_target_cannot_do_is_refused(options: dict, words: str) -> None:
@@ -154,7 +154,7 @@ def test_bits_that_cost_nothing_are_taken() -> None:
         assert {layer.bits for layer in same.layers} == {4}
 
 
-@pytest.mark.parametrize("name", ["ort-cuda", "tensorrt", "openvino"])
+@pytest.mark.parametrize("name", ["ort-cuda", "ort-web", "tensorrt", "openvino"])
 def test_nothing_is_timed_where_the_target_is_not(tmp_path: Path, name: str) -> None:
     report = comq_onnx.quantize(mlp(), tmp_path / "q.onnx", {"x": np.ones((8, 32), np.float32)}, bits=8, target=name)
     assert (report.latency_ms, report.kernels) == ({}, {})

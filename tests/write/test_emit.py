@@ -8,7 +8,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from onnx import TensorProto, numpy_helper
-from written import INTEGER, WEIGHT_ONLY, Quantize, Written, holds_the_solution, no_float_as_large_as_a_weight, quantize
+from written import (
+    INTEGER,
+    PRODUCTS,
+    WEIGHT_ONLY,
+    Quantize,
+    Written,
+    holds_the_solution,
+    no_float_as_large_as_a_weight,
+    quantize,
+)
 from zoo import ZOO_FEEDS, zoo
 
 from comq_onnx.metrics import sqnr_of
@@ -36,11 +45,12 @@ def test_the_file_holds_the_solutions_weights(
 
 @pytest.mark.parametrize("bits", [8, 4, 2])
 @pytest.mark.parametrize("activations", ["auto", "none"])
-@pytest.mark.parametrize("target", ["ort-cuda", "tensorrt", "openvino"])
+@pytest.mark.parametrize("target", ["ort-cuda", "ort-web", "tensorrt", "openvino"])
 def test_every_target_holds_the_solutions_weights(quantize: Quantize, bits: int, activations: str, target: str) -> None:
     written = quantize(zoo(), ZOO_FEEDS, bits=bits, target=target, activations=activations)
     integer = activations == "auto" and target != "ort-cuda"
-    holds_the_solution(written, bits, INTEGER if integer else WEIGHT_ONLY)
+    weight_only = WEIGHT_ONLY if TARGETS[target].packed_products else WEIGHT_ONLY | dict.fromkeys(PRODUCTS, "folded")
+    holds_the_solution(written, bits, INTEGER if integer else weight_only)
     stored = {t.name: t for t in written.proto.graph.initializer}
     plan = written.solved.plan
     for layer in written.layers.values():
@@ -48,7 +58,7 @@ def test_every_target_holds_the_solutions_weights(quantize: Quantize, bits: int,
         wanted = code_bytes(layer, plan.form(layer), width, TARGETS[target], plan.opset)
         assert len(stored[f"{layer.weight}.codes"].raw_data) == wanted
     types = {stored[n.input[2]].data_type for n in written.proto.graph.node if n.op_type == "QuantizeLinear"}
-    signed = {"tensorrt": {TensorProto.INT8}, "openvino": {TensorProto.UINT8}}
+    signed = {name: {TensorProto.UINT8} for name in TARGETS} | {"tensorrt": {TensorProto.INT8}}
     assert types == (signed[target] if integer else set())
     assert lint(read_model(written.path), TARGETS[target]) == []
     before = Session(written.source.SerializeToString()).run(written.feeds)

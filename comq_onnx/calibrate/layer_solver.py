@@ -14,7 +14,22 @@ from comq_onnx.engine import Embedded
 from comq_onnx.model.layers import Layer
 from comq_onnx.plan.plan import Plan
 from comq_onnx.solve.grid import Array
-from comq_onnx.solve.layer import Method, Solution, error_db, judge, round_plainly, round_rows, solve_together
+from comq_onnx.solve.layer import (
+    Candidates,
+    Method,
+    Posed,
+    Solution,
+    error_db,
+    in_parts,
+    join_parts,
+    judge,
+    part_starts,
+    pose,
+    round_plainly,
+    round_rows,
+    solve_part,
+    solve_together,
+)
 from comq_onnx.solve.moments import Moments, pooled
 
 logger = logging.getLogger(__name__)
@@ -49,13 +64,44 @@ def solve_alike(
     grid, has_bias = plan.grids[together[0].name], plan.has_bias(together[0])
     found = solve_together(weights, moments, solved_grid(together[0].kind, grid), method, has_bias)
     observed = {} if observer is None else observer(together, weights, moments, has_bias)
+    return _stored(plan, together, found, observed, time.perf_counter() - start)
+
+
+def pose_alike(plan: Plan, method: Method, together: Sequence[Layer], moments: Moments) -> tuple[Posed, float]:
+    """Prepare layers to be solved as one, in parts. Returns the seconds that it took, too."""
+    start = time.perf_counter()
+    weights = [solved_weight(plan.walked, layer) for layer in together]
+    posed = pose(weights, moments, plan.grids[together[0].name], method, plan.has_bias(together[0]))
+    return posed, time.perf_counter() - start
+
+
+def solve_channels(posed: tuple[Posed, float], method: Method, first: int) -> tuple[Candidates, float]:
+    """Solve the part of the channels that begins at `first`. Returns the seconds that it took, too."""
+    start = time.perf_counter()
+    found = solve_part(posed[0], method, first)
+    return found, time.perf_counter() - start + (0.0 if first else posed[1])
+
+
+def join_channels(plan: Plan, together: Sequence[Layer], *parts: tuple[Candidates, float]) -> Found:
+    """Join layers that were solved as one, in parts."""
+    start = time.perf_counter()
+    channels = [layer.kind.outputs for layer in together]
+    found = join_parts([one for one, _ in parts], channels, plan.has_bias(together[0]))
+    return _stored(plan, together, found, {}, sum(s for _, s in parts) + time.perf_counter() - start)
+
+
+def _stored(
+    plan: Plan, together: Sequence[Layer], found: Sequence[Solution], observed: Mapping[str, Any], seconds: float
+) -> Found:
+    """Return what was found for layers that are solved as one."""
+    grid = plan.grids[together[0].name]
     solutions = [as_stored(layer.kind, one, grid) for layer, one in zip(together, found, strict=True)]
     for layer, solution in zip(together, solutions, strict=True):
         logger.info(
             "%s: error %.2f dB (rounding %.2f dB)", layer.name, error_db(solution.error), error_db(solution.rtn_error)
         )
     names = [layer.name for layer in together]
-    return Found(dict(zip(names, solutions, strict=True)), observed, time.perf_counter() - start)
+    return Found(dict(zip(names, solutions, strict=True)), observed, seconds)
 
 
 def judge_again(plan: Plan, method: Method, layer: Layer, moments: Moments, found: Found, name: str) -> Found:
@@ -150,8 +196,7 @@ class LayerSolver:
         """
         for together in self._alike(readers, moments):
             all_rows = self._engine.submit(pool, moments, *others) if others else moments
-            given = self._placed, self._method, self._observer, together, all_rows
-            self._expect([layer.name for layer in together], self._engine.submit(solve_alike, *given))
+            self._expect([layer.name for layer in together], self._found(together, all_rows))
             for layer in together:
                 self._solved.setdefault(self.weight_key(layer), layer.name)
             if others:
@@ -160,6 +205,21 @@ class LayerSolver:
         for layer in readers:
             if not self._is_known(layer):
                 self._reuse_solution(layer, moments)
+
+    def _found(self, together: Sequence[Layer], moments: Any) -> Any:
+        """Return what stands for what is found for layers that are solved as one.
+
+        Elsewhere their parts are tasks; here they are shared among threads.
+        """
+        submit, kind, grid = self._engine.submit, together[0].kind, self._plan.grids[together[0].name]
+        channels = sum(layer.kind.outputs for layer in together)
+        starts = part_starts(channels)
+        divided = kind.solved_as is kind and in_parts(self._method, kind.groups, kind.inputs, grid)
+        if self._engine.is_here or not divided or len(starts) == 1:
+            return submit(solve_alike, self._placed, self._method, self._observer, together, moments)
+        posed = submit(pose_alike, self._placed, self._method, together, moments)
+        parts = [submit(solve_channels, posed, self._method, first) for first in starts]
+        return submit(join_channels, self._placed, together, *parts)
 
     def collect(self) -> float:
         """Wait for all that was asked for and keep it. Returns the seconds that it took."""

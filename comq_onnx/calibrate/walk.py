@@ -243,10 +243,9 @@ class _Walk:
             self._solver.solve(group, moments, self._others.get(group[0].name, []))
             if self._engine.is_here:
                 self._collect()
-        self._collect()
 
     def _collect(self) -> None:
-        """Take what was solved."""
+        """Take what was solved: elsewhere the float model goes on meanwhile."""
         spent = self._solver.collect()
         seconds = self._context.journal.seconds
         seconds["solve"] = seconds.get("solve", 0.0) + spent
@@ -318,6 +317,7 @@ class _Walk:
         rows = list(dict.fromkeys([*stacked, *(layer.input for layer in fed_back)]))
         made = self._advance_float(self._at(stage.index), stage.index, rows)
         self._ranges.settle(name for name in stage.makes if name in self._plan.activations.values)
+        self._collect()
         if rows:
             with self._context.journal.timed("calibrate"):
                 passages = self._crew.rows(made, self._sofar(stage), stacked)
@@ -325,6 +325,7 @@ class _Walk:
             self._share(inner, passages)
             self._solve(inner, passages)
             self._solve(fed_back, passages)
+            self._collect()
 
     def _advance_float(self, shards: Sequence[Shard], start: int, rows: Sequence[str] = ()) -> list[Any]:
         """Run the float model of some samples to the next stage that needs them; start: the index of the first stage.

@@ -23,7 +23,6 @@ from comq_onnx.solve.layer import (
     in_parts,
     join_parts,
     judge,
-    part_starts,
     pose,
     round_plainly,
     round_rows,
@@ -31,6 +30,7 @@ from comq_onnx.solve.layer import (
     solve_together,
 )
 from comq_onnx.solve.moments import Moments, pooled
+from comq_onnx.solve.parallel import channel_slices
 
 logger = logging.getLogger(__name__)
 
@@ -75,11 +75,11 @@ def pose_alike(plan: Plan, method: Method, together: Sequence[Layer], moments: M
     return posed, time.perf_counter() - start
 
 
-def solve_channels(posed: tuple[Posed, float], method: Method, first: int) -> tuple[Candidates, float]:
-    """Solve the part of the channels that begins at `first`. Returns the seconds that it took, too."""
+def solve_channels(posed: tuple[Posed, float], method: Method, channels: slice) -> tuple[Candidates, float]:
+    """Solve some channels of layers. Returns the seconds that it took, too, and what came before with the first."""
     start = time.perf_counter()
-    found = solve_part(posed[0], method, first)
-    return found, time.perf_counter() - start + (0.0 if first else posed[1])
+    found = solve_part(posed[0], method, channels)
+    return found, time.perf_counter() - start + (0.0 if channels.start else posed[1])
 
 
 def join_channels(plan: Plan, together: Sequence[Layer], *parts: tuple[Candidates, float]) -> Found:
@@ -133,12 +133,13 @@ class LayerSolver:
         """Begin with nothing solved.
 
         method: the solver
-        observer: sees the moments that each solution is made from
+        observer: sees the moments that each solution is made from, where the tasks run
         engine: runs the tasks; placed: what stands for the plan there
         tell: called after each solution
         """
-        self._plan, self._method, self._observer = plan, method, observer
+        self._plan, self._method = plan, method
         self._engine, self._tell = engine or Embedded(), tell
+        self._observer = None if observer is None else self._engine.place(observer, 0)
         self._placed = plan if placed is None else placed
         # what stands for the solution of each layer that is not here yet, and all such in their order
         self._coming: dict[str, Any] = {}
@@ -209,16 +210,15 @@ class LayerSolver:
     def _found(self, together: Sequence[Layer], moments: Any) -> Any:
         """Return what stands for what is found for layers that are solved as one.
 
-        Elsewhere their parts are tasks; here they are shared among threads.
+        Elsewhere their parts are tasks, unless moments are observed; here they are shared among threads.
         """
         submit, kind, grid = self._engine.submit, together[0].kind, self._plan.grids[together[0].name]
-        channels = sum(layer.kind.outputs for layer in together)
-        starts = part_starts(channels)
+        slices = channel_slices(sum(layer.kind.outputs for layer in together))
         divided = kind.solved_as is kind and in_parts(self._method, kind.groups, kind.inputs, grid)
-        if self._engine.is_here or not divided or len(starts) == 1:
+        if self._observer is not None or self._engine.is_here or not divided or len(slices) == 1:
             return submit(solve_alike, self._placed, self._method, self._observer, together, moments)
         posed = submit(pose_alike, self._placed, self._method, together, moments)
-        parts = [submit(solve_channels, posed, self._method, first) for first in starts]
+        parts = [submit(solve_channels, posed, self._method, one) for one in slices]
         return submit(join_channels, self._placed, together, *parts)
 
     def collect(self) -> float:

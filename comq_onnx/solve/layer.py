@@ -39,7 +39,6 @@ from comq_onnx.solve.grid import Array, Grid, QuantizedWeight, fit_mse, round_to
 from comq_onnx.solve.moments import Matrix, Moments
 from comq_onnx.solve.output_error import OutputError
 from comq_onnx.solve.paper import ORDERS, SWEEPS, solve_paper
-from comq_onnx.solve.parallel import PART
 from comq_onnx.solve.problem import Problem
 
 METHODS = ("comq", "paper", "gptq", "rtn")
@@ -213,11 +212,6 @@ def in_parts(method: Method, groups: int, inputs: int, grid: Grid) -> bool:
     return method.solver == "comq" and not sharing and not has_few_inputs(inputs, grid)
 
 
-def part_starts(channels: int) -> range:
-    """Return the first channel of each part."""
-    return range(0, channels, PART)
-
-
 def pose(weights: Sequence[Array], moments: Moments, grid: Grid, method: Method, has_bias: bool) -> Posed:
     """Prepare layers that read the same input to be solved in parts; weights, has_bias: as for `solve_together`."""
     whole, centred = _joined(weights), moments.centred()
@@ -227,9 +221,9 @@ def pose(weights: Sequence[Array], moments: Moments, grid: Grid, method: Method,
     return Posed(whole, replace(centred, half=None, **single), problem, grid)
 
 
-def solve_part(posed: Posed, method: Method, start: int) -> Candidates:
-    """Round and solve the part of the channels that begins at `start`."""
-    weight = posed.weight[:, start : start + PART]
+def solve_part(posed: Posed, method: Method, channels: slice) -> Candidates:
+    """Round and solve some channels, one of `parallel.channel_slices`."""
+    weight = posed.weight[:, channels]
     solved = solve_posed(weight, [posed.problem], posed.grid, EFFORTS[method.effort])
     return _candidates(weight, OutputError(weight, posed.centred), solved, posed.centred.count)
 

@@ -113,6 +113,13 @@ def judge_again(plan: Plan, method: Method, layer: Layer, moments: Moments, foun
     return Found({layer.name: as_stored(layer.kind, solution, codes.grid)}, {}, time.perf_counter() - start)
 
 
+def round_table(plan: Plan, layer: Layer) -> Found:
+    """Round an embedding."""
+    start = time.perf_counter()
+    solution = round_rows(finite_weight(plan.walked, layer), plan.grids[layer.name])
+    return Found({layer.name: solution}, {}, time.perf_counter() - start)
+
+
 def pool(*parts: Moments) -> Moments:
     """Return the moments of all positions of several inputs."""
     return pooled(parts)
@@ -162,16 +169,12 @@ class LayerSolver:
         """Count the solved layers, without embeddings."""
         return sum(not x.kind.is_lookup for x in self._plan.walked.layers if x.name in self.solutions)
 
-    def round_tables(self) -> float:
-        """Round the embeddings, which need no calibration. Returns the seconds that it took."""
-        start = time.perf_counter()
+    def round_tables(self) -> None:
+        """Have the embeddings rounded, which need no calibration; `collect` takes what was found."""
         for layer in self._plan.walked.layers:
             if layer.kind.is_lookup:
-                begun = time.perf_counter()
-                solution = round_rows(finite_weight(self._plan.walked, layer), self._plan.grids[layer.name])
-                self._keep(layer, solution)
-                self.seconds[layer.name] = time.perf_counter() - begun
-        return time.perf_counter() - start
+                self._expect([layer.name], self._engine.submit(round_table, self._placed, layer))
+                self._solved.setdefault(self.weight_key(layer), layer.name)
 
     def round_unreached(self) -> None:
         """Give layers that the samples do not reach the solution of one with the same weight, or round them."""
@@ -182,6 +185,7 @@ class LayerSolver:
     def round_all(self) -> None:
         """Round every layer, without any samples: the embeddings as ever, the others plainly."""
         self.round_tables()
+        self.collect()
         for layer in self._plan.layers:
             if layer.name not in self.solutions and not self._reuse_solution(layer, None):
                 start = time.perf_counter()

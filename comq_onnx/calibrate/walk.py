@@ -146,8 +146,9 @@ class _Walk:
         """Do what comes before the first stage: round tables, and bring samples that wait to where they are needed."""
         with self._context.journal.timed("calibrate"):
             self._find_others()
-        seconds = self._context.journal.seconds
-        seconds["solve"] = seconds.get("solve", 0.0) + self._solver.round_tables()
+        self._solver.round_tables()
+        if self._engine.is_here:
+            self._collect()
         self._ranges.take(self._crew.see_inputs())
         self._ranges.settle(self._inputs)
         here = self._at(0)

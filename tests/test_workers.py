@@ -19,7 +19,7 @@ from walks import MODELS, quantize
 from comq_onnx import engine, workers
 from comq_onnx.calibrate import crew, layer_moments, leading, passage, walk
 from comq_onnx.errors import ModelError, OptionError, RuntimeFailure
-from comq_onnx.solve import parallel
+from comq_onnx.solve import few_inputs, parallel
 from models import cnn, encoder, mlp, samples_for, sentences
 
 
@@ -39,6 +39,8 @@ def _shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leading, "SHARD", 8)
     monkeypatch.setattr(engine, "ARITY", 2)
     monkeypatch.setattr(leading, "TIERS", (8, 16))
+    # layers of few inputs are solved as one
+    monkeypatch.setattr(few_inputs, "FEW_INPUTS", 4)
     monkeypatch.setattr(parallel, "PART", 8)
     monkeypatch.setattr(layer_moments, "LEAST_POSITIONS", 300)
     monkeypatch.setattr(layer_moments, "MOST_POSITIONS", 300)
@@ -121,9 +123,11 @@ def test_parts_of_a_layer_and_parts_of_the_survey_are_tasks(tmp_path: Path, monk
         return submit(crowd, function, *given)
 
     monkeypatch.setattr(workers.Crowd, "submit", counted)
-    monkeypatch.setattr(parallel, "PART", 16)
+    # layers of few inputs are solved as one
+    monkeypatch.setattr(few_inputs, "FEW_INPUTS", 4)
+    monkeypatch.setattr(parallel, "PART", 8)
     with threads(2) as local:
-        quantize(mlp(), tmp_path / "q.onnx", samples_for(mlp()), workers=local.scheduler_address, uniform=False)
+        quantize(encoder(), tmp_path / "q.onnx", sentences(), workers=local.scheduler_address, uniform=False)
     assert names["solve_channels"] >= 2 * names["pose_alike"] > 0
     assert names["_tail_noises"] > 1
     # those of the survey are watched

@@ -16,6 +16,7 @@ import logging
 import platform
 import tempfile
 import time
+import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
@@ -138,8 +139,10 @@ class Crowd(Embedded):
 
     def submit(self, function: Callable[..., Any], *given: Any) -> Any:
         """Have a worker compute function(*given), and return its future."""
+        # the page of the workers shows tasks by the name before the dash
+        key = f"{function.__name__}-{uuid.uuid4().hex}"
         with self._failures():
-            return self._client.submit(_alone, self._versions, function, *given, pure=False)
+            return self._client.submit(_alone, self._versions, function, *given, pure=False, key=key)
 
     def place(self, value: Any, where: int) -> Any:
         """Give a value of the caller to a worker: to that of a number, if it is there."""

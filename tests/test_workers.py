@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib.util
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from walks import MODELS, quantize
 from comq_onnx import engine, workers
 from comq_onnx.calibrate import crew, layer_moments, leading, passage, walk
 from comq_onnx.errors import ModelError, OptionError, RuntimeFailure
+from comq_onnx.solve import few_inputs, parallel
 from models import cnn, encoder, mlp, samples_for, sentences
 
 
@@ -30,10 +32,16 @@ def two() -> Iterator[str]:
 
 @pytest.fixture
 def _shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Divide 40 samples into several shards, and sum these in a tree of three levels; some samples wait."""
+    """Divide 40 samples into several shards, and sum these in a tree of three levels; some samples wait.
+
+    Layers are solved in several parts.
+    """
     monkeypatch.setattr(leading, "SHARD", 8)
     monkeypatch.setattr(engine, "ARITY", 2)
     monkeypatch.setattr(leading, "TIERS", (8, 16))
+    # layers of few inputs are solved as one
+    monkeypatch.setattr(few_inputs, "FEW_INPUTS", 4)
+    monkeypatch.setattr(parallel, "PART", 8)
     monkeypatch.setattr(layer_moments, "LEAST_POSITIONS", 300)
     monkeypatch.setattr(layer_moments, "MOST_POSITIONS", 300)
     monkeypatch.setattr(layer_moments, "POSITIONS_PER_INPUT", 1)
@@ -105,6 +113,25 @@ def _scheduler_dies(tmp_path: Path, those: Cluster, monkeypatch: pytest.MonkeyPa
     with pytest.raises(RuntimeFailure, match=r"--workers tcp://.*: the scheduler is gone \(.*\); start it and run"):
         written(tmp_path, cnn(), samples_for(cnn()), workers=those.address)
     assert not (tmp_path / "q.onnx").exists()
+
+
+def test_parts_of_a_layer_and_parts_of_the_survey_are_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    submit, names = workers.Crowd.submit, Counter[str]()
+
+    def counted(crowd: Any, function: Callable[..., Any], *given: Any) -> Any:
+        names[function.__name__] += 1
+        return submit(crowd, function, *given)
+
+    monkeypatch.setattr(workers.Crowd, "submit", counted)
+    # layers of few inputs are solved as one
+    monkeypatch.setattr(few_inputs, "FEW_INPUTS", 4)
+    monkeypatch.setattr(parallel, "PART", 8)
+    with threads(2) as local:
+        quantize(encoder(), tmp_path / "q.onnx", sentences(), workers=local.scheduler_address, uniform=False)
+    assert names["solve_channels"] >= 2 * names["pose_alike"] > 0
+    assert names["_tail_noises"] > 1
+    # those of the survey are watched
+    assert names["solve_alike"] > 0
 
 
 # Sums in a tree -------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from comq_onnx.arrays import spread_indices
-from comq_onnx.bits.perturbation import perturbed
+from comq_onnx.bits.perturbation import Tail, cut_tensors, perturbed, tails_of
 from comq_onnx.calibrate.solved_form import solved_grid
 from comq_onnx.calibrate.walk import walk
 from comq_onnx.context import Context, Journal
@@ -27,6 +27,7 @@ from comq_onnx.evaluate.language import Language
 from comq_onnx.metrics import divergence, lead_changes, scores_among, sqnr_of
 from comq_onnx.model.judged_session import JudgedSession, Load
 from comq_onnx.model.layers import Layer
+from comq_onnx.options.options import Options
 from comq_onnx.plan.initial_bits import REFERENCE_BITS
 from comq_onnx.plan.plan import Plan
 from comq_onnx.plan.solved import Solved
@@ -143,8 +144,9 @@ def survey(
         return Sensitivity(
             groups, errors, dict.fromkeys(groups, np.array([1.0, 0.0])), np.zeros(2), np.array([total, 0.0])
         )
-    gains = _gains(solved, groups, errors, outputs, context)
-    return Sensitivity(groups, errors, gains, _activation_noise(solved, outputs), outputs.noise_of(solved))
+    noises, base, together = _noises(solved, groups, outputs, context)
+    gains = {name: noises[name] / max(errors[name][REFERENCE_BITS], TINY) for name in groups}
+    return Sensitivity(groups, errors, gains, base, together)
 
 
 # The errors of layers
@@ -159,12 +161,6 @@ def _own_errors(
     Returns the solutions at the bits of the plan, and the relative errors of the channels by layer and number of bits.
     """
 
-    def observe(
-        layers: Sequence[Layer], weights: Sequence[Array], moments: Moments, has_bias: bool
-    ) -> dict[str, dict[int, float]]:
-        pairs = zip(layers, weights, strict=True)
-        return {x.name: _channel_errors(plan, x, w, moments, has_bias, context, widths) for x, w in pairs}
-
     def tell(what: str, done: int, total: int) -> None:
         if what == "stages":
             context.progress("survey", done, total)
@@ -173,7 +169,7 @@ def _own_errors(
         context.options, solver=FAST.solver, effort=FAST.effort, order=None, sweeps=None, shrink=None, independent=True
     )
     quick = replace(context, options=options, journal=Journal(), progress=tell)
-    solved = walk(plan, data, quick, observe, FEWER_POSITIONS, "survey")
+    solved = walk(plan, data, quick, _ChannelErrors(plan, context.options, tuple(widths)), FEWER_POSITIONS, "survey")
     context.journal.notes += quick.journal.notes
     sampled = dict(solved.observed)
     for layer in plan.layers:
@@ -182,15 +178,30 @@ def _own_errors(
     return solved, sampled
 
 
-def _channel_errors(
-    plan: Plan, layer: Layer, weight: Array, moments: Moments, has_bias: bool, context: Context, widths: Sequence[int]
-) -> dict[int, float]:
-    """Return the relative error of some channels of a layer at each number of bits."""
-    groups = spread_indices(len(weight), CHANNELS)
-    channels = spread_indices(weight.shape[1], max(1, CHANNELS // len(groups)))
-    some = np.ascontiguousarray(weight[np.ix_(groups, channels)])
-    grids = [solved_grid(layer.kind, plan.grid_at(layer, bits, context.options)) for bits in widths]
-    return dict(zip(widths, errors_at(some, moments.groups(groups), grids, FAST, has_bias), strict=True))
+@dataclass(frozen=True)
+class _ChannelErrors:
+    """Measure the relative errors of some channels of layers that are solved, wherever that is.
+
+    plan: the plan, of which `widths` are the other numbers of bits
+    """
+
+    plan: Plan
+    options: Options
+    widths: tuple[int, ...]
+
+    def __call__(
+        self, layers: Sequence[Layer], weights: Sequence[Array], moments: Moments, has_bias: bool
+    ) -> dict[str, dict[int, float]]:
+        """Return the error of each layer at each number of bits."""
+        return {x.name: self._of(x, w, moments, has_bias) for x, w in zip(layers, weights, strict=True)}
+
+    def _of(self, layer: Layer, weight: Array, moments: Moments, has_bias: bool) -> dict[int, float]:
+        """Return the error of some channels of a layer."""
+        groups = spread_indices(len(weight), CHANNELS)
+        channels = spread_indices(weight.shape[1], max(1, CHANNELS // len(groups)))
+        some = np.ascontiguousarray(weight[np.ix_(groups, channels)])
+        grids = [solved_grid(layer.kind, self.plan.grid_at(layer, bits, self.options)) for bits in self.widths]
+        return dict(zip(self.widths, errors_at(some, moments.groups(groups), grids, FAST, has_bias), strict=True))
 
 
 def _row_errors(plan: Plan, layer: Layer, context: Context, widths: Sequence[int]) -> dict[int, float]:
@@ -219,6 +230,7 @@ class _Outputs:
 
     plan: the plan of the layers that are quantized
     device: where models run
+    threads: of the CPU for one operator; 0 for as many as ONNX Runtime chooses
     feeds: the samples, batch by batch
     expected: the outputs of the float model, batch by batch
     scores: the name of the output with class scores; None where there is none
@@ -227,6 +239,7 @@ class _Outputs:
 
     plan: Plan
     device: str
+    threads: int
     feeds: Sequence[Tensors]
     expected: Sequence[Tensors]
     scores: str | None
@@ -236,11 +249,16 @@ class _Outputs:
     def of(cls, plan: Plan, samples: Samples, context: Context, language: Language | None) -> _Outputs:
         """Run the float model on samples."""
         feeds = list(samples.batches(context.options.batch_size))
-        session = _session(plan.written.model, plan, context.device)
+        session = _session(plan.written.model, plan, _loader(plan, context.device))
         expected = [_taken(one, session.run(one), language) for one in feeds]
         own = {name: x for name, x in expected[0].items() if name in plan.written.judged.whole}
         scores = language.output if language is not None and language.output in own else scores_among(own)
-        return cls(plan, context.device, feeds, expected, scores, language)
+        threads = 0 if context.engine.is_here else 1
+        return cls(plan, context.device, threads, feeds, expected, scores, language)
+
+    def load(self, level: int | None = None) -> Load:
+        """Return what loads a model; level: that of ONNX Runtime's optimization."""
+        return _loader(self.plan, self.device, level, self.threads)
 
     @property
     def has_floats(self) -> bool:
@@ -251,7 +269,7 @@ class _Outputs:
         """Measure the noise of a model with all solved layers quantized; level: that of ONNX Runtime's optimization."""
         model = self.plan.written.model.clone()
         emit(model, solved)
-        session = _session(model, self.plan, self.device, level)
+        session = _session(model, self.plan, self.load(level))
         return self.noise(session.run(feeds) for feeds in self.feeds)
 
     def noise(self, outputs: Iterable[Tensors]) -> Noise:
@@ -285,35 +303,66 @@ def _taken(feeds: Tensors, outputs: Tensors, language: Language | None) -> Tenso
     return {**outputs, language.output: logits[some[:, 0], some[:, 1]]}
 
 
-def _gains(
-    solved: Solved, groups: Mapping[str, Sequence[str]], errors: Errors, outputs: _Outputs, context: Context
+def _noises(
+    solved: Solved, groups: Mapping[str, Sequence[str]], outputs: _Outputs, context: Context
+) -> tuple[dict[str, Noise], Noise, Noise]:
+    """Return the noise of each group alone at REFERENCE_BITS, of quantized activations alone, and of all together."""
+    engine, tails = context.engine, tails_of(solved.plan, groups)
+    # as one value: both hold the same plan
+    both = engine.place((solved, outputs), 0)
+    cuts = engine.submit(_cuts, both, tails)
+    found, done = list[Any](), 0
+    for tail in tails:
+        found.append(engine.submit(_tail_noises, both, groups, tail, cuts))
+        done += len(tail.groups)
+        if engine.is_here:
+            context.progress("sensitivity", done, len(groups))
+    del cuts
+    found += [engine.submit(_activation_noise, both), engine.submit(_noise_together, both)]
+    *of_tails, base, together = engine.gather(found)
+    context.progress("sensitivity", len(groups), len(groups))
+    alone = {name: noise for one in of_tails for name, noise in one.items()}
+    return {name: alone[name] for name in groups}, base, together
+
+
+def _cuts(both: tuple[Solved, _Outputs], tails: Sequence[Tail]) -> list[Tensors]:
+    """Run the float model for the tensors at all cuts."""
+    solved, outputs = both
+    return cut_tensors(solved.plan, tails, outputs.feeds, outputs.load())
+
+
+def _tail_noises(
+    both: tuple[Solved, _Outputs], groups: Mapping[str, Sequence[str]], tail: Tail, cuts: Sequence[Tensors]
 ) -> dict[str, Noise]:
-    """Return the noise of each group alone at REFERENCE_BITS over its error."""
-    gains = {}
-    found = perturbed(solved, groups, outputs.feeds, outputs.expected, _loader(solved.plan, context.device))
-    for done, (name, values) in enumerate(found, 1):
-        gains[name] = outputs.noise(values) / max(errors[name][REFERENCE_BITS], TINY)
-        context.progress("sensitivity", done, len(groups))
-    return {name: gains[name] for name in groups}
+    """Measure the noise of each group of a tail alone."""
+    solved, outputs = both
+    found = perturbed(solved, groups, tail, outputs.feeds, cuts, outputs.expected, outputs.load())
+    return {name: outputs.noise(values) for name, values in found}
 
 
-def _activation_noise(solved: Solved, outputs: _Outputs) -> Noise:
+def _activation_noise(both: tuple[Solved, _Outputs]) -> Noise:
     """Measure the noise of quantized activations alone."""
-    plan = solved.plan
-    alone = replace(plan, activations=plan.activations.everywhere())
+    solved, outputs = both
+    alone = replace(solved.plan, activations=solved.plan.activations.everywhere())
     # unoptimized: ONNX Runtime would quantize the float weights between quantized activations itself
     return outputs.noise_of(Solved(alone, {}, solved.activation_grids), level=0)
 
 
-def _session(model: ir.Model, plan: Plan, device: str, level: int | None = None) -> JudgedSession:
-    """Load a model for the values by which it is judged; level: that of ONNX Runtime's optimization."""
-    return JudgedSession.of(model, plan.written.judged.without_caches, _loader(plan, device, level))
+def _noise_together(both: tuple[Solved, _Outputs]) -> Noise:
+    """Measure the noise of all layers and activations together."""
+    solved, outputs = both
+    return outputs.noise_of(solved)
 
 
-def _loader(plan: Plan, device: str, level: int | None = None) -> Load:
+def _session(model: ir.Model, plan: Plan, load: Load) -> JudgedSession:
+    """Load a model for the values by which it is judged."""
+    return JudgedSession.of(model, plan.written.judged.without_caches, load)
+
+
+def _loader(plan: Plan, device: str, level: int | None = None, threads: int = 0) -> Load:
     """Return what loads a model for the survey; level: that of ONNX Runtime's optimization."""
     return lambda source: Session(
-        source, device, level=level, what="the model for the survey", float_matmul_nbits=True,
+        source, device, level=level, threads=threads, what="the model for the survey", float_matmul_nbits=True,
         disable_qdq_fusion=plan.target.runs_outside_ort, small=isinstance(source, str),
     )  # fmt: skip
 

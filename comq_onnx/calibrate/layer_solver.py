@@ -14,8 +14,23 @@ from comq_onnx.engine import Embedded
 from comq_onnx.model.layers import Layer
 from comq_onnx.plan.plan import Plan
 from comq_onnx.solve.grid import Array
-from comq_onnx.solve.layer import Method, Solution, error_db, judge, round_plainly, round_rows, solve_together
+from comq_onnx.solve.layer import (
+    Candidates,
+    Method,
+    Posed,
+    Solution,
+    error_db,
+    in_parts,
+    join_parts,
+    judge,
+    pose,
+    round_plainly,
+    round_rows,
+    solve_part,
+    solve_together,
+)
 from comq_onnx.solve.moments import Moments, pooled
+from comq_onnx.solve.parallel import channel_slices
 
 logger = logging.getLogger(__name__)
 
@@ -49,13 +64,44 @@ def solve_alike(
     grid, has_bias = plan.grids[together[0].name], plan.has_bias(together[0])
     found = solve_together(weights, moments, solved_grid(together[0].kind, grid), method, has_bias)
     observed = {} if observer is None else observer(together, weights, moments, has_bias)
+    return _stored(plan, together, found, observed, time.perf_counter() - start)
+
+
+def pose_alike(plan: Plan, method: Method, together: Sequence[Layer], moments: Moments) -> tuple[Posed, float]:
+    """Prepare layers to be solved as one, in parts. Returns the seconds that it took, too."""
+    start = time.perf_counter()
+    weights = [solved_weight(plan.walked, layer) for layer in together]
+    posed = pose(weights, moments, plan.grids[together[0].name], method, plan.has_bias(together[0]))
+    return posed, time.perf_counter() - start
+
+
+def solve_channels(posed: tuple[Posed, float], method: Method, channels: slice) -> tuple[Candidates, float]:
+    """Solve some channels of layers. Returns the seconds that it took, too, and what came before with the first."""
+    start = time.perf_counter()
+    found = solve_part(posed[0], method, channels)
+    return found, time.perf_counter() - start + (0.0 if channels.start else posed[1])
+
+
+def join_channels(plan: Plan, together: Sequence[Layer], *parts: tuple[Candidates, float]) -> Found:
+    """Join layers that were solved as one, in parts."""
+    start = time.perf_counter()
+    channels = [layer.kind.outputs for layer in together]
+    found = join_parts([one for one, _ in parts], channels, plan.has_bias(together[0]))
+    return _stored(plan, together, found, {}, sum(s for _, s in parts) + time.perf_counter() - start)
+
+
+def _stored(
+    plan: Plan, together: Sequence[Layer], found: Sequence[Solution], observed: Mapping[str, Any], seconds: float
+) -> Found:
+    """Return what was found for layers that are solved as one."""
+    grid = plan.grids[together[0].name]
     solutions = [as_stored(layer.kind, one, grid) for layer, one in zip(together, found, strict=True)]
     for layer, solution in zip(together, solutions, strict=True):
         logger.info(
             "%s: error %.2f dB (rounding %.2f dB)", layer.name, error_db(solution.error), error_db(solution.rtn_error)
         )
     names = [layer.name for layer in together]
-    return Found(dict(zip(names, solutions, strict=True)), observed, time.perf_counter() - start)
+    return Found(dict(zip(names, solutions, strict=True)), observed, seconds)
 
 
 def judge_again(plan: Plan, method: Method, layer: Layer, moments: Moments, found: Found, name: str) -> Found:
@@ -65,6 +111,13 @@ def judge_again(plan: Plan, method: Method, layer: Layer, moments: Moments, foun
     weight, given = solved_weight(plan.walked, layer), as_solved(layer.kind, codes)
     solution = judge(weight, moments, given, method, plan.has_bias(layer))
     return Found({layer.name: as_stored(layer.kind, solution, codes.grid)}, {}, time.perf_counter() - start)
+
+
+def round_table(plan: Plan, layer: Layer) -> Found:
+    """Round an embedding."""
+    start = time.perf_counter()
+    solution = round_rows(finite_weight(plan.walked, layer), plan.grids[layer.name])
+    return Found({layer.name: solution}, {}, time.perf_counter() - start)
 
 
 def pool(*parts: Moments) -> Moments:
@@ -87,12 +140,13 @@ class LayerSolver:
         """Begin with nothing solved.
 
         method: the solver
-        observer: sees the moments that each solution is made from
+        observer: sees the moments that each solution is made from, where the tasks run
         engine: runs the tasks; placed: what stands for the plan there
         tell: called after each solution
         """
-        self._plan, self._method, self._observer = plan, method, observer
+        self._plan, self._method = plan, method
         self._engine, self._tell = engine or Embedded(), tell
+        self._observer = None if observer is None else self._engine.place(observer, 0)
         self._placed = plan if placed is None else placed
         # what stands for the solution of each layer that is not here yet, and all such in their order
         self._coming: dict[str, Any] = {}
@@ -115,16 +169,12 @@ class LayerSolver:
         """Count the solved layers, without embeddings."""
         return sum(not x.kind.is_lookup for x in self._plan.walked.layers if x.name in self.solutions)
 
-    def round_tables(self) -> float:
-        """Round the embeddings, which need no calibration. Returns the seconds that it took."""
-        start = time.perf_counter()
+    def round_tables(self) -> None:
+        """Have the embeddings rounded, which need no calibration; `collect` takes what was found."""
         for layer in self._plan.walked.layers:
             if layer.kind.is_lookup:
-                begun = time.perf_counter()
-                solution = round_rows(finite_weight(self._plan.walked, layer), self._plan.grids[layer.name])
-                self._keep(layer, solution)
-                self.seconds[layer.name] = time.perf_counter() - begun
-        return time.perf_counter() - start
+                self._expect([layer.name], self._engine.submit(round_table, self._placed, layer))
+                self._solved.setdefault(self.weight_key(layer), layer.name)
 
     def round_unreached(self) -> None:
         """Give layers that the samples do not reach the solution of one with the same weight, or round them."""
@@ -135,6 +185,7 @@ class LayerSolver:
     def round_all(self) -> None:
         """Round every layer, without any samples: the embeddings as ever, the others plainly."""
         self.round_tables()
+        self.collect()
         for layer in self._plan.layers:
             if layer.name not in self.solutions and not self._reuse_solution(layer, None):
                 start = time.perf_counter()
@@ -150,8 +201,7 @@ class LayerSolver:
         """
         for together in self._alike(readers, moments):
             all_rows = self._engine.submit(pool, moments, *others) if others else moments
-            given = self._placed, self._method, self._observer, together, all_rows
-            self._expect([layer.name for layer in together], self._engine.submit(solve_alike, *given))
+            self._expect([layer.name for layer in together], self._found(together, all_rows))
             for layer in together:
                 self._solved.setdefault(self.weight_key(layer), layer.name)
             if others:
@@ -160,6 +210,20 @@ class LayerSolver:
         for layer in readers:
             if not self._is_known(layer):
                 self._reuse_solution(layer, moments)
+
+    def _found(self, together: Sequence[Layer], moments: Any) -> Any:
+        """Return what stands for what is found for layers that are solved as one.
+
+        Elsewhere their parts are tasks, unless moments are observed; here they are shared among threads.
+        """
+        submit, kind, grid = self._engine.submit, together[0].kind, self._plan.grids[together[0].name]
+        slices = channel_slices(sum(layer.kind.outputs for layer in together))
+        divided = kind.solved_as is kind and in_parts(self._method, kind.groups, kind.inputs, grid)
+        if self._observer is not None or self._engine.is_here or not divided or len(slices) == 1:
+            return submit(solve_alike, self._placed, self._method, self._observer, together, moments)
+        posed = submit(pose_alike, self._placed, self._method, together, moments)
+        parts = [submit(solve_channels, posed, self._method, one) for one in slices]
+        return submit(join_channels, self._placed, together, *parts)
 
     def collect(self) -> float:
         """Wait for all that was asked for and keep it. Returns the seconds that it took."""

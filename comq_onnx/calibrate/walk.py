@@ -31,7 +31,6 @@ from comq_onnx.calibrate.shared_weights import later_readers
 from comq_onnx.calibrate.stage_costs import Shapes, stage_shares
 from comq_onnx.calibrate.stages import Stage
 from comq_onnx.context import Context
-from comq_onnx.engine import Embedded
 from comq_onnx.model.files import private_directory
 from comq_onnx.model.layers import Layer, calibrated
 from comq_onnx.plan.plan import Plan
@@ -97,8 +96,7 @@ class _Walk:
         self._shares = self._predict_shares(shapes or {})
         self._passed = 0
         self._ranges = ActivationRanges(plan, options.seed)
-        # an observer belongs to the caller
-        self._engine = context.engine if observer is None else Embedded()
+        self._engine = context.engine
         self._segments = Segments(context.device, work)
         self._inputs = [str(v.name) for v in plan.walked.model.graph.inputs]
         self._crew = Crew(self._engine, self._way(), groups, self._inputs)
@@ -140,6 +138,7 @@ class _Walk:
             self._tell()
             self._context.progress("stages", round(THOUSANDTHS * self._shares[stage.index]), THOUSANDTHS)
             self._save(name, stage.index + 1)
+        self._collect()
         self._solver.round_unreached()
         return self._solved()
 
@@ -147,8 +146,9 @@ class _Walk:
         """Do what comes before the first stage: round tables, and bring samples that wait to where they are needed."""
         with self._context.journal.timed("calibrate"):
             self._find_others()
-        seconds = self._context.journal.seconds
-        seconds["solve"] = seconds.get("solve", 0.0) + self._solver.round_tables()
+        self._solver.round_tables()
+        if self._engine.is_here:
+            self._collect()
         self._ranges.take(self._crew.see_inputs())
         self._ranges.settle(self._inputs)
         here = self._at(0)
@@ -243,10 +243,9 @@ class _Walk:
             self._solver.solve(group, moments, self._others.get(group[0].name, []))
             if self._engine.is_here:
                 self._collect()
-        self._collect()
 
     def _collect(self) -> None:
-        """Take what was solved."""
+        """Take what was solved: elsewhere the float model goes on meanwhile."""
         spent = self._solver.collect()
         seconds = self._context.journal.seconds
         seconds["solve"] = seconds.get("solve", 0.0) + spent
@@ -318,6 +317,8 @@ class _Walk:
         rows = list(dict.fromkeys([*stacked, *(layer.input for layer in fed_back)]))
         made = self._advance_float(self._at(stage.index), stage.index, rows)
         self._ranges.settle(name for name in stage.makes if name in self._plan.activations.values)
+        if not self._context.options.independent:
+            self._collect()
         if rows:
             with self._context.journal.timed("calibrate"):
                 passages = self._crew.rows(made, self._sofar(stage), stacked)
@@ -325,6 +326,8 @@ class _Walk:
             self._share(inner, passages)
             self._solve(inner, passages)
             self._solve(fed_back, passages)
+            if not self._context.options.independent:
+                self._collect()
 
     def _advance_float(self, shards: Sequence[Shard], start: int, rows: Sequence[str] = ()) -> list[Any]:
         """Run the float model of some samples to the next stage that needs them; start: the index of the first stage.

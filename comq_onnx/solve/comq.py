@@ -49,12 +49,25 @@ def solve_comq(
     effort: a name in EFFORTS, or an Effort
     posing: what `pose_once` gives for the moments, where several weights or grids are solved on them
     """
-    scale, zero = fit_mse(weight, grid)
     search = EFFORTS[effort] if isinstance(effort, str) else effort
-    ridge = choose_ridge(weight, moments, grid) if search.choose_ridge else RIDGE
     if has_few_inputs(weight.shape[-1], grid):
-        return solve_few_inputs(weight, moments, grid, ridge, scale, zero)
-    problems = (posing or pose_once(moments))(grid, ridge)
+        return solve_few_inputs(weight, moments, grid, _ridge(weight, moments, grid, search), *fit_mse(weight, grid))
+    return solve_posed(weight, pose_comq(weight, moments, grid, search, posing), grid, search)
+
+
+def pose_comq(
+    weight: Array, moments: Moments, grid: Grid, effort: Effort, posing: Posing | None = None
+) -> list[Problem]:  # fmt: skip
+    """Choose the ridge for a weight, and make the problem of each group."""
+    return (posing or pose_once(moments))(grid, _ridge(weight, moments, grid, effort))
+
+
+def solve_posed(weight: Array, problems: Sequence[Problem], grid: Grid, search: Effort) -> QuantizedWeight:
+    """Quantize a weight [groups, out, in], or some channels of it from a multiple of PART on, which gives the same.
+
+    problems: that of each group
+    """
+    scale, zero = fit_mse(weight, grid)
     tasks = [(g, channels) for g in range(len(weight)) for channels in channel_slices(weight.shape[1])]
 
     def take(g: int, channels: slice) -> Part:
@@ -101,6 +114,10 @@ def pose_once(moments: Moments) -> Posing:
         return [problem.on(grid) for problem in posed[ridge]]
 
     return on
+
+
+def _ridge(weight: Array, moments: Moments, grid: Grid, effort: Effort) -> float:
+    return choose_ridge(weight, moments, grid) if effort.choose_ridge else RIDGE
 
 
 def _pose_groups(moments: Moments, grid: Grid, ridge: float) -> list[Problem]:

@@ -32,13 +32,14 @@ import numpy as np
 import numpy.typing as npt
 
 from comq_onnx import arrays
-from comq_onnx.solve.comq import Posing, pose_once, solve_comq, solve_gptq
+from comq_onnx.solve.comq import Posing, pose_comq, pose_once, solve_comq, solve_gptq, solve_posed
 from comq_onnx.solve.effort import EFFORTS
 from comq_onnx.solve.few_inputs import has_few_inputs
 from comq_onnx.solve.grid import Array, Grid, QuantizedWeight, fit_mse, round_to_grid, rtn
 from comq_onnx.solve.moments import Matrix, Moments
 from comq_onnx.solve.output_error import OutputError
 from comq_onnx.solve.paper import ORDERS, SWEEPS, solve_paper
+from comq_onnx.solve.problem import Problem
 
 METHODS = ("comq", "paper", "gptq", "rtn")
 # the mean of an error is put into the bias where it is so many times what chance makes of it: beside loud samples the
@@ -153,7 +154,7 @@ def judge(weight: Array, moments: Moments, quantized: QuantizedWeight, method: M
     errors = OutputError(weight, moments.centred())
     of_all = np.arange(weight.shape[1])
     rounded_error, error = errors.of(rtn(weight, quantized.grid)), errors.of(quantized)
-    candidates = _Candidates(quantized, quantized, error, error, errors.energy, moments.count)
+    candidates = Candidates(quantized, quantized, error, error, errors.energy, moments.count)
     found = _choose(candidates, of_all, has_bias and method.solver == "comq")
     energy = max(float(errors.energy.sum()), float(np.finfo(np.float64).tiny))
     return replace(found, rtn_error=float((rounded_error[0] + rounded_error[1] ** 2).sum()) / energy)
@@ -186,11 +187,75 @@ def blank(weight: Array, grid: Grid) -> Solution:
     return Solution(quantized, np.zeros(weight.shape[:2], np.float32), 0.0, 0.0)
 
 
+# A layer in parts -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Posed:
+    """Hold what all channels of layers that are solved as one have in common.
+
+    weight: of all of them, [1, out, in]
+    centred: the moments about the mean, as float32 numbers, without halves
+    problem: what the solver minimizes
+    grid: of the weight
+    """
+
+    weight: Array
+    centred: Moments
+    problem: Problem
+    grid: Grid
+
+
+def in_parts(method: Method, groups: int, inputs: int, grid: Grid) -> bool:
+    """Tell whether parts of the channels of a layer can be solved apart; inputs: of a channel."""
+    sharing = groups > 1 or grid.per_tensor or grid.tied
+    return method.solver == "comq" and not sharing and not has_few_inputs(inputs, grid)
+
+
+def pose(weights: Sequence[Array], moments: Moments, grid: Grid, method: Method, has_bias: bool) -> Posed:
+    """Prepare layers that read the same input to be solved in parts; weights, has_bias: as for `solve_together`."""
+    whole, centred = _joined(weights), moments.centred()
+    (problem,) = pose_comq(whole, _taken(moments, centred, grid, has_bias), grid, EFFORTS[method.effort])
+    matrices: dict[str, Any] = {name: getattr(centred, name) for name in ("gram", "cross", "residue")}
+    single: dict[str, Any] = {name: None if one is None else one.astype(np.float32) for name, one in matrices.items()}
+    return Posed(whole, replace(centred, half=None, **single), problem, grid)
+
+
+def solve_part(posed: Posed, method: Method, channels: slice) -> Candidates:
+    """Round and solve some channels, one of `parallel.channel_slices`."""
+    weight = posed.weight[:, channels]
+    solved = solve_posed(weight, [posed.problem], posed.grid, EFFORTS[method.effort])
+    return _candidates(weight, OutputError(weight, posed.centred), solved, posed.centred.count)
+
+
+def join_parts(parts: Sequence[Candidates], channels: Sequence[int], has_bias: bool) -> list[Solution]:
+    """Return the solution of each layer, as `solve_together` does; channels: how many each has."""
+
+    def joined(arrays_of: Sequence[Any]) -> Any:
+        return np.concatenate(arrays_of, axis=1)
+
+    def weight(them: Sequence[QuantizedWeight]) -> QuantizedWeight:
+        codes, scale, zero_point = (
+            joined([getattr(one, name) for one in them]) for name in ("codes", "scale", "zero_point")
+        )
+        return QuantizedWeight(codes, scale, zero_point, them[0].grid)
+
+    def error(them: Sequence[tuple[Matrix, Matrix]]) -> tuple[Matrix, Matrix]:
+        return joined([one[0] for one in them]), joined([one[1] for one in them])
+
+    whole = Candidates(
+        weight([one.rounded for one in parts]), weight([one.solved for one in parts]),
+        error([one.rounded_error for one in parts]), error([one.solved_error for one in parts]),
+        joined([one.energy for one in parts]), parts[0].count,
+    )  # fmt: skip
+    return _divided(whole, channels, has_bias)
+
+
 # Solving --------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Candidates:
+class Candidates:
     """Hold a weight as it was rounded and as it was solved, with what each costs.
 
     rounded_error, solved_error: variance and mean of each channel's error, [groups, out] each
@@ -213,11 +278,21 @@ def _solve(
     shifts = has_bias and method.solver == "comq"
     if arrays.is_tensor(centred.gram) and not method.on_device(weights[0].shape[-1], grid):
         moments, centred = moments.on_host(), centred.on_host()
-    whole = weights[0] if len(weights) == 1 else np.concatenate(weights, axis=1)
+    whole = _joined(weights)
     find = _find_on_device if arrays.is_tensor(centred.gram) else _find_on_host
     candidates = find(whole, _taken(moments, centred, grid, shifts), centred, grid, method)
-    ends = np.cumsum([w.shape[1] for w in weights])[:-1]
-    return [_choose(candidates, k, shifts) for k in np.split(np.arange(whole.shape[1]), ends)]
+    return _divided(candidates, [w.shape[1] for w in weights], shifts)
+
+
+def _joined(weights: Sequence[Array]) -> Array:
+    """Return the weights of layers as one, in one order of numbers in memory, which a product's bytes may depend on."""
+    return np.ascontiguousarray(weights[0] if len(weights) == 1 else np.concatenate(weights, axis=1))
+
+
+def _divided(candidates: Candidates, channels: Sequence[int], shifts: bool) -> list[Solution]:
+    """Return the solution of each layer; channels: how many each has."""
+    ends = np.cumsum(channels)
+    return [_choose(candidates, k, shifts) for k in np.split(np.arange(ends[-1]), ends[:-1])]
 
 
 def _taken(moments: Moments, centred: Moments, grid: Grid, shifts: bool) -> Moments:
@@ -226,18 +301,18 @@ def _taken(moments: Moments, centred: Moments, grid: Grid, shifts: bool) -> Mome
     return centred if shifts and not grid.tied else moments
 
 
-def _find_on_host(weight: Array, moments: Moments, centred: Moments, grid: Grid, method: Method) -> _Candidates:
+def _find_on_host(weight: Array, moments: Moments, centred: Moments, grid: Grid, method: Method) -> Candidates:
     """Round and solve a weight on the CPU; moments: what the solver is given."""
     return _candidates(weight, OutputError(weight, centred), method(weight, moments, grid), centred.count)
 
 
-def _candidates(weight: Array, errors: OutputError, solved: QuantizedWeight, count: int) -> _Candidates:
+def _candidates(weight: Array, errors: OutputError, solved: QuantizedWeight, count: int) -> Candidates:
     """Put a weight as it was solved beside what plain rounding makes of it; errors: what each costs."""
     rounded = rtn(weight, solved.grid)
-    return _Candidates(rounded, solved, errors.of(rounded), errors.of(solved), errors.energy, count)
+    return Candidates(rounded, solved, errors.of(rounded), errors.of(solved), errors.energy, count)
 
 
-def _find_on_device(weight: Array, moments: Moments, centred: Moments, grid: Grid, method: Method) -> _Candidates:
+def _find_on_device(weight: Array, moments: Moments, centred: Moments, grid: Grid, method: Method) -> Candidates:
     """Round and solve a weight on the device of the moments, which are torch tensors."""
     import torch
 
@@ -252,10 +327,10 @@ def _find_on_device(weight: Array, moments: Moments, centred: Moments, grid: Gri
     elif method.solver == "gptq":
         solved = solver.solve_gptq(tensor, moments, grid)
     errors = output_error.OutputError(tensor, centred)
-    return _Candidates(rounded, solved, errors.of(rounded), errors.of(solved), errors.energy, centred.count)
+    return Candidates(rounded, solved, errors.of(rounded), errors.of(solved), errors.energy, centred.count)
 
 
-def _choose(candidates: _Candidates, k: npt.NDArray[np.intp], shifts: bool) -> Solution:
+def _choose(candidates: Candidates, k: npt.NDArray[np.intp], shifts: bool) -> Solution:
     """Take the channels k of a layer as solved, but as rounded where solving made them worse.
 
     shifts: a shift of the bias takes the mean of the error of what is solved

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -13,9 +14,21 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from layers import ALL, COMQ, EFFORTS, FEWER, METHODS, QUICK, SOLVERS, Case, cases, coupled, noise, on_grid
 
+from comq_onnx.solve import parallel
 from comq_onnx.solve.comq import solve_comq, solve_gptq
 from comq_onnx.solve.grid import Grid, fit_mse, round_to_grid, rtn
-from comq_onnx.solve.layer import Method, _significant, error_db, round_rows, solve, solve_together
+from comq_onnx.solve.layer import (
+    Method,
+    _significant,
+    error_db,
+    in_parts,
+    join_parts,
+    pose,
+    round_rows,
+    solve,
+    solve_part,
+    solve_together,
+)
 from comq_onnx.solve.moments import Moments, MomentSums
 from comq_onnx.solve.problem import RIDGE
 
@@ -207,6 +220,39 @@ def test_layers_solved_together_come_out_as_each_alone(method: Method, has_bias:
             if has_bias and method.solver == "comq":
                 assert found.shift is not None
                 assert found.shift.shape == one.shape[:2]
+
+
+@pytest.mark.parametrize("effort", ["fast", "default", "max"])
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("grid", [Grid(4), Grid(2, symmetric=False), Grid(3, symmetric=False, block_size=16)], ids=str)
+def test_parts_solved_apart_are_the_whole_to_the_bit(
+    monkeypatch: pytest.MonkeyPatch, effort: str, has_bias: bool, grid: Grid
+) -> None:
+    monkeypatch.setattr(parallel, "PART", 8)
+    weight, moments = coupled(outputs=30, groups=1)
+    weights, method = [weight[:, :7], weight[:, 7:8], weight[:, 8:]], Method(effort=effort)
+    assert in_parts(method, 1, weight.shape[-1], grid)
+    # as it reaches another process
+    posed = pickle.loads(pickle.dumps(pose(weights, moments, grid, method, has_bias)))
+    parts = [solve_part(posed, method, channels) for channels in parallel.channel_slices(30)]
+    assert len(parts) == 4
+    found = join_parts(parts, [7, 1, 22], has_bias)
+    for one, whole in zip(found, solve_together(weights, moments, grid, method, has_bias), strict=True):
+        for name in ("codes", "scale", "zero_point"):
+            np.testing.assert_array_equal(getattr(one.weight, name), getattr(whole.weight, name))
+        np.testing.assert_array_equal(one.shift, whole.shift)
+        assert (one.error, one.rtn_error) == (whole.error, whole.rtn_error)
+
+
+@pytest.mark.parametrize(
+    ("method", "groups", "inputs", "grid"),
+    [
+        (Method("gptq"), 1, 64, Grid(4)), (Method(), 2, 64, Grid(4)), (Method(), 1, 9, Grid(4)),
+        (Method(), 1, 64, Grid(4, per_tensor=True)), (Method(), 1, 64, Grid(4, tied=True)),
+    ],
+)  # fmt: skip
+def test_channels_that_share_something_are_solved_as_one(method: Method, groups: int, inputs: int, grid: Grid) -> None:
+    assert not in_parts(method, groups, inputs, grid)
 
 
 @QUICK

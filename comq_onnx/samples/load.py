@@ -66,7 +66,7 @@ def load_samples(
     inputs = with_cache_shapes(inputs, clues.cache_shapes)
     if isinstance(source, Samples):
         options.only((), "arrays")
-        return fit_to_inputs(source.arrays, inputs, source.source, source.notes, source.warnings)
+        return fit_to_inputs(source.arrays, inputs, "arrays", source.notes, source.warnings)
     arrays: Mapping[str, AnyArray]
     if source is None:
         arrays, notes, warnings = synthesize(inputs, options, count, seed, clues)

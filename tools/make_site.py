@@ -1,16 +1,17 @@
 """Build the site: README.md, CONTRIBUTING.md, CHANGELOG.md and docs/, an API reference and a gallery of reports.
 
     python tools/make_site.py
-    python tools/make_site.py --no-reports
+    python tools/make_site.py --no-reports --to DIR
 
-It needs the extra `docs`, and for the reports ONNX Runtime. The pages are written to build/docs, with links between
-them as mkdocs wants them; mkdocs builds them to build/site, and any warning (a link or an anchor that leads nowhere,
-a page that is in no menu) ends it with an error. --no-reports leaves the reports of the gallery out, which takes a
-few seconds instead of a minute.
+It needs the extra `docs`, and for the reports ONNX Runtime. The pages are written to build/docs (or DIR/docs), with
+links between them as mkdocs wants them; mkdocs builds them to build/site, and any warning (a link or an anchor that
+leads nowhere, a page that is in no menu) ends it with an error. --no-reports leaves the reports of the gallery out,
+which takes a few seconds instead of a minute.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -23,7 +24,6 @@ import comq_onnx
 from comq_onnx.report import several, several_page
 
 ROOT = Path(__file__).parents[1]
-PAGES, SITE = ROOT / "build" / "docs", ROOT / "build" / "site"
 # pages beside docs/, by their names in the site
 BESIDE = {"README.md": "start.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 # what the gallery shows: (file, what it is, model, options)
@@ -54,30 +54,30 @@ def in_site(text: str, folder: Path) -> str:
     return re.sub(r"\[([^\]]*)\]\((?!\w+://|#)([^)#\s]+)(#[^)\s]*)?\)", moved, text)
 
 
-def write_pages() -> None:
+def write_pages(pages: Path) -> None:
     """Write all pages that are in the repository."""
-    shutil.rmtree(PAGES, ignore_errors=True)
-    PAGES.mkdir(parents=True)
+    shutil.rmtree(pages, ignore_errors=True)
+    pages.mkdir(parents=True)
     for path in sorted((ROOT / "docs").iterdir()):
         if path.suffix == ".md":
             name = "index.md" if path.name == "README.md" else path.name
-            (PAGES / name).write_text(in_site(path.read_text(encoding="utf-8"), path.parent), encoding="utf-8")
+            (pages / name).write_text(in_site(path.read_text(encoding="utf-8"), path.parent), encoding="utf-8")
         else:
-            shutil.copyfile(path, PAGES / path.name)
+            shutil.copyfile(path, pages / path.name)
     for source, name in BESIDE.items():
-        (PAGES / name).write_text(in_site((ROOT / source).read_text(encoding="utf-8"), ROOT), encoding="utf-8")
+        (pages / name).write_text(in_site((ROOT / source).read_text(encoding="utf-8"), ROOT), encoding="utf-8")
 
 
-def write_reference() -> None:
+def write_reference(pages: Path) -> None:
     """Write the page that mkdocstrings fills with all public names."""
     entries = "\n\n".join(f"::: comq_onnx.{name}" for name in comq_onnx.__all__)
     text = (
         "# API reference\n\nEverything that `import comq_onnx` has; [From Python](python.md) tells how it is used.\n\n"
     )
-    (PAGES / "api.md").write_text(f"{text}{entries}\n", encoding="utf-8")
+    (pages / "api.md").write_text(f"{text}{entries}\n", encoding="utf-8")
 
 
-def write_gallery(reports: bool) -> None:
+def write_gallery(pages: Path, reports: bool) -> None:
     """Write the gallery; reports: quantize its models, or only say that they are left out."""
     lines = ["# Gallery of reports", "", "What `--report` writes, of the models in this repository.", ""]
     if not reports:
@@ -87,26 +87,38 @@ def write_gallery(reports: bool) -> None:
         for name, title, model, options in GALLERY:
             source, calib = (ROOT / "models" / file for file in (f"{model}.onnx", "fashion_calib.npz"))
             report = comq_onnx.quantize(source, None, calib, max_samples=128, **options)  # type: ignore[arg-type]
-            report.save_html(PAGES / f"report-{name}.html")
+            report.save_html(pages / f"report-{name}.html")
             lines.append(f"- [{title}](report-{name}.html)")
             runs.append(several.Run(title, report))
-        several_page.save_html(runs, PAGES / "compared.html")
+        several_page.save_html(runs, pages / "compared.html")
         lines.append("- [All of them compared](compared.html), as several models in one call are")
-    (PAGES / "gallery.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (pages / "gallery.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def write_settings(folder: Path) -> Path:
+    """Write the settings of mkdocs for pages that lie in a folder, and return their file."""
+    settings = folder / "mkdocs.yml"
+    settings.write_text(f"INHERIT: {ROOT / 'mkdocs.yml'}\ndocs_dir: docs\nsite_dir: site\n", encoding="utf-8")
+    return settings
 
 
 @click.command()
 @click.option("--reports/--no-reports", default=True, show_default=True, help="Quantize the models of the gallery.")
-def main(reports: bool) -> None:
+@click.option("--to", "folder", default=ROOT / "build", type=click.Path(path_type=Path), help="Where it is built.")
+def main(reports: bool, folder: Path) -> None:
     """Build the site to build/site."""
-    write_pages()
-    write_reference()
-    write_gallery(reports)
+    folder = folder.resolve()
+    pages = folder / "docs"
+    write_pages(pages)
+    write_reference(pages)
+    write_gallery(pages, reports)
     # not --quiet, which hides warnings from --strict too
-    done = subprocess.run([sys.executable, "-m", "mkdocs", "build", "--strict"], cwd=ROOT)
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--config-file", str(write_settings(folder))]
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(build, cwd=ROOT, env={**os.environ, "PYTHONPATH": path})
     if done.returncode:
         sys.exit(done.returncode)
-    click.echo(f"wrote    {SITE}")
+    click.echo(f"wrote    {folder / 'site'}")
 
 
 if __name__ == "__main__":

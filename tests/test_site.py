@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(autouse=True)
 def _tools(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the modules of tools/ be imported."""
+    pytest.importorskip("latex2mathml", reason="needs the extra docs: pip install -e '.[docs]'")
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
 
 
@@ -25,6 +26,16 @@ def test_links_lead_to_pages_of_the_site() -> None:
     assert in_site(docs, ROOT / "docs") == found
     beside = "[a](docs/README.md) [b](docs/bits.md#x) [c](CONTRIBUTING.md) [d](LICENSE)"
     assert in_site(beside, ROOT) == "[a](index.md) [b](bits.md#x) [c](contributing.md) d"
+
+
+def test_formulas_are_shown_and_code_is_not_touched() -> None:
+    with_formulas = import_module("make_site").with_formulas
+    code = "`eval $x$` costs $ 3 or 4$ \n```console\n$ ls $HOME$\n```\n"
+    assert with_formulas(code) == code
+    text = with_formulas("a $W_1 x$ b\n\n$$ \\frac{a}\n{b} $$\n")
+    assert re.sub(r"<[^>]*>", "", text) == "a W1x b\n\nab\n"
+    assert text.count("<math") == 2
+    assert '<div class="formula"><math' in text
 
 
 def test_every_page_is_in_the_menu_once() -> None:

@@ -24,7 +24,10 @@ from browser import SCREENSHOTS, WIDTHS, needs_browser, open_page
 ROOT = Path(__file__).parents[1]
 pytestmark = [
     needs_browser,
-    pytest.mark.skipif(find_spec("mkdocs") is None, reason="mkdocs is not installed: pip install -e '.[docs]'"),
+    pytest.mark.skipif(
+        None in map(find_spec, ("latex2mathml", "mkdocs", "mkdocstrings")),
+        reason="the extra docs is not installed: pip install -e '.[docs]'",
+    ),
 ]
 # pages that are opened at once, each in a frame of every width
 AT_ONCE = 9
@@ -68,6 +71,9 @@ const measure = page => {
     beyond: all.filter(e => !scrolled(e) && e.getBoundingClientRect().right > root.clientWidth + 1).map(text),
     words: words.length,
     faint: words.filter(e => contrast(e) < %f).map(e => contrast(e).toFixed(1) + " " + text(e)),
+    raw: words.filter(e => !e.closest("code, pre") && /\\$\\S[^$]*\\$|\\\\[a-z]{3}/.test(e.textContent)
+      && ![...e.querySelectorAll("code")].some(c => c.textContent.includes("$"))).map(text),
+    formulas: page.querySelectorAll("math").length,
     pictures: [...page.querySelectorAll("img")].map(e => e.complete && e.naturalWidth > 0),
     paper: light(numbers(getComputedStyle(page.body).backgroundColor)),
   };
@@ -154,6 +160,12 @@ def test_everything_can_be_read(seen: Any) -> None:
     assert min(one["words"] for one in pages.values()) >= 2
     assert {key: one["faint"] for key, one in pages.items() if one["faint"]} == {}
     assert all(one["paper"] < 0.05 if seen["dark"] else one["paper"] > 0.9 for one in pages.values())
+
+
+def test_formulas_are_formulas(seen: Any) -> None:
+    pages = seen["pages"]
+    assert {key: one["raw"] for key, one in pages.items() if one["raw"]} == {}
+    assert pages["how-it-works.html 390"]["formulas"] > 40
 
 
 def test_no_picture_is_broken(seen: Any) -> None:

@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 
 import click
+from latex2mathml.converter import convert
 
 import comq_onnx
 from comq_onnx.report import several, several_page
@@ -33,6 +34,14 @@ GALLERY = (
     ("cnn-auto", "The same network at 18% of its size", "fashion_cnn", {"bits": "auto", "size": "18%"}),
     ("vit-4", "A small vision transformer at 4 bits", "fashion_vit", {"bits": 4}),
 )
+# what the theme lacks: options that stay whole in tables, which scroll where they are wide, as formulas do
+STYLE = """.md-typeset td code { overflow-wrap: normal; word-break: normal }
+.formula { overflow-x: auto; overflow-y: hidden; margin: 1em 0 }
+"""
+# code, which stays as it is, and formulas between dollars, as GitHub shows them
+FORMULA = re.compile(r"```.*?```|`[^`]*`|\$\$(.+?)\$\$|\$(\S(?:[^$`]*?\S)?)\$", re.DOTALL)
+# what its table has of each
+SHOWN = ("MB", "size", "SQNR dB", "agreement", "speed")
 
 
 def in_site(text: str, folder: Path) -> str:
@@ -54,6 +63,17 @@ def in_site(text: str, folder: Path) -> str:
     return re.sub(r"\[([^\]]*)\]\((?!\w+://|#)([^)#\s]+)(#[^)\s]*)?\)", moved, text)
 
 
+def with_formulas(text: str) -> str:
+    """Return a page with its formulas as MathML, which browsers show by themselves."""
+
+    def shown(match: re.Match[str]) -> str:
+        if match[1] is not None:
+            return f'<div class="formula">{convert(match[1].strip(), display="block")}</div>'
+        return convert(match[2]) if match[2] is not None else match[0]
+
+    return FORMULA.sub(shown, text)
+
+
 def write_pages(pages: Path) -> None:
     """Write all pages that are in the repository."""
     shutil.rmtree(pages, ignore_errors=True)
@@ -61,9 +81,11 @@ def write_pages(pages: Path) -> None:
     for path in sorted((ROOT / "docs").iterdir()):
         if path.suffix == ".md":
             name = "index.md" if path.name == "README.md" else path.name
-            (pages / name).write_text(in_site(path.read_text(encoding="utf-8"), path.parent), encoding="utf-8")
+            text = with_formulas(in_site(path.read_text(encoding="utf-8"), path.parent))
+            (pages / name).write_text(text, encoding="utf-8")
         else:
             shutil.copyfile(path, pages / path.name)
+    (pages / "extra.css").write_text(STYLE, encoding="utf-8")
     for source, name in BESIDE.items():
         (pages / name).write_text(in_site((ROOT / source).read_text(encoding="utf-8"), ROOT), encoding="utf-8")
 
@@ -88,11 +110,28 @@ def write_gallery(pages: Path, reports: bool) -> None:
             source, calib = (ROOT / "models" / file for file in (f"{model}.onnx", "fashion_calib.npz"))
             report = comq_onnx.quantize(source, None, calib, max_samples=128, **options)  # type: ignore[arg-type]
             report.save_html(pages / f"report-{name}.html")
-            lines.append(f"- [{title}](report-{name}.html)")
-            runs.append(several.Run(title, report))
-        several_page.save_html(runs, pages / "compared.html")
-        lines.append("- [All of them compared](compared.html), as several models in one call are")
+            runs.append(several.Run(title, report, link=f"report-{name}.html"))
+        page = several_page.render(runs, f"{len(runs)} runs compared")
+        (pages / "compared.html").write_text(page, encoding="utf-8")
+        lines += [*_table(runs), "", "[All of them compared](compared.html), as several models in one call are.", ""]
+        lines += [f"## {runs[0].name}", "", _preview(runs[0])]
     (pages / "gallery.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _table(runs: list[several.Run]) -> list[str]:
+    """Return the lines of a table of runs, with links to their reports."""
+    columns = [name for name in several.used_columns(runs) if name in SHOWN]
+    rows = [["report", *columns], ["---"] * (1 + len(columns))]
+    for run in runs:
+        assert run.report is not None
+        rows.append([f"[{run.name}]({run.link})", *(several.used_columns(runs)[n](run.report) for n in columns)])
+    return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def _preview(run: several.Run) -> str:
+    """Show a report on the page, in a frame."""
+    style = "width: 100%; height: 40rem; border: 1px solid var(--md-default-fg-color--lightest)"
+    return f'<iframe src="{run.link}" title="{run.name}" loading="lazy" style="{style}"></iframe>'
 
 
 def write_settings(folder: Path) -> Path:

@@ -36,6 +36,8 @@ def test_formulas_are_shown_and_code_is_not_touched() -> None:
     assert re.sub(r"<[^>]*>", "", text) == "a W1x b\n\nab\n"
     assert text.count("<math") == 2
     assert '<div class="formula"><math' in text
+    # at the start of a line it would be a paragraph of its own
+    assert with_formulas("$W$ is").startswith("<span>")
 
 
 def test_every_page_is_in_the_menu_once() -> None:

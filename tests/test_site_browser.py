@@ -74,6 +74,7 @@ const measure = page => {
     raw: words.filter(e => !e.closest("code, pre") && /\\$\\S[^$]*\\$|\\\\[a-z]{3}/.test(e.textContent)
       && ![...e.querySelectorAll("code")].some(c => c.textContent.includes("$"))).map(text),
     formulas: page.querySelectorAll("math").length,
+    loose: [...page.querySelectorAll("math")].filter(e => !e.closest("p, li, td, .formula")).length,
     pictures: [...page.querySelectorAll("img")].map(e => e.complete && e.naturalWidth > 0),
     paper: light(numbers(getComputedStyle(page.body).backgroundColor)),
   };
@@ -166,6 +167,7 @@ def test_formulas_are_formulas(seen: Any) -> None:
     pages = seen["pages"]
     assert {key: one["raw"] for key, one in pages.items() if one["raw"]} == {}
     assert pages["how-it-works.html 390"]["formulas"] > 40
+    assert sum(one["loose"] for one in pages.values()) == 0
 
 
 def test_no_picture_is_broken(seen: Any) -> None:

@@ -69,7 +69,8 @@ def with_formulas(text: str) -> str:
     def shown(match: re.Match[str]) -> str:
         if match[1] is not None:
             return f'<div class="formula">{convert(match[1].strip(), display="block")}</div>'
-        return convert(match[2]) if match[2] is not None else match[0]
+        # in a span: Markdown would take a formula at the start of a line for a paragraph of its own
+        return f"<span>{convert(match[2])}</span>" if match[2] is not None else match[0]
 
     return FORMULA.sub(shown, text)
 
@@ -107,7 +108,7 @@ def write_gallery(pages: Path, reports: bool) -> None:
     else:
         runs = []
         for name, title, model, options in GALLERY:
-            source, calib = (ROOT / "models" / file for file in (f"{model}.onnx", "fashion_calib.npz"))
+            source, calib = f"models/{model}.onnx", "models/fashion_calib.npz"
             report = comq_onnx.quantize(source, None, calib, max_samples=128, **options)  # type: ignore[arg-type]
             report.save_html(pages / f"report-{name}.html")
             runs.append(several.Run(title, report, link=f"report-{name}.html"))
@@ -147,6 +148,8 @@ def write_settings(folder: Path) -> Path:
 def main(reports: bool, folder: Path) -> None:
     """Build the site to build/site."""
     folder = folder.resolve()
+    # reports name the files that they are given
+    os.chdir(ROOT)
     pages = folder / "docs"
     write_pages(pages)
     write_reference(pages)
@@ -154,7 +157,7 @@ def main(reports: bool, folder: Path) -> None:
     # not --quiet, which hides warnings from --strict too
     build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--config-file", str(write_settings(folder))]
     path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(build, cwd=ROOT, env={**os.environ, "PYTHONPATH": path})
+    done = subprocess.run(build, env={**os.environ, "PYTHONPATH": path})
     if done.returncode:
         sys.exit(done.returncode)
     click.echo(f"wrote    {folder / 'site'}")

@@ -14,7 +14,6 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(autouse=True)
 def _tools(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the modules of tools/ be imported."""
-    pytest.importorskip("latex2mathml", reason="needs the extra docs: pip install -e '.[docs]'")
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
 
 
@@ -29,6 +28,7 @@ def test_links_lead_to_pages_of_the_site() -> None:
 
 
 def test_formulas_are_shown_and_code_is_not_touched() -> None:
+    pytest.importorskip("latex2mathml", reason="needs the extra docs: pip install -e '.[docs]'")
     with_formulas = import_module("make_site").with_formulas
     code = "`eval $x$` costs $ 3 or 4$ \n```console\n$ ls $HOME$\n```\n"
     assert with_formulas(code) == code

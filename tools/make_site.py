@@ -19,7 +19,6 @@ import sys
 from pathlib import Path
 
 import click
-from latex2mathml.converter import convert
 
 import comq_onnx
 from comq_onnx.report import several, several_page
@@ -65,6 +64,7 @@ def in_site(text: str, folder: Path) -> str:
 
 def with_formulas(text: str) -> str:
     """Return a page with its formulas as MathML, which browsers show by themselves."""
+    from latex2mathml.converter import convert  # of the extra docs: --help does without
 
     def shown(match: re.Match[str]) -> str:
         if match[1] is not None:

@@ -171,7 +171,7 @@ def _write_card(models: Mapping[str, Any], folder: str, stage: Path, out: Path) 
 
 def with_section(card: str, section: str) -> str:
     """Return a model card with the section in the place of that of an earlier run, or at its end."""
-    whole = f"{BEGIN}\n{section}\n{END}\n"
+    whole = f"{BEGIN}\n\n{section}\n\n{END}\n"
     before, begin, rest = card.partition(BEGIN)
     _, end, after = rest.partition(END)
     if begin and end:

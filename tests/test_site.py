@@ -27,6 +27,19 @@ def test_links_lead_to_pages_of_the_site() -> None:
     assert in_site(beside, ROOT) == "[a](index.md) [b](bits.md#x) [c](contributing.md) d"
 
 
+def test_formulas_are_shown_and_code_is_not_touched() -> None:
+    pytest.importorskip("latex2mathml", reason="needs the extra docs: pip install -e '.[docs]'")
+    with_formulas = import_module("make_site").with_formulas
+    code = "`eval $x$` costs $ 3 or 4$ \n```console\n$ ls $HOME$\n```\n"
+    assert with_formulas(code) == code
+    text = with_formulas("a $W_1 x$ b\n\n$$ \\frac{a}\n{b} $$\n")
+    assert re.sub(r"<[^>]*>", "", text) == "a W1x b\n\nab\n"
+    assert text.count("<math") == 2
+    assert '<div class="formula"><math' in text
+    # at the start of a line it would be a paragraph of its own
+    assert with_formulas("$W$ is").startswith("<span>")
+
+
 def test_every_page_is_in_the_menu_once() -> None:
     menu = re.findall(r"^ +- .*: ([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
     pages = [path.name for path in (ROOT / "docs").glob("*.md") if path.name != "README.md"]

@@ -1,15 +1,12 @@
 """Test the page in a real browser: plots have marks, nothing overflows, light and dark, on a phone and on a desktop.
 
-Needs a Chromium (`apt-get install chromium`), or the path of one in COMQ_BROWSER; skipped with the reason where there
-is none. COMQ_SCREENSHOTS names a folder for pictures to look at.
+Needs a Chromium (support/browser.py); skipped with the reason where there is none.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from html import escape, unescape
@@ -17,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browsers import BROWSER, MISSING, OPTIONS
+from browser import SCREENSHOTS, WIDTHS, needs_browser, open_page
 from reports import activation, layer, plan, report
 
 from comq_onnx.metrics import OutputComparison
@@ -25,10 +22,9 @@ from comq_onnx.report.report import Report
 from comq_onnx.report.several import Run
 from comq_onnx.report.several_page import render
 
-pytestmark = pytest.mark.skipif(BROWSER is None, reason=MISSING)
+pytestmark = needs_browser
 
 LONG = "/" + "/".join(f"a_module_with_a_long_name_{i}" for i in range(8)) + "/MatMul"
-WIDTHS = (390, 1280)
 # a window is at least some 500 pixels wide: the pages stand in frames of the widths wanted
 HOST = """<!DOCTYPE html><meta name="color-scheme" content="light dark"><style>body {{ margin: 0 }}
 iframe {{ border: 0; height: {height}px; display: block }}</style>
@@ -141,13 +137,7 @@ def browse(folder: Path, page: str, dark: bool, *options: str) -> str:
     """Open a page in the browser, and return what it prints."""
     path = folder / "host.html"
     path.write_text(page)
-    assert BROWSER is not None
-    command = [
-        BROWSER, *OPTIONS, "--hide-scrollbars",
-        f"--user-data-dir={folder / 'profile'}", f"--blink-settings=preferredColorScheme={0 if dark else 1}",
-        "--virtual-time-budget=9000", *options, path.as_uri(),
-    ]  # fmt: skip
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=True).stdout
+    return open_page(path.as_uri(), folder / "profile", dark, *options)
 
 
 @pytest.fixture(scope="module")
@@ -166,9 +156,9 @@ def seen(
     printed = browse(folder, host(pages, 900), dark, "--dump-dom")
     found = re.search(r'<pre id="found">(.+?)</pre>', printed, re.DOTALL)
     assert found is not None
-    if pictures := os.environ.get("COMQ_SCREENSHOTS"):
+    if SCREENSHOTS is not None:
         for name, (width, page) in pages.items():
-            out = Path(pictures) / f"{name.replace(' ', '-')}-{'dark' if dark else 'light'}.png"
+            out = Path(SCREENSHOTS) / f"{name.replace(' ', '-')}-{'dark' if dark else 'light'}.png"
             size = f"--window-size={max(width, 500)},3600"
             browse(folder, host({"one": (width, page)}, 3600), dark, size, f"--screenshot={out}")
     return {"dark": dark, **json.loads(unescape(found[1]))}

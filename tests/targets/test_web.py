@@ -22,7 +22,7 @@ import click
 import numpy as np
 import onnx
 import pytest
-from browsers import BROWSER, MISSING, OPTIONS
+from browser import BROWSER, OPTIONS, needs_browser
 from command import Said
 from script import run_command, run_text
 from zoo import ZOO_FEEDS, zoo
@@ -170,7 +170,7 @@ def block(language: str) -> str:
     return found[1]
 
 
-@pytest.mark.skipif(BROWSER is None, reason=MISSING)
+@needs_browser
 def test_the_page_of_the_documentation_answers(
     tmp_path: Path, package: Path, served: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -175,12 +175,11 @@ def fit_mse(weight: Array, grid: Grid, shrinks: npt.NDArray[np.float32] | None =
     size = grid.block_size or max(weight.shape[-1], 1)
     starts = range(0, weight.shape[-1], size)
     best = np.zeros((rows.shape[0], len(starts)), np.intp)
+    # codes of a negative scale are those of the negative weight
+    sides = [(sign * rows, factor) for sign, factor in signs(grid)]
     for b, start in enumerate(starts):
-        some = np.ascontiguousarray(rows[:, start : start + size])
-        # codes of a negative scale are those of the negative weight
-        errors = np.concatenate(
-            [_span_errors(sign * some, sign * rows, grid, shrinks) * factor for sign, factor in signs(grid)], axis=1
-        )
+        stop = min(start + size, rows.shape[1])
+        errors = np.concatenate([_span_errors(side, grid, shrinks, start, stop) * by for side, by in sides], axis=1)
         best[:, b] = (errors.sum(axis=0)[None] if grid.per_tensor else errors).argmin(axis=1)
     chosen_signs = np.repeat(np.array([sign for sign, _ in signs(grid)], np.float32), shrinks.size)
     spans = {}
@@ -200,16 +199,15 @@ def signs(grid: Grid) -> list[tuple[np.float32, float]]:
     return [(np.float32(1), 1.0), (np.float32(-1), 1 + 1e-5)] if grid.signed else [(np.float32(1), 1.0)]
 
 
-def _span_errors(some: Array, rows: Array, grid: Grid, shrinks: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
-    """Return the squared error [rows, shrinks] of plain rounding of some inputs of all rows [rows, inputs]."""
+def _span_errors(
+    rows: Array, grid: Grid, shrinks: npt.NDArray[np.float32], start: int, stop: int
+) -> npt.NDArray[np.float64]:
+    """Return the squared error [rows, shrinks] of plain rounding of the inputs `start` to `stop` of rows."""
     errors = np.empty((rows.shape[0], shrinks.size))
-    low, high = (0, 0)
-    if grid.per_tensor:
-        low, high = np.minimum(rows.min(initial=0), 0), np.maximum(rows.max(initial=0), 0)
+    low, high = (np.minimum(rows.min(initial=0), 0), np.maximum(rows.max(initial=0), 0)) if grid.per_tensor else (0, 0)
     span_errors(
-        some, shrinks, grid.qmin, grid.qmax, grid.symmetric, 0, some.shape[1], np.float32(low), np.float32(high),
-        errors,
-    )  # fmt: skip
+        rows, shrinks, grid.qmin, grid.qmax, grid.symmetric, start, stop, np.float32(low), np.float32(high), errors
+    )
     return errors
 
 

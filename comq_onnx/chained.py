@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ class Link:
     """
 
     before: Path
-    reads: Mapping[str, str] = field(default_factory=dict)
+    reads: Mapping[str, str]
 
 
 def find_links(models: Sequence[Path]) -> dict[Path, Link]:
@@ -85,43 +85,43 @@ def depth(path: Path, links: Mapping[Path, Link]) -> int:
     return len(_chain(path, links)) - 1
 
 
-def first(path: Path, links: Mapping[Path, Link]) -> Path:
-    """Return the first model of the chain that leads to one."""
-    return _chain(path, links)[-1]
+def make_samples(path: Path, link: Link, given: Samples, quantized: Path | None) -> Samples:
+    """Make the samples of a model from those of the model before it.
 
+    given: the samples of that model
+    quantized: its quantized file, which gives them; None for the float one
 
-def make_samples(
-    path: Path, links: Mapping[Path, Link], quantized: Mapping[Path, Path], samples: Any, options: Options
-) -> Samples:
-    """Make the samples of a model from those of the first model of its chain.
-
-    links: of `find_links`
-    quantized: the quantized file of each model before it; where one is missing, the float model gives the samples
-    samples, options: as `quantize` takes them, for the first model
-
-    Raises ComqError for samples that do not suit the first model, and for a model that cannot run on what it gives.
+    Raises ComqError where one of them cannot run on these samples.
     """
-    link = links[path]
-    if link.before in links:
-        given = make_samples(link.before, links, quantized, samples, options)
-    else:
-        given = _first_samples(link.before, samples, options)
-    inputs = _inputs(path)
-    arrays, made = _behind(link, given, Session(quantized.get(link.before, link.before), "cpu")), ""
-    arrays |= {i.name: given.arrays[i.name] for i in inputs if i.name in given.arrays and i not in token_inputs(inputs)}
-    tokens = [i.name for i in token_inputs(inputs) if i.name not in arrays]
+    before, behind = Session(link.before, "cpu"), Session(path, "cpu")
+    inputs = with_cache_shapes(behind.inputs, cache_shapes(read_model(path), path.parent))
+    ids = token_inputs(inputs)
+    arrays = _behind(link, given, before if quantized is None else Session(quantized, "cpu"))
+    arrays |= {i.name: given.arrays[i.name] for i in inputs if i.name in given.arrays and i not in ids}
+    tokens, made = [i.name for i in ids if i.name not in arrays], ""
     if tokens and any(role_of(name) == "past" for name in link.reads):
         # behind the cache of all tokens but the last
         arrays |= {name: given.arrays[name][:, -1:] for name in tokens if name in given.arrays}
     elif tokens:
-        plain = arrays | _behind(link, given, Session(link.before, "cpu"))
-        arrays |= dict.fromkeys(tokens, _go_on(path, inputs, _masked(plain, inputs, given), tokens))
+        plain = _masked(arrays | _behind(link, given, before), inputs, given)
+        arrays |= dict.fromkeys(tokens, _go_on(path, behind, inputs, plain, tokens))
         made = f"; {TOKENS} tokens of each are what the float model goes on with"
     arrays = _masked(arrays, inputs, given)
-    if not token_inputs(inputs) and (ids := _tokens_of(given, link)) is not None:
+    if not ids and (read := [given.arrays[i.name] for i in token_inputs(before.inputs)]):
         # embeddings of tokens are the tokens of what reads them
-        arrays = complete(arrays, inputs, ids, np.ones_like(ids), np.zeros_like(ids))
+        arrays = complete(arrays, inputs, read[0], np.ones_like(read[0]), np.zeros_like(read[0]))
     return fit_to_inputs(arrays, inputs, given.source, [f"calibrated on what {link.before.name} gives{made}"])
+
+
+def first_samples(path: Path, samples: Any, options: Options) -> Samples:
+    """Load the samples of a model that reads no other one; samples, options: as `quantize` takes them."""
+    context = Context.of(options)
+    source = open_model(path, context)
+    data = load_dataset(source, samples, context)
+    source.session.close()
+    parts = (data.calibration.arrays, data.held_back.arrays)
+    arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return Samples(arrays, data.calibration.source)
 
 
 def gives(samples: Any, names: Iterable[str]) -> bool:
@@ -145,11 +145,6 @@ def _sides(path: Path) -> tuple[list[str], list[str]] | None:
     return [str(v.name) for v in graph.inputs], [str(v.name) for v in graph.outputs]
 
 
-def _inputs(path: Path) -> Sequence[ModelInput]:
-    """Return the inputs of a model, as far as it and what lies beside it tell."""
-    return with_cache_shapes(Session(path, "cpu").inputs, cache_shapes(read_model(path), path.parent))
-
-
 def _chain(path: Path, links: Mapping[Path, Link]) -> list[Path]:
     """Return a model and all models before it, the nearest first; each once, also where they go in a circle."""
     chain = [path]
@@ -160,17 +155,6 @@ def _chain(path: Path, links: Mapping[Path, Link]) -> list[Path]:
 
 # Samples
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-def _first_samples(path: Path, samples: Any, options: Options) -> Samples:
-    """Load the samples of the first model of a chain."""
-    context = Context.of(options)
-    source = open_model(path, context)
-    data = load_dataset(source, samples, context)
-    source.session.close()
-    parts = (data.calibration.arrays, data.held_back.arrays)
-    arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    return Samples(arrays, data.calibration.source)
 
 
 def _behind(link: Link, given: Samples, session: Session) -> dict[str, AnyArray]:
@@ -190,23 +174,20 @@ def _masked(arrays: Mapping[str, AnyArray], inputs: Sequence[ModelInput], given:
     made = dict(arrays)
     for info in inputs:
         if info.name not in made and role_of(info.name) == "mask":
-            for name in set(given.arrays) & {info.name.removeprefix("encoder_")} - {info.name}:
-                made[info.name] = given.arrays[name]
+            before = info.name.removeprefix("encoder_")
+            if before != info.name and before in given.arrays:
+                made[info.name] = given.arrays[before]
     return made
 
 
-def _tokens_of(given: Samples, link: Link) -> AnyArray | None:
-    """Return the tokens of the samples of the model before; None where it has none."""
-    names = [i.name for i in token_inputs(Session(link.before, "cpu").inputs)]
-    return given.arrays[names[0]] if names else None
-
-
-def _go_on(path: Path, inputs: Sequence[ModelInput], given: Mapping[str, AnyArray], tokens: list[str]) -> AnyArray:
+def _go_on(
+    path: Path, session: Session, inputs: Sequence[ModelInput], given: Mapping[str, AnyArray], tokens: list[str]
+) -> AnyArray:
     """Return TOKENS tokens that a float decoder goes on with for each sample, int64 [samples, TOKENS].
 
     given: what it reads beside them
     """
-    session, count = Session(path, "cpu"), len(next(iter(given.values())))
+    count = len(next(iter(given.values())))
     ids = np.full((count, TOKENS), _first_token(path.parent), np.int64)
     for start in range(0, count, BATCH):
         some = slice(start, start + BATCH)

@@ -11,6 +11,7 @@ leaves nothing. A model that fails does not stop the others, and nothing of it i
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import shlex
@@ -42,6 +43,7 @@ from comq_onnx.options.samples import PICTURE_OPTIONS, TEXT_OPTIONS
 from comq_onnx.report.report import Report
 from comq_onnx.report.several import Run
 from comq_onnx.runtime import memory
+from comq_onnx.samples.samples import Samples
 
 logger = logging.getLogger(__name__)
 
@@ -165,11 +167,17 @@ def quantize_all(
         stage, done = subdirectory(work, "out"), []
         made: dict[Path, Path] = {}
 
+        @functools.cache
+        def samples_of(model: Path) -> Samples:
+            if model in own or model not in links:
+                return chained.first_samples(model, own.get(model, samples), chosen)
+            before = links[model].before
+            return chained.make_samples(model, links[model], samples_of(before), made.get(before))
+
         def quantize(model: Path, target: Path, more: Mapping[str, Any]) -> Report:
             given, asked = own.get(model, samples), {**options, **more}
             if model in links and model not in own and not _needs_no_samples(links[model], given, chosen):
-                first = chained.first(model, links)
-                given = chained.make_samples(model, links, made, own.get(first, samples), chosen)
+                given = samples_of(model)
                 asked = {name: value for name, value in asked.items() if name not in SAMPLE_OPTIONS}
             return pipeline.quantize(model, target, given, progress=progress, **asked)
 

@@ -12,7 +12,7 @@ from translators import START, VOCABULARY, decoder, decoder_with_past, encoder, 
 
 import comq_onnx
 from comq_onnx import chained
-from comq_onnx.chained import Link, find_links, make_samples
+from comq_onnx.chained import Link, find_links, first_samples, make_samples
 from comq_onnx.errors import SamplesError
 from comq_onnx.options.options import Options
 from models import infer
@@ -80,11 +80,14 @@ def test_a_decoder_reads_what_the_quantized_encoder_gives(folder: Path, tmp_path
     first, second, third = (folder / name for name in NAMES)
     rough = tmp_path / "rough.onnx"
     comq_onnx.quantize(first, rough, texts(), device="cpu", bits=2, uniform=True)
-    samples = make_samples(second, links, {first: rough}, texts(), Options(device="cpu"))
+    given = first_samples(first, texts(), Options(device="cpu"))
+    samples = make_samples(second, links[second], given, rough)
     assert "encoder_model.onnx gives; 32 tokens" in samples.notes[0]
-    given = {name: samples.arrays[f"encoder_{name}"] for name in ("attention_mask",)}
     # the texts of the samples, in the order in which they were drawn
-    rows = [int(np.flatnonzero((texts()["attention_mask"] == mask).all(-1))[0]) for mask in given["attention_mask"]]
+    rows = [
+        int(np.flatnonzero((texts()["attention_mask"] == mask).all(-1))[0])
+        for mask in samples.arrays["encoder_attention_mask"]
+    ]
     assert len(rows) == len(samples)
     source = {tuple(x.ravel()) for x in infer(rough, texts())["last_hidden_state"]}
     assert all(tuple(x.ravel()) in source for x in samples.arrays["encoder_hidden_states"])
@@ -92,14 +95,15 @@ def test_a_decoder_reads_what_the_quantized_encoder_gives(folder: Path, tmp_path
     ids = samples.arrays["input_ids"]
     assert ids.shape == (len(samples), 32)
     assert (ids[:, 0] == START).all()
-    behind = make_samples(third, links, {}, texts(), Options(device="cpu"))
+    behind = make_samples(third, links[third], make_samples(second, links[second], given, None), None)
     assert behind.arrays["input_ids"].shape == (len(samples), 1)
     assert behind.arrays["past_key_values.0.decoder.key"].shape[2] == 31
 
 
 def test_tokens_are_what_the_float_models_go_on_with(folder: Path) -> None:
     links = find_links(sorted(folder.glob("*.onnx")))
-    samples = make_samples(folder / NAMES[1], links, {}, texts(), Options(device="cpu"))
+    given = first_samples(folder / NAMES[0], texts(), Options(device="cpu"))
+    samples = make_samples(folder / NAMES[1], links[folder / NAMES[1]], given, None)
     feeds = {name: array[:5] for name, array in samples.arrays.items()}
     logits = infer(folder / NAMES[1], feeds)["logits"]
     np.testing.assert_array_equal(logits[:, :-1].argmax(-1), feeds["input_ids"][:, 1:])
@@ -134,8 +138,9 @@ def test_a_decoder_without_scores_needs_samples(folder: Path) -> None:
     del model.graph.output[0]
     onnx.save(model, folder / NAMES[1])
     links = find_links(sorted(folder.glob("*.onnx")))
+    given = first_samples(folder / NAMES[0], texts(), Options(device="cpu"))
     with pytest.raises(SamplesError, match="no output has scores for each token"):
-        make_samples(folder / NAMES[1], links, {}, texts(), Options(device="cpu"))
+        make_samples(folder / NAMES[1], links[folder / NAMES[1]], given, None)
 
 
 def test_the_parts_are_models_of_their_own() -> None:

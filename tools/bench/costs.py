@@ -191,46 +191,46 @@ def convolutions(work: Path, times: Clock) -> Iterator[tuple[str, str, Point]]:
                     yield kind, form, (on, one, one)
 
 
-def operators(work: Path, times: Clock) -> Iterator[tuple[str, str, Point]]:
-    """Yield the points of other operators and of quantization."""
+def image_shapes() -> Iterator[tuple[int, int, int, int]]:
+    """Yield the shapes on which operators are timed: of all channels and sizes, those that are not too large."""
     for channels in CHANNELS:
         for size in SIZES:
-            shape = (1, channels, size, size)
-            if np.prod(shape) > MOST_NUMBERS / 4:
-                continue
-            added: dict[str, float] = {}
-            for op in (*WITH_INPUT, *ALONE, POOL):
-                # the mean of a chain whose values grow
-                numbers = float(np.prod(shape)) * ((DEPTH + 3) / 2 if op == "Concat" else 1)
-                paths = [_saved(work, name, shape, step) for name, step in zip("ab", _steps(op), strict=True)]
-                for form, found in zip(("float", "integer"), times(paths, shape), strict=True):
-                    added.setdefault(form, found)  # that of Add, the first of them
-                    yield op, form, ([1.0, numbers], found - added[form] if op == POOL else found, found)
-            steps: dict[str, Step] = {
-                "nothing": lambda _i, value, made: [helper.make_node("Neg", [value], [made])],
-                "pair": lambda _i, value, made: [*pair(value), helper.make_node("Neg", [f"{value}.d"], [made])],
-            }
-            nothing, both = times([_saved(work, name, shape, step) for name, step in steps.items()], shape)
-            # each of the two takes about half
-            on = [1.0, float(np.prod(shape))]
-            yield "QuantizeLinear", "", (on, (both - nothing) / 2, both)
-            alone, together = _between(work, times, shape, "Neg")
-            yield "layout", "", (on, (alone - together - both) / 2, alone)
+            if channels * size**2 <= MOST_NUMBERS / 4:
+                yield 1, channels, size, size
+
+
+def operators(work: Path, times: Clock) -> Iterator[tuple[str, str, Point]]:
+    """Yield the points of other operators and of quantization."""
+    for shape in image_shapes():
+        added: dict[str, float] = {}
+        for op in (*WITH_INPUT, *ALONE, POOL):
+            # the mean of a chain whose values grow
+            numbers = float(np.prod(shape)) * ((DEPTH + 3) / 2 if op == "Concat" else 1)
+            paths = [_saved(work, name, shape, step) for name, step in zip("ab", _steps(op), strict=True)]
+            for form, found in zip(("float", "integer"), times(paths, shape), strict=True):
+                added.setdefault(form, found)  # that of Add, the first of them
+                yield op, form, ([1.0, numbers], found - added[form] if op == POOL else found, found)
+        steps: dict[str, Step] = {
+            "nothing": lambda _i, value, made: [helper.make_node("Neg", [value], [made])],
+            "pair": lambda _i, value, made: [*pair(value), helper.make_node("Neg", [f"{value}.d"], [made])],
+        }
+        nothing, both = times([_saved(work, name, shape, step) for name, step in steps.items()], shape)
+        # each of the two takes about half
+        on = [1.0, float(np.prod(shape))]
+        yield "QuantizeLinear", "", (on, (both - nothing) / 2, both)
+        alone, together = _between(work, times, shape, "Neg")
+        yield "layout", "", (on, (alone - together - both) / 2, alone)
 
 
 def pools(work: Path, times: Clock) -> Iterator[tuple[str, str, Point]]:
     """Yield the points of pools, which take the layout of the convolutions beside them."""
-    for channels in CHANNELS:
-        for size in SIZES:
-            shape = (1, channels, size, size)
-            if np.prod(shape) > MOST_NUMBERS / 4:
-                continue
-            on = [1.0, float(np.prod(shape))]
-            for op in POOLS:
-                found = times([_saved(work, "a", shape, _steps(op)[0])], shape)[0]
-                yield op, "float", (on, found, found)
-                alone, together = _between(work, times, shape, op)
-                yield op, "integer", (on, alone - together, alone)
+    for shape in image_shapes():
+        on = [1.0, float(np.prod(shape))]
+        for op in POOLS:
+            found = times([_saved(work, "a", shape, _steps(op)[0])], shape)[0]
+            yield op, "float", (on, found, found)
+            alone, together = _between(work, times, shape, op)
+            yield op, "integer", (on, alone - together, alone)
 
 
 def _steps(op: str) -> tuple[Step, Step]:
